@@ -1,0 +1,1 @@
+"""A small paged engine for soft-thinking language models."""

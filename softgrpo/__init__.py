@@ -1,0 +1,1 @@
+"""Reinforcement learning of soft-thinking language models."""
