@@ -1,0 +1,139 @@
+"""The layers of the decoder. In training mode they are plain autograd PyTorch; in evaluation mode
+they call the fused inference kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from softgrpo_kernels import rms_norm, silu_mul
+from torch import Tensor, nn
+
+from softgrpo_engine.attention import Attention
+from softgrpo_engine.config import DecoderConfig
+from softgrpo_engine.packed_linear import PackedLinear
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm after a residual addition, rounded as Hugging Face's Llama does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ``(norm(residual + x), residual + x)``; without a residual, x is the residual."""
+        if not self.training:
+            if residual_TH is None:
+                return rms_norm(x_TH, self.weight, self.eps), x_TH
+            return rms_norm(x_TH, self.weight, self.eps, residual_TH)
+        residual_TH = x_TH if residual_TH is None else residual_TH + x_TH
+        return self.normalise(residual_TH), residual_TH
+
+    def normalise(self, x_TH: Tensor) -> Tensor:
+        """The norm alone, differentiable."""
+        x32 = x_TH.float() if x_TH.dtype != torch.float64 else x_TH
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x_TH.dtype)
+
+
+class FusedProjection:
+    """Linear layers that read the same input, computed as one GEMM once packed.
+
+    Holds no parameters: the layers stay where Hugging Face names them, and are looked up at each
+    call, so that replacing one (LoRA, FSDP, ``functional_call``) is seen here.
+    """
+
+    def __init__(self, owner: nn.Module, *names: str) -> None:
+        self._owner = owner
+        self._names = names
+        self._packed: PackedLinear | None = None
+
+    def pack(self) -> None:
+        layers = [getattr(self._owner, name) for name in self._names]
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        self._packed = PackedLinear(weight, bias)
+
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        if self._packed is not None and not self._owner.training:
+            return self._packed(x_TH)
+        outputs = [getattr(self._owner, name)(x_TH) for name in self._names]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Projections around an attention that the caller supplies (paged, or packed for training)."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        kv_size = config.num_kv_heads * head_dim
+        self.config = config
+        self.layer = layer
+        self.q_proj = nn.Linear(hidden, config.num_heads * head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * head_dim, hidden, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.qkv = FusedProjection(self, "q_proj", "k_proj", "v_proj")
+        self.output = FusedProjection(self, "o_proj")
+
+    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        qkv_TE = self.qkv(x_TH)
+        if self.config.qk_norm:
+            qkv_TE = self._normalise_heads(qkv_TE)
+        return self.output(attention(self.layer, qkv_TE, rope))
+
+    def _normalise_heads(self, qkv_TE: Tensor) -> Tensor:
+        config, length = self.config, qkv_TE.shape[0]
+        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        q, k, v = qkv_TE.view(length, -1, config.head_dim).split(sizes, dim=1)
+        heads = [self.q_norm.normalise(q), self.k_norm.normalise(k), v]
+        return torch.cat(heads, dim=1).flatten(1)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+        self.gate_up = FusedProjection(self, "gate_proj", "up_proj")
+        self.down = FusedProjection(self, "down_proj")
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        gate_up = self.gate_up(x_TH)
+        if not self.training:
+            return self.down(silu_mul(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm block. The residual stream travels beside x, so that each norm adds and normalises
+    in one pass."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x_TH: Tensor,
+        residual_TH: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        attention: Attention,
+    ) -> tuple[Tensor, Tensor]:
+        x_TH, residual_TH = self.input_layernorm(x_TH, residual_TH)
+        x_TH = self.self_attn(x_TH, rope, attention)
+        x_TH, residual_TH = self.post_attention_layernorm(x_TH, residual_TH)
+        return self.mlp(x_TH), residual_TH
