@@ -1,0 +1,28 @@
+"""Loads the C++ CPU kernels."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from types import ModuleType
+
+# torch loads its libgomp first, so that the extension shares its thread pool.
+import torch  # noqa: F401
+
+
+@functools.cache
+def cpu_extension() -> ModuleType | None:
+    """The compiled module, or None (said once) where it was not built or SOFTGRPO_NO_EXT is set."""
+    if os.environ.get("SOFTGRPO_NO_EXT", "") in ("1", "true"):
+        return None
+    try:
+        return importlib.import_module("softgrpo_kernels._cpu")
+    except ImportError as error:
+        warnings.warn(
+            f"softgrpo_kernels: no C++ CPU kernels ({error}); CPU tensors use the slower PyTorch "
+            "reference. Reinstall with a C++ compiler to build them.",
+            stacklevel=2,
+        )
+        return None

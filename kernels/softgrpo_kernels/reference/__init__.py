@@ -1,0 +1,1 @@
+"""The same ops in plain PyTorch: the meaning of every kernel, on any device, up to float64."""
