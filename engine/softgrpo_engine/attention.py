@@ -8,8 +8,9 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from softgrpo_kernels import paged_attention, rope_store_kv
 from torch import Tensor
+
+from softgrpo_kernels import paged_attention, rope_store_kv
 
 Rope = tuple[Tensor, Tensor]
 

@@ -79,7 +79,9 @@ class DecoderConfig:
             o_bias=attention_bias,
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
             qk_norm=architecture == "Qwen3ForCausalLM",
-            eos_token_ids=eos_token_ids if eos_token_ids is not None else _as_ids(config.eos_token_id),
+            eos_token_ids=eos_token_ids
+            if eos_token_ids is not None
+            else _as_ids(config.eos_token_id),
             rope=config,
         )
 

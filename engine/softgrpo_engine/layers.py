@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from softgrpo_kernels import rms_norm, silu_mul
 from torch import Tensor, nn
 
 from softgrpo_engine.attention import Attention
 from softgrpo_engine.config import DecoderConfig
 from softgrpo_engine.packed_linear import PackedLinear
+from softgrpo_kernels import rms_norm, silu_mul
 
 
 class RMSNorm(nn.Module):
