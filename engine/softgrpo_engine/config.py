@@ -58,7 +58,8 @@ class DecoderConfig:
         rope_type = config.rope_parameters.get("rope_type", "default")
         if rope_type not in _STATIC_ROPE_TYPES:
             raise ValueError(
-                f"RoPE type {rope_type!r} is not supported; supported: {', '.join(_STATIC_ROPE_TYPES)}"
+                f"RoPE type {rope_type!r} is not supported; supported: "
+                f"{', '.join(_STATIC_ROPE_TYPES)}"
             )
         if getattr(config, "hidden_act", "silu") != "silu":
             raise ValueError(f"activation {config.hidden_act!r} is not supported; supported: silu")

@@ -86,7 +86,7 @@ class Decoder(nn.Module):
 
 
 def rope_parameters(config: DecoderConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies [head_dim / 2] and the factor on cos and sin, as transformers has them."""
+    """Inverse frequencies [head_dim / 2] and the factor on cos and sin, as in transformers."""
     parameters = config.rope.rope_parameters
     rope_type = parameters.get("rope_type", "default")
     if rope_type != "default":

@@ -10,9 +10,10 @@ from torch import Tensor
 class PackedLinear:
     """``x @ weight.T + bias`` with a weight prepacked by oneDNN where that is available.
 
-    On CPU the prepacked bf16 GEMM is 1.3 to 4 times faster than ``F.linear`` at decode batch sizes;
-    float32 gains little and stays with ``F.linear``, bit for bit what the trainer computes. The two operators are the ones Inductor uses for frozen weights; they are private to PyTorch, so
-    their absence, and dtypes or devices they do not take, mean plain ``F.linear``.
+    On CPU the prepacked bf16 GEMM is 1.3 to 4 times faster than ``F.linear`` at decode batch sizes.
+    float32 gains little and stays with ``F.linear``: bit for bit what the trainer computes. The two
+    operators are the ones Inductor uses for frozen weights; they are private to PyTorch, so their
+    absence, and dtypes or devices they do not take, mean plain ``F.linear``.
 
     weight [N, K], bias [N] or None; x [T, K] -> [T, N].
     """

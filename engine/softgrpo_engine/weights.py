@@ -46,7 +46,7 @@ def load_decoder(
 
 
 def read_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of every ``*.safetensors`` file of a directory, one tensor at a time."""
+    """Yields (name, tensor) of every ``*.safetensors`` file of a directory, one by one."""
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
         raise ValueError(f"no *.safetensors file in {path}")

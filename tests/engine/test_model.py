@@ -157,7 +157,7 @@ def test_bf16_rounds_as_transformers_does():
 def test_unsupported_architecture_lists_the_supported_ones():
     config = AutoConfig.for_model("gpt2")
     config.architectures = ["GPT2LMHeadModel"]
-    with pytest.raises(ValueError, match="GPT2LMHeadModel.*LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel.*LlamaForCausalLM"):
         DecoderConfig.from_hf(config)
 
 
