@@ -57,8 +57,8 @@ def paged_attention(
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     if k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim or num_heads % num_kv_heads:
         raise ValueError(
-            f"q {list(q.shape)}, k_pages {list(k_pages.shape)}, v_pages {list(v_pages.shape)}: need "
-            "[T, Hq, D] and two equal [P, Hkv, page_size, D] with Hq a multiple of Hkv"
+            f"q {list(q.shape)}, k_pages {list(k_pages.shape)}, v_pages {list(v_pages.shape)}: "
+            "need [T, Hq, D] and two equal [P, Hkv, page_size, D] with Hq a multiple of Hkv"
         )
     _check_cache(q, k_pages, v_pages)
     sequences, table_width = block_table.shape
@@ -237,8 +237,7 @@ def _cpu_kernels(x: Tensor) -> ModuleType | None:
     """The compiled kernels when they can take x."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("this op records no gradient; call it under torch.inference_mode()")
-    module = cpu_extension() if x.is_cpu and x.dtype in _DTYPES else None
-    return module if hasattr(module, "paged_attention") else None
+    return cpu_extension() if x.is_cpu and x.dtype in _DTYPES else None
 
 
 def _check_cache(x: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:

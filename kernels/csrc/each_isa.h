@@ -1,0 +1,71 @@
+// Includes the file SOFTGRPO_KERNEL once for each instruction set, in a namespace of its own: the
+// same source in 128-, 256- and 512-bit code. `best_isa` says which one this machine runs.
+// (Function attributes instead of compiler flags: no inline function of the standard library can
+// be compiled for a newer machine and then be picked by the linker for all.)
+#pragma once
+#include "simd.h"
+
+#define ISA_PORTABLE 0
+#define ISA_AVX2 1
+#define ISA_AVX512 2
+
+#define ISA ISA_PORTABLE
+#define ISA_TARGET
+namespace softgrpo::portable {
+#include "simd_ops.inc"
+#include SOFTGRPO_KERNEL
+}  // namespace softgrpo::portable
+#undef ISA
+#undef ISA_TARGET
+
+#ifdef SOFTGRPO_X86
+#define ISA ISA_AVX2
+#define ISA_TARGET __attribute__((target("avx2,fma")))
+namespace softgrpo::avx2 {
+#include "simd_ops.inc"
+#include SOFTGRPO_KERNEL
+}  // namespace softgrpo::avx2
+#undef ISA
+#undef ISA_TARGET
+
+#define ISA ISA_AVX512
+#define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+namespace softgrpo::avx512 {
+#include "simd_ops.inc"
+#include SOFTGRPO_KERNEL
+}  // namespace softgrpo::avx512
+#undef ISA
+#undef ISA_TARGET
+#endif
+
+namespace softgrpo {
+
+// Lowered by tests only, which compare the instruction sets.
+inline int isa_limit = ISA_AVX512;
+
+inline int best_isa() {
+#ifdef SOFTGRPO_X86
+  static const int machine = [] {
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return ISA_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return ISA_AVX2;
+    return ISA_PORTABLE;
+  }();
+  return machine < isa_limit ? machine : isa_limit;
+#else
+  return ISA_PORTABLE;
+#endif
+}
+
+}  // namespace softgrpo
+
+// The function NAME of the best instruction set.
+#ifdef SOFTGRPO_X86
+#define SOFTGRPO_BEST(NAME)                          \
+  (best_isa() == ISA_AVX512 ? &::softgrpo::avx512::NAME \
+   : best_isa() == ISA_AVX2 ? &::softgrpo::avx2::NAME   \
+                            : &::softgrpo::portable::NAME)
+#else
+#define SOFTGRPO_BEST(NAME) (&::softgrpo::portable::NAME)
+#endif

@@ -1,0 +1,43 @@
+// What the attention kernels and their driver share.
+#pragma once
+#include <cstdint>
+
+#include "decoder.h"
+
+namespace softgrpo {
+
+// Keys are taken in chunks (one running-softmax step), chunks in splits (what may be computed in
+// parallel, then merged in order). Both are cut at fixed positions of the sequence, whatever the
+// thread count: a row's bits depend on its own keys alone.
+constexpr int64_t kChunk = 64;
+constexpr int64_t kSplit = 512;
+// Query rows (queries x heads of a KV head) that share each load of K and V.
+constexpr int64_t kRows = 48;
+
+// Consecutive queries of one sequence.
+struct QueryBlock {
+  int64_t sequence;
+  int64_t first_row;       // of q and out
+  int64_t first_position;  // in the sequence
+  int64_t queries;
+  int64_t keys() const { return first_position + queries; }
+  int64_t splits() const { return (keys() + kSplit - 1) / kSplit; }
+};
+
+// Softmax in progress of the rows of one block and KV head: maximum, denominator, numerator.
+struct SoftmaxState {
+  float* maximum;      // [rows]
+  float* denominator;  // [rows]
+  float* values;       // [rows, padded_dim]
+};
+
+struct ChunkScratch {
+  uint32_t* keys;  // [words of a key, 16]: 16 keys, transposed
+  float* scores;   // [rows, kChunk]
+  float* values;   // [kChunk, padded_dim]
+};
+
+// A multiple of the width that the value loop takes at a time.
+inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 63) / 64 * 64; }
+
+}  // namespace softgrpo
