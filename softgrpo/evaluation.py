@@ -10,7 +10,7 @@ import numpy as np
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that one of k samples drawn from n without replacement, c of them right, is right.
+    """Probability that k samples, drawn without replacement from n of which c are right, hold one.
 
     Unbiased for the pass@k of the model: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv
     2107.03374), as a product. Raises ValueError unless 1 <= k <= n and 0 <= c <= n.

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+
 from softgrpo.evaluation import bootstrap_interval, majority_at_k, mean_at_n, pass_at_k
 
 

@@ -1,0 +1,341 @@
+"""Datasets as lists of Example, prompts as token ids, and which prompts a step trains on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softgrpo.config import Config, DataConfig, FewShot
+from softgrpo.schema import did_you_mean
+
+Message = dict[str, str]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^/]+)?")
+
+
+class DataError(ValueError):
+    """A dataset that cannot be used; one line with the place and the remedy."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    prompt: text, or chat messages that end with a user turn. columns: what reward functions get
+    beside `prompts` and `completions`, `answer` among them.
+    """
+
+    prompt: str | list[Message]
+    answer: str
+    columns: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What is asked: the text of the last turn."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example as the model sees it: token_ids end where the assistant's answer begins."""
+
+    example: Example
+    token_ids: list[int]
+
+
+class TrainingData:
+    """The training and held-out examples of a run.
+
+    The constructor reads and checks both datasets; no model is needed for it. `prepare` then sets
+    the tokenizer. A training example whose text is also held out is removed (`removed` counts
+    them). Raises DataError or ConfigError, one line each.
+    """
+
+    def __init__(self, config: Config) -> None:
+        data = config.data
+        self.config = config
+        self.held_out = load_examples(data.eval, data)[: data.eval_size] if data.eval else []
+        examples = load_examples(data.train, data)
+        held_out = {example.text for example in self.held_out}
+        self.train = [example for example in examples if example.text not in held_out]
+        self.removed = len(examples) - len(self.train)
+        if not self.train:
+            raise DataError(f"{data.train}: every example is also in the held-out set {data.eval}")
+        self._tokenizer: Any = None
+
+    def prepare(self, tokenizer: Any) -> None:
+        """Sets the tokenizer and builds every prompt of the run once, so that none fails later."""
+        self._tokenizer = tokenizer
+        steps = range(self.config.run.max_steps)
+        for index in sorted({index for step in steps for index in self._indices(step)}):
+            self._encode(self.train[index], f"{self.config.data.train}, example {index}")
+        self.eval_prompts()
+
+    def prompts_for_step(self, step: int) -> list[Prompt]:
+        """The prompts of 0-based `step`: a pure function of (run.seed, step)."""
+        name = self.config.data.train
+        return [
+            self._encode(self.train[index], f"{name}, example {index}")
+            for index in self._indices(step)
+        ]
+
+    def eval_prompts(self) -> list[Prompt]:
+        """The first `data.eval_size` examples of the held-out set."""
+        return [
+            self._encode(example, f"{self.config.data.eval}, example {index}")
+            for index, example in enumerate(self.held_out)
+        ]
+
+    def _indices(self, step: int) -> list[int]:
+        count = self.config.rollout.prompts_per_step
+        seed = self.config.run.seed if self.config.data.shuffle else None
+        return step_indices(len(self.train), step, count, seed)
+
+    def _encode(self, example: Example, where: str) -> Prompt:
+        data = self.config.data
+        try:
+            ids = build_prompt(example, self._tokenizer, data.system_prompt, data.few_shot)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        if len(ids) > data.max_prompt_tokens:
+            raise DataError(
+                f"{where}: the prompt has {len(ids)} tokens, data.max_prompt_tokens allows "
+                f"{data.max_prompt_tokens}"
+            )
+        return Prompt(example, ids)
+
+
+def step_indices(size: int, step: int, count: int, seed: int | None) -> list[int]:
+    """Which examples the 0-based `step` takes, `count` of them; seed None keeps their order.
+
+    Epoch e runs through the permutation drawn from (seed, e); a step may span several epochs.
+    """
+    positions = range(step * count, (step + 1) * count)
+    orders: dict[int, np.ndarray] = {}
+    for epoch in {position // size for position in positions}:
+        orders[epoch] = (
+            np.arange(size)
+            if seed is None
+            else np.random.default_rng([seed, epoch]).permutation(size)
+        )
+    return [int(orders[position // size][position % size]) for position in positions]
+
+
+def build_prompt(
+    example: Example,
+    tokenizer: Any,
+    system_prompt: str | None = None,
+    few_shot: Sequence[FewShot] = (),
+) -> list[int]:
+    """Token ids by the model's chat template, up to where the assistant's turn begins.
+
+    The template alone writes special tokens, BOS included. Raises DataError when the tokenizer has
+    no template or the example brings a system message of its own beside `system_prompt`.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("the tokenizer has no chat template; give the model a chat_template.jinja")
+    turns: list[Message] = (
+        [{"role": "user", "content": example.prompt}]
+        if isinstance(example.prompt, str)
+        else list(example.prompt)
+    )
+    system = [turns.pop(0)] if turns[0]["role"] == "system" else []
+    if system and system_prompt is not None:
+        raise DataError("the prompt has a system message of its own; unset data.system_prompt")
+    if system_prompt is not None:
+        system = [{"role": "system", "content": system_prompt}]
+    shots = [
+        {"role": role, "content": content}
+        for shot in few_shot
+        for role, content in (("user", shot.prompt), ("assistant", shot.answer))
+    ]
+    ids = tokenizer.apply_chat_template(
+        system + shots + turns, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return list(ids)
+
+
+def load_examples(spec: str, data: DataConfig) -> list[Example]:
+    """Reads a dataset: `reasoning_gym:NAME?key=value&...`, a .jsonl/.json/.parquet file, or a hub
+    id `organisation/name[:split]` (split `train` by default).
+
+    Raises DataError, one line, for everything that is wrong with it.
+    """
+    if spec.startswith("reasoning_gym:"):
+        rows = _reasoning_gym_rows(spec)
+        keys = ("question", "answer")
+    else:
+        rows = _rows(spec)
+        keys = (data.prompt_key, data.answer_key)
+    examples = [
+        _example(row, *keys, data.prompt_template, f"{spec}, example {index}")
+        for index, row in enumerate(rows)
+    ]
+    if not examples:
+        raise DataError(f"{spec}: the dataset is empty")
+    return examples
+
+
+def _rows(spec: str) -> Iterator[Mapping[str, Any]]:
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+    reader = readers.get(Path(spec).suffix)
+    if reader is not None:
+        if not Path(spec).is_file():
+            raise DataError(f"no such file: {spec}")
+        return reader(Path(spec))
+    if _HUB_ID.fullmatch(spec):
+        return _hub_rows(spec)
+    raise DataError(
+        f"{spec!r} is no dataset: give reasoning_gym:NAME, a .jsonl, .json or .parquet file, or a "
+        "hub id organisation/name[:split]"
+    )
+
+
+def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: not a JSON object")
+            yield row
+
+
+def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: not a JSON list of objects")
+    yield from rows
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a parquet file ({_one_line(error)})") from None
+    yield from rows
+
+
+def _hub_rows(spec: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{spec}: hub datasets need: pip install 'softgrpo[datasets]'") from None
+    name, _, split = spec.partition(":")
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # datasets, huggingface_hub and requests each raise their own
+        raise DataError(
+            f"cannot load {spec} from the hub ({_one_line(error)}); check the name and the "
+            "connection, or give a local file"
+        ) from None
+    yield from rows
+
+
+def _reasoning_gym_rows(spec: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        from reasoning_gym.factory import DATASETS, create_dataset
+    except ImportError:
+        raise DataError(f"{spec}: needs reasoning-gym: pip install 'softgrpo[demo]'") from None
+    name, _, query = spec.removeprefix("reasoning_gym:").partition("?")
+    if name not in DATASETS:
+        raise DataError(f"{spec}: no task {name!r}{did_you_mean(name, sorted(DATASETS))}")
+    parameters = _parse_query(query, spec)
+    known = [field.name for field in fields(DATASETS[name][1])]
+    for key in parameters:
+        if key not in known:
+            raise DataError(f"{spec}: {name} has no parameter {key!r}{did_you_mean(key, known)}")
+    try:
+        # Without a seed reasoning_gym draws one from the clock: a resumed run saw other questions.
+        dataset = create_dataset(name, **{"seed": 0, **parameters})
+        items = [dataset[i] for i in range(len(dataset))]
+    except Exception as error:  # assertions and whatever a generator trips over
+        raise DataError(f"{spec}: {_one_line(error)}") from None
+    for item in items:
+        yield {**item["metadata"], "question": item["question"], "answer": item["answer"]}
+
+
+def _parse_query(query: str, spec: str) -> dict[str, Any]:
+    import yaml
+
+    parameters = {}
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise DataError(f"{spec}: {part!r} is not of the form key=value")
+        try:
+            parameters[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise DataError(f"{spec}: cannot read the value of {part!r}") from None
+    return parameters
+
+
+def _example(
+    row: Mapping[str, Any], prompt_key: str, answer_key: str, template: str | None, where: str
+) -> Example:
+    reward_model = row.get("reward_model")
+    if answer_key in row:
+        answer = row[answer_key]
+    elif isinstance(reward_model, Mapping) and "ground_truth" in reward_model:  # verl's layout
+        answer = reward_model["ground_truth"]
+    else:
+        raise _no_column(answer_key, row, where, "data.answer_key")
+    if not isinstance(answer, str | int | float):
+        raise DataError(f"{where}: the answer must be text or a number, got {answer!r}")
+    if template is not None:
+        shown = {key: value for key, value in row.items() if key != answer_key}
+        prompt: Any = _fill(template, shown, where)
+    elif prompt_key in row:
+        prompt = row[prompt_key]
+    else:
+        raise _no_column(prompt_key, row, where, "data.prompt_key")
+    columns = {key: value for key, value in row.items() if key != prompt_key}
+    return Example(_checked_prompt(prompt, where), str(answer), {**columns, "answer": str(answer)})
+
+
+def _fill(template: str, row: Mapping[str, Any], where: str) -> str:
+    """Replaces `{column}`; other braces, such as those of \\boxed{}, stay."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in row:
+            raise _no_column(match[1], row, where, "data.prompt_template")
+        return str(row[match[1]])
+
+    return re.sub(r"\{([A-Za-z_]\w*)\}", value, template)
+
+
+def _checked_prompt(prompt: Any, where: str) -> str | list[Message]:
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in prompt):
+            messages = [{"role": str(m.get("role")), "content": m["content"]} for m in prompt]
+            if messages[-1]["role"] == "user":
+                return messages
+        raise DataError(
+            f"{where}: a prompt of messages needs role and content in each, the last of role user"
+        )
+    raise DataError(f"{where}: the prompt must be text or chat messages, got {prompt!r}")
+
+
+def _no_column(key: str, row: Mapping[str, Any], where: str, setting: str) -> DataError:
+    return DataError(f"{where}: no column {key!r} ({setting}); columns: {', '.join(row)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
