@@ -201,7 +201,7 @@ class Config:
         overrides: `section.key=value`, the value in YAML: `optim.lr=1e-6`, `eval.k=[1, 4]`.
         Raises ConfigError, one line, before anything is loaded.
         """
-        values = _parse_yaml(_read(path), str(path))
+        values = _parse_yaml(_read(path), str(path)) or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected sections such as 'run:' and 'optim:'")
         for override in overrides:
@@ -274,9 +274,10 @@ def _read(path: str | Path) -> str:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=yaml.BaseLoader)
+        document = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays text: see schema
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    return "" if document is None else document
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
