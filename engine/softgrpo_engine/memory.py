@@ -1,0 +1,44 @@
+"""How many KV pages to make."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from softgrpo_engine.kv_cache import PAGE_SIZE
+from softgrpo_engine.model import Decoder
+from softgrpo_engine.sequence import pages_for
+
+_SHARE_OF_FREE_MEMORY = 0.25
+
+
+def page_bytes(decoder: Decoder) -> int:
+    """Bytes of one page: keys and values of all layers."""
+    config = decoder.config
+    values = config.num_layers * config.num_kv_heads * PAGE_SIZE * config.head_dim
+    return 2 * values * decoder.embed_weight.element_size()
+
+
+def pages_that_fit(
+    decoder: Decoder, kv_memory: float | None, max_batch_size: int, max_model_len: int
+) -> int:
+    """Pages for ``kv_memory`` GiB; by default for the fullest batch, within the free memory."""
+    wanted = max_batch_size * pages_for(max_model_len)
+    if kv_memory is None:
+        budget = _SHARE_OF_FREE_MEMORY * _free_memory(decoder.embed_weight.device)
+    else:
+        budget = kv_memory * 2**30
+    pages = min(wanted, int(budget // page_bytes(decoder)))
+    if pages < 1:
+        raise ValueError(
+            f"kv_memory={kv_memory} GiB does not hold one page of "
+            f"{page_bytes(decoder) / 2**20:.1f} MiB"
+        )
+    return pages
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,38 @@
+"""What the engine gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softgrpo_engine.soft_tokens import SoftTokens
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a prompt.
+
+    token_ids: generated ids, an ending EOS included. logprobs: float32 [T], log p of the token at
+    every position, under the distribution it was drawn from. soft: SoftTokens [T, K]. uid: its name
+    for the noise. finish_reason is None while it is still being generated.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: Tensor
+    soft: SoftTokens
+    finish_reason: FinishReason | None
+    uid: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """All samples of one prompt, in the order of their uids."""
+
+    prompt_token_ids: list[int]
+    samples: list[Sample]

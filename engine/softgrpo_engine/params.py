@@ -1,0 +1,110 @@
+"""What a caller asks of the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+K_MAX = 64  # most candidates that the kernels record for one position
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r} is not allowed: must be {allowed}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How discrete tokens are drawn, and when a sample ends.
+
+    n: samples a prompt. temperature 0 is greedy. top_p 1 and top_k <= 0 keep the whole vocabulary.
+    min_p: relative to the most likely token. max_tokens, min_tokens: generated tokens. seed: None
+    draws a fresh one for the call. stop: strings that end a sample and are cut from its text.
+    stop_token_ids: ids that end it, beside the model's own. ignore_eos: only the length ends it.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    max_tokens: int = 256
+    min_tokens: int = 0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.n >= 1, "n", self.n, ">= 1")
+        _require(
+            0 <= self.temperature < math.inf, "temperature", self.temperature, "finite and >= 0"
+        )
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "> 0 and <= 1")
+        _require(0 <= self.min_p < 1, "min_p", self.min_p, ">= 0 and < 1")
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, ">= 1")
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            f">= 0 and <= max_tokens ({self.max_tokens})",
+        )
+        if self.seed is not None:
+            _require(0 <= self.seed < 2**64, "seed", self.seed, ">= 0 and < 2^64")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        _require(all(self.stop), "stop", self.stop, "non-empty strings")
+
+
+@dataclass(frozen=True)
+class SoftParams:
+    """How soft positions are drawn (ALGORITHM.md section 1).
+
+    tau: temperature of the Gumbel-Softmax. noise_scale: factor on the noise. noise_clip: bounds of
+    the noise, and eps: floor added to the probabilities, which keeps all top_k slots live; both
+    are of the `official` objective. end_of_thinking: "auto" is the tokenizer's </think> if it has
+    one; a token, its id, or None for never. max_soft_tokens: budget, after which the end of thinking
+    is forced.
+    """
+
+    top_k: int = 5
+    top_p: float = 0.95
+    temperature: float = 1.0
+    tau: float = 0.1
+    noise: Literal["gumbel", "none"] = "gumbel"
+    noise_scale: float = 1.0
+    noise_clip: tuple[float, float] | None = None
+    eps: float = 0.0
+    end_of_thinking: str | int | None = "auto"
+    max_soft_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.top_k <= K_MAX, "soft top_k", self.top_k, f">= 1 and <= {K_MAX}")
+        _require(0 < self.top_p <= 1, "soft top_p", self.top_p, "> 0 and <= 1")
+        _require(
+            0 < self.temperature < math.inf, "soft temperature", self.temperature, "finite and > 0"
+        )
+        _require(0 < self.tau < math.inf, "tau", self.tau, "finite and > 0")
+        _require(self.noise in ("gumbel", "none"), "noise", self.noise, "gumbel or none")
+        _require(self.noise_scale > 0, "noise_scale", self.noise_scale, "> 0")
+        _require(0 <= self.eps < 1, "eps", self.eps, ">= 0 and < 1")
+        if self.noise_clip is not None:
+            low, high = self.noise_clip
+            _require(low < high, "noise_clip", self.noise_clip, "(low, high) with low < high")
+            object.__setattr__(self, "noise_clip", (low, high))
+        if self.max_soft_tokens is not None:
+            _require(self.max_soft_tokens >= 1, "max_soft_tokens", self.max_soft_tokens, ">= 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in softgrpo.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SoftParams:
+        """Reads what ``to_dict`` wrote; an unknown key is an error."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown soft setting {sorted(unknown)[0]!r}")
+        return cls(**values)

@@ -1,0 +1,60 @@
+"""Prompts as people give them, to token ids."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# A text, token ids, or chat messages.
+Prompt = str | list[int] | list[dict[str, str]]
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if items and isinstance(items[0], int | dict):
+        return [items]  # type: ignore[list-item]
+    return items  # type: ignore[return-value]
+
+
+def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt. Chat messages go through the chat template; a text that already starts
+    with the BOS token does not get a second one."""
+    if isinstance(prompt, str):
+        bos = tokenizer.bos_token
+        has_bos = bos is not None and prompt.startswith(bos)
+        return list(tokenizer.encode(prompt, add_special_tokens=not has_bos))
+    if prompt and isinstance(prompt[0], dict):
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    return list(prompt)  # type: ignore[arg-type]
+
+
+def default_uids(token_ids: Sequence[int], n: int) -> list[int]:
+    """Names of the samples of a prompt: (hash32(prompt ids) + sample index) mod 2^32, so that they
+    do not depend on what else is generated."""
+    digest = zlib.crc32(np.asarray(token_ids, dtype="<i4").tobytes())
+    return [(digest + i) % 2**32 for i in range(n)]
+
+
+def thinking_end_id(setting: str | int | None, tokenizer: Any) -> int | None:
+    """Id of the token that ends the soft phase; "auto" is </think> where the tokenizer has it.
+
+    Raises ValueError for a text that is not exactly one token.
+    """
+    if setting is None or isinstance(setting, int):
+        return setting
+    text = "</think>" if setting == "auto" else setting
+    ids = tokenizer.encode(text, add_special_tokens=False) if tokenizer is not None else []
+    if len(ids) == 1:
+        return int(ids[0])
+    if setting == "auto":
+        return None
+    raise ValueError(
+        f"end_of_thinking={setting!r} is {len(ids)} tokens of this model, it must be exactly one"
+    )

@@ -1,0 +1,63 @@
+"""One sample on its way through the engine. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from softgrpo_engine.kv_cache import PAGE_SIZE
+from softgrpo_engine.outputs import FinishReason
+from softgrpo_engine.params import SamplingParams, SoftParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """State of one sample.
+
+    uid, seed, stream: keys of its noise. group: samples of one prompt in one call have the same
+    number. end_ids: tokens that end it. thinking_end: token that ends its soft phase, None for none.
+    num_computed: positions whose keys and values are in ``pages``. row: its row in the record,
+    kept while it is preempted. soft_phase: the next position is drawn softly. tokens: generated so
+    far, for text and stop strings; the inputs of the model are rebuilt from the record alone.
+    """
+
+    uid: int
+    seed: int
+    stream: int
+    group: int
+    prompt: list[int]
+    params: SamplingParams
+    soft: SoftParams | None
+    end_ids: frozenset[int]
+    thinking_end: int | None
+    num_generated: int = 0
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    row: int | None = None
+    soft_phase: bool = False
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    followers: list[Sequence] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + self.num_generated
+
+    @property
+    def max_length(self) -> int:
+        return len(self.prompt) + self.params.max_tokens
+
+    @property
+    def is_fresh(self) -> bool:
+        """Never ran: it can take over the prompt that a sibling computed."""
+        return self.num_generated == 0 and self.row is None
+
+    @property
+    def forced_token(self) -> int | None:
+        """The token that the thinking budget puts at the next position, None when it is free."""
+        budget = self.soft.max_soft_tokens if self.soft and self.soft_phase else None
+        return self.thinking_end if budget is not None and self.num_generated >= budget else None
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold ``tokens`` positions."""
+    return -(-tokens // PAGE_SIZE)
