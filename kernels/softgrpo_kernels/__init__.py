@@ -1,5 +1,28 @@
-"""Fused kernels for soft-thinking language models."""
+"""Fused kernels for soft-thinking language models. Needs nothing but torch."""
 
 from softgrpo_kernels.decoder import paged_attention, rms_norm, rope_store_kv, silu_mul
+from softgrpo_kernels.logprob import (
+    linear_candidate_logprob,
+    linear_soft_logprob,
+    linear_token_logprob,
+)
+from softgrpo_kernels.reference.soft_density import soft_density
+from softgrpo_kernels.reference.soft_embedding import soft_weights
+from softgrpo_kernels.rows import SoftToken
+from softgrpo_kernels.sampling import gumbel_noise, soft_embedding, soft_token
 
-__all__ = ["paged_attention", "rms_norm", "rope_store_kv", "silu_mul"]
+__all__ = [
+    "SoftToken",
+    "gumbel_noise",
+    "linear_candidate_logprob",
+    "linear_soft_logprob",
+    "linear_token_logprob",
+    "paged_attention",
+    "rms_norm",
+    "rope_store_kv",
+    "silu_mul",
+    "soft_density",
+    "soft_embedding",
+    "soft_token",
+    "soft_weights",
+]

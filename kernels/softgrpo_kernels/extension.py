@@ -16,13 +16,15 @@ import torch  # noqa: F401
 def cpu_extension() -> ModuleType | None:
     """The compiled module, or None (said once) where it was not built or SOFTGRPO_NO_EXT is set."""
     if os.environ.get("SOFTGRPO_NO_EXT", "") in ("1", "true"):
-        return None
-    try:
-        return importlib.import_module("softgrpo_kernels._cpu")
-    except ImportError as error:
-        warnings.warn(
-            f"softgrpo_kernels: no C++ CPU kernels ({error}); CPU tensors use the slower PyTorch "
-            "reference. Reinstall with a C++ compiler to build them.",
-            stacklevel=2,
-        )
-        return None
+        reason, remedy = "SOFTGRPO_NO_EXT is set", "Unset it to use them."
+    else:
+        try:
+            return importlib.import_module("softgrpo_kernels._cpu")
+        except ImportError as error:
+            reason, remedy = str(error), "Reinstall with a C++ compiler to build them."
+    warnings.warn(
+        f"softgrpo_kernels: no C++ CPU kernels ({reason}); CPU tensors use the slower PyTorch "
+        f"reference. {remedy}",
+        stacklevel=2,
+    )
+    return None

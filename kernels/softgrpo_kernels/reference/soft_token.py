@@ -1,0 +1,169 @@
+"""One soft step in plain PyTorch, step by step, on any device, up to float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from softgrpo_kernels.reference.noise import gumbel_noise
+from softgrpo_kernels.reference.soft_embedding import soft_embedding, soft_weights
+from softgrpo_kernels.rows import GREEDY, SKIP, SOFT, RowParameters, SoftToken
+
+
+def soft_token(
+    logits: Tensor,
+    embed: Tensor | None,
+    rows: RowParameters,
+    *,
+    terminal_ids: Tensor | None = None,
+    hidden: Tensor | None = None,
+    lm_head: Tensor | None = None,
+    need_lse: bool = False,
+    need_entropy: bool = False,
+) -> SoftToken:
+    """Arguments and results: `softgrpo_kernels.soft_token`, with the row parameters packed."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    z_BV = logits.to(wide)
+    skipped = rows.mode == SKIP
+    finite = (z_BV < torch.inf).all(-1) & (z_BV > -torch.inf).any(-1)
+    valid = finite | skipped
+    sampled = finite & ~skipped
+    z_BV = torch.where(sampled[:, None], z_BV, 0.0)
+
+    ids, z_BK = _top_candidates(z_BV, min(rows.k_max, logits.shape[1]))
+    out = SoftToken.padding(logits.shape[0], rows.k_max, logits.device, wide)
+    out = replace(out, valid=valid, kind=(sampled & (rows.mode == SOFT)).to(torch.uint8))
+    _sample_listed(out, ids, z_BK, rows, sampled, hidden, lm_head)
+    _sample_greedy(out, ids, z_BV, sampled & (rows.mode == GREEDY))
+    for row in (sampled & rows.unlisted).nonzero().flatten().tolist():
+        _sample_unlisted(out, z_BV[row], rows, row)
+
+    out = replace(out, n=(out.ids >= 0).sum(-1, dtype=torch.int32), token=out.ids[:, 0].clone())
+    out.token_logp.copy_(out.logp[:, 0])
+    if terminal_ids is not None:
+        ended = ((terminal_ids == out.token[:, None]) & (terminal_ids >= 0)).any(-1)
+        out.kind.masked_fill_(ended, 0)
+    out = replace(out, weights=soft_weights(out.gprime, out.kind, rows.tau))
+    if embed is not None:
+        out = replace(out, embed=soft_embedding(out.ids, out.weights, embed))
+    if need_lse or need_entropy:
+        lse, entropy = _statistics(z_BV, rows, sampled)
+        out = replace(out, lse=lse if need_lse else None, entropy=entropy if need_entropy else None)
+    return out
+
+
+def _top_candidates(z_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k by (logit descending, id ascending): ids int64 [B, k] and logits [B, k]."""
+    kth = z_BV.topk(k, dim=-1).values[:, -1:]
+    above, tied = z_BV > kth, z_BV == kth
+    free = k - above.sum(-1, keepdim=True)
+    chosen = above | (tied & (tied.cumsum(-1) <= free))
+    ids = chosen.nonzero()[:, 1].view(-1, k)
+    z_BK, order = z_BV.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return ids.gather(1, order), z_BK
+
+
+def _sample_listed(
+    out: SoftToken,
+    ids: Tensor,
+    z_BK: Tensor,
+    rows: RowParameters,
+    sampled: Tensor,
+    hidden: Tensor | None,
+    lm_head: Tensor | None,
+) -> None:
+    """Rows whose candidates are recorded: steps 1 to 5 and the order of the slots."""
+    slots = torch.arange(ids.shape[1], device=ids.device)
+    # A token masked out by -inf is no candidate.
+    live = (sampled & rows.listed)[:, None] & (slots < rows.top_k[:, None]) & (z_BK > -torch.inf)
+    if hidden is not None and lm_head is not None:
+        z_BK = (hidden[:, None].to(z_BK.dtype) * lm_head[ids].to(z_BK.dtype)).sum(-1)
+    a_BK = (z_BK / rows.temperature[:, None]).masked_fill(~live, -torch.inf)
+    ids, a_BK, live = _sorted(a_BK, ids, live)
+
+    soft = (rows.mode == SOFT)[:, None]
+    eps = torch.where(soft, rows.eps[:, None], 0.0).double()
+    kept, logp_64 = _renormalise(a_BK, live, rows.top_p, rows.min_p)
+    # eps: every candidate stays, those that top-p cut with p = 0.
+    with_eps = torch.log(torch.where(kept, logp_64.exp(), 0.0) + eps)
+    used = torch.where(eps > 0, live, kept)
+    logp = torch.where(eps > 0, with_eps, logp_64).to(a_BK.dtype)
+
+    noise = gumbel_noise(ids, rows.seed, rows.position, rows.uid, rows.stream).to(a_BK.dtype)
+    clamped = noise.clamp(rows.clamp_low[:, None], rows.clamp_high[:, None])
+    noise = torch.where(soft, rows.noise_scale[:, None] * clamped, noise)
+    gprime = (logp + noise).masked_fill(~used, -torch.inf)
+    ids, gprime, logp, used = _sorted(gprime, ids, logp, used)
+    width = ids.shape[1]
+    out.ids[:, :width] = torch.where(used, ids, -1).int()
+    out.gprime[:, :width] = gprime
+    out.logp[:, :width] = torch.where(used, logp, -torch.inf)
+
+
+def _sample_greedy(out: SoftToken, ids: Tensor, z_BV: Tensor, greedy: Tensor) -> None:
+    if not bool(greedy.any()):
+        return
+    token = ids[greedy, 0]
+    logp = z_BV[greedy].double().log_softmax(-1).gather(1, token[:, None])[:, 0]
+    out.ids[greedy, 0] = token.int()
+    out.gprime[greedy, 0] = logp.to(out.gprime.dtype)
+    out.logp[greedy, 0] = logp.to(out.logp.dtype)
+
+
+def _sample_unlisted(out: SoftToken, z_V: Tensor, rows: RowParameters, row: int) -> None:
+    """Gumbel-max over the whole vocabulary, or its nucleus: only the token is recorded."""
+    a_V, order = (z_V / rows.temperature[row]).sort(descending=True, stable=True)
+    live = a_V > -torch.inf
+    top_k = int(rows.top_k[row])
+    if top_k > 0:
+        live[top_k:] = False
+    kept, logp = _renormalise(a_V[None], live[None], rows.top_p[row, None], rows.min_p[row, None])
+    ids, logp = order[kept[0]], logp[0][kept[0]]
+    keys = (x[row] for x in (rows.seed, rows.position, rows.uid, rows.stream))
+    noise = gumbel_noise(ids, *keys).to(a_V.dtype)
+    # a, not log p: the same fp32 numbers are compared whatever way the sum of p was rounded.
+    perturbed = a_V[kept[0]] + noise
+    tied = perturbed == perturbed.max()
+    winner = torch.where(tied, ids, len(z_V)).argmin()
+    out.ids[row, 0] = ids[winner]
+    out.logp[row, 0] = logp[winner]
+    out.gprime[row, 0] = out.logp[row, 0] + noise[winner]
+
+
+def _renormalise(a_BK: Tensor, live: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Top-p and min-p within the live slots of a descending row: kept [B, K], log p [B, K] fp64.
+
+    A slot is kept while the mass before it is < top_p and its p is >= min_p times the largest.
+    """
+    # fp64, so that no boundary depends on the order of a sum.
+    top = a_BK[:, :1].double()
+    ratio = torch.where(live, torch.exp(a_BK.double() - top), 0.0)
+    total = ratio.sum(-1, keepdim=True)
+    before = ratio.cumsum(-1).roll(1, -1)
+    before[:, 0] = 0.0
+    inside = (before / total < top_p[:, None]) | (top_p[:, None] >= 1)
+    inside &= ratio >= min_p[:, None]
+    inside[:, 0] = True
+    kept = live & inside
+    lse = top + torch.log(torch.where(kept, ratio, 0.0).sum(-1, keepdim=True))
+    return kept, a_BK.double() - lse
+
+
+def _sorted(values: Tensor, ids: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """(ids, values, *others) ordered by (value descending, id ascending) along the last axis."""
+    by_id = ids.argsort(-1)
+    order = values.gather(-1, by_id).argsort(dim=-1, descending=True, stable=True)
+    order = by_id.gather(-1, order)
+    return tuple(x.gather(-1, order) for x in (ids, values, *others))
+
+
+def _statistics(z_BV: Tensor, rows: RowParameters, sampled: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and entropy of the full vocabulary at the row's temperature (greedy: 1)."""
+    temperature = torch.where(rows.mode == GREEDY, 1.0, rows.temperature)
+    logp_BV = (z_BV / temperature[:, None]).double()
+    lse = logp_BV.logsumexp(-1)
+    logp_BV = logp_BV - lse[:, None]
+    entropy = -torch.where(logp_BV > -torch.inf, logp_BV.exp() * logp_BV, 0.0).sum(-1)
+    return tuple(x.masked_fill(~sampled, torch.nan).to(z_BV.dtype) for x in (lse, entropy))  # type: ignore[return-value]
