@@ -52,20 +52,25 @@ class TrainingData:
     """The training and held-out examples of a run.
 
     The constructor reads and checks both datasets; no model is needed for it. `prepare` then sets
-    the tokenizer. A training example whose text is also held out is removed (`removed` counts
-    them). Raises DataError or ConfigError, one line each.
+    the tokenizer. By exact text, held-out questions are removed from training (`removed` counts
+    them) and worked examples from both: their answers stand in the prompt. Raises DataError, one
+    line.
     """
 
     def __init__(self, config: Config) -> None:
         data = config.data
         self.config = config
-        self.held_out = load_examples(data.eval, data)[: data.eval_size] if data.eval else []
+        shown = {shot.prompt for shot in data.few_shot}
+        held_out = load_examples(data.eval, data) if data.eval else []
+        self.held_out = [e for e in held_out if e.text not in shown][: data.eval_size]
+        if data.eval and not self.held_out:
+            raise DataError(f"{data.eval}: every example is one of data.few_shot")
         examples = load_examples(data.train, data)
-        held_out = {example.text for example in self.held_out}
-        self.train = [example for example in examples if example.text not in held_out]
+        known = shown | {example.text for example in self.held_out}
+        self.train = [example for example in examples if example.text not in known]
         self.removed = len(examples) - len(self.train)
         if not self.train:
-            raise DataError(f"{data.train}: every example is also in the held-out set {data.eval}")
+            raise DataError(f"{data.train}: every example is also held out in {data.eval}")
         self._tokenizer: Any = None
 
     def prepare(self, tokenizer: Any) -> None:
@@ -85,7 +90,7 @@ class TrainingData:
         ]
 
     def eval_prompts(self) -> list[Prompt]:
-        """The first `data.eval_size` examples of the held-out set."""
+        """The prompts of the held-out examples, at most `data.eval_size`."""
         return [
             self._encode(example, f"{self.config.data.eval}, example {index}")
             for index, example in enumerate(self.held_out)
@@ -304,7 +309,7 @@ def _example(
         prompt = row[prompt_key]
     else:
         raise _no_column(prompt_key, row, where, "data.prompt_key")
-    columns = {key: value for key, value in row.items() if key != prompt_key}
+    columns = {k: v for k, v in row.items() if template is not None or k != prompt_key}
     return Example(_checked_prompt(prompt, where), str(answer), {**columns, "answer": str(answer)})
 
 

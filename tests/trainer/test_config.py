@@ -133,7 +133,7 @@ def test_a_config_made_in_python_passes_the_same_cross_checks():
 def test_missing_recipes_and_files(tmp_path):
     with pytest.raises(ConfigError, match="no packaged recipe 'dmeo'; did you mean 'demo'"):
         Config.load("dmeo")
-    with pytest.raises(ConfigError, match="cannot read config file '.*nope.yaml': No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read config file '.*nope\.yaml': No such file"):
         Config.load(tmp_path / "nope.yaml")
     assert "not valid YAML" in message(tmp_path, "run: [")
     assert "expected sections" in message(tmp_path, "- a\n- b\n")
