@@ -47,7 +47,7 @@ void bind_paged_attention(uintptr_t out, uintptr_t q, uintptr_t k_pages, uintptr
 }  // namespace
 
 void bind_decoder(pybind11::module_& m) {
-  m.def("limit_isa", &limit_isa, "For tests: 0 portable, 1 AVX2, 2 AVX-512 with bf16.");
+  m.def("limit_isa", &limit_isa, "For tests: 0 portable, 1 AVX2, 2 AVX-512.");
   m.def("rms_norm", &bind_rms_norm);
   m.def("silu_mul", &bind_silu_mul);
   m.def("rope_store_kv", &bind_rope_store_kv);

@@ -5,7 +5,7 @@
 
 namespace softgrpo {
 
-// For tests: 0 portable, 1 AVX2, 2 AVX-512 with bf16, as far as the machine has them.
+// For tests: 0 portable, 1 AVX2, 2 AVX-512, as far as the machine has them.
 void limit_isa(int level);
 
 // residual and total are null together: then x itself is normalised.

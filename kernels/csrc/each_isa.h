@@ -29,7 +29,7 @@ namespace softgrpo::avx2 {
 #undef ISA_TARGET
 
 #define ISA ISA_AVX512
-#define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 namespace softgrpo::avx512 {
 #include "simd_ops.inc"
 #include SOFTGRPO_KERNEL
@@ -46,8 +46,8 @@ inline int isa_limit = ISA_AVX512;
 inline int best_isa() {
 #ifdef SOFTGRPO_X86
   static const int machine = [] {
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
       return ISA_AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return ISA_AVX2;
     return ISA_PORTABLE;

@@ -16,8 +16,6 @@
 namespace softgrpo {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 1024;
-
 int64_t max_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -104,16 +102,15 @@ class Attention {
 
   struct Thread {
     ChunkScratch chunk;
-    std::vector<const uint32_t*> queries;
     SoftmaxState state, split;
   };
 
   Thread thread() const {
-    const int64_t keys = a_.head_dim * kLanes, scores = rows_ * kChunk, values = kChunk * width_;
-    float* memory = thread_memory(keys + scores + values + 2 * state_floats());
-    float* states = memory + keys + scores + values;
-    return {{reinterpret_cast<uint32_t*>(memory), memory + keys, memory + keys + scores},
-            std::vector<const uint32_t*>(rows_),
+    const int64_t queries = rows_ * width_, keys = width_ * kLanes;
+    const int64_t scores = rows_ * kChunk, values = kChunk * width_;
+    float* memory = thread_memory(queries + keys + scores + values + 2 * state_floats());
+    float* states = memory + queries + keys + scores + values;
+    return {{memory, memory + queries, memory + queries + keys, memory + queries + keys + scores},
             state_at(states),
             state_at(states + state_floats())};
   }
@@ -126,9 +123,9 @@ class Attention {
       for (int64_t task = 0; task < tasks(); ++task) {
         const QueryBlock& block = blocks_[task / a_.num_kv_heads];
         const int64_t head = task % a_.num_kv_heads;
-        attend_split_(a_, block, head, 0, local.chunk, local.queries.data(), local.state);
+        attend_split_(a_, block, head, 0, local.chunk, local.state);
         for (int64_t split = 1; split < block.splits(); ++split) {
-          attend_split_(a_, block, head, split, local.chunk, local.queries.data(), local.split);
+          attend_split_(a_, block, head, split, local.chunk, local.split);
           merge_split_(local.state, local.split, block.queries * group_, width_);
         }
         write_rows_(a_, block, head, local.state);
@@ -150,7 +147,7 @@ class Attention {
         const QueryBlock& block = blocks_[task / a_.num_kv_heads];
         if (split < block.splits())
           attend_split_(a_, block, task % a_.num_kv_heads, split, local.chunk,
-                        local.queries.data(), state(task, split));
+                        state(task, split));
       }
     }
     for (int64_t task = 0; task < tasks(); ++task) {

@@ -14,6 +14,8 @@ constexpr int64_t kSplit = 512;
 // Query rows (queries x heads of a KV head) that share each load of K and V.
 constexpr int64_t kRows = 48;
 
+constexpr int64_t kMaxHeadDim = 1024;
+
 // Consecutive queries of one sequence.
 struct QueryBlock {
   int64_t sequence;
@@ -31,8 +33,10 @@ struct SoftmaxState {
   float* values;       // [rows, padded_dim]
 };
 
+// `values` everywhere hold their dimensions in the order of F32x32.
 struct ChunkScratch {
-  uint32_t* keys;  // [words of a key, 16]: 16 keys, transposed
+  float* queries;  // [rows, head_dim]
+  float* keys;     // [head_dim, 16]: 16 keys, transposed
   float* scores;   // [rows, kChunk]
   float* values;   // [kChunk, padded_dim]
 };

@@ -21,4 +21,10 @@ struct Bf16 {
   uint16_t bits;
 };
 
+// 32 consecutive elements. Of bf16, `first` holds the even and `second` the odd ones: each comes
+// out of its 32-bit word by one shift or mask. Of floats, the first and the last sixteen.
+struct F32x32 {
+  F32x16 first, second;
+};
+
 }  // namespace softgrpo
