@@ -274,7 +274,7 @@ def test_the_order_is_a_pure_function_of_seed_and_step():
     first = [step_indices(size, step, count, seed=7) for step in range(5)]
     assert first == [step_indices(size, step, count, seed=7) for step in range(5)]
     assert first != [step_indices(size, step, count, seed=8) for step in range(5)]
-    stream = sum(first, [])
+    stream = [index for step in first for index in step]
     # Two epochs of 10, the boundary inside step 2: each runs through everything, in its own order.
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert stream[:10] != stream[10:]
