@@ -67,7 +67,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return _checked_directory(Path(snapshot_download(name, allow_patterns=_HUB_FILES)))
+        path = snapshot_download(name, allow_patterns=_HUB_FILES)
     except HFValidationError:
         raise ValueError(f"{name!r} is neither a directory nor a valid hub id") from None
     except GatedRepoError:
@@ -78,11 +78,12 @@ def _from_hub(name: str) -> Path:
         raise ValueError(
             f"no model {name!r} on the hub, or it is private and `hf auth login` is needed"
         ) from None
-    except OSError as error:  # every network failure, and a snapshot that is not cached
+    except Exception as error:  # the network, the disk, a snapshot that is not cached
         raise ValueError(
             f"cannot download model {name!r} ({_first_line(error)}); go online once, or give a "
             "local model directory"
         ) from None
+    return _checked_directory(Path(path))
 
 
 def _resolve_smollm2() -> Path:
