@@ -5,6 +5,8 @@
 
 namespace softgrpo {
 
+constexpr int64_t kMaxHeadDim = 1024;
+
 // For tests: 0 portable, 1 AVX2, 2 AVX-512, as far as the machine has them.
 void limit_isa(int level);
 

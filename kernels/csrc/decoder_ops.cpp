@@ -64,6 +64,9 @@ void silu_mul(void* out, const void* gate_up, int64_t rows, int64_t width, bool 
 }
 
 void rope_store_kv(const RopeStore& args, bool bf16) {
+  if (args.head_dim > kMaxHeadDim)
+    throw std::invalid_argument("head_dim " + std::to_string(args.head_dim) + ": at most " +
+                                std::to_string(kMaxHeadDim));
   const int64_t slots = args.num_pages * args.page_size;
   for (int64_t row = 0; row < args.rows; ++row)
     if (args.slots[row] < 0 || args.slots[row] >= slots)

@@ -14,8 +14,6 @@ constexpr int64_t kSplit = 512;
 // Query rows (queries x heads of a KV head) that share each load of K and V.
 constexpr int64_t kRows = 48;
 
-constexpr int64_t kMaxHeadDim = 1024;
-
 // Consecutive queries of one sequence.
 struct QueryBlock {
   int64_t sequence;
