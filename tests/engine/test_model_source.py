@@ -62,7 +62,8 @@ def test_hub_ids_are_downloaded_without_other_weight_formats(tmp_path, monkeypat
     path = make_model(tmp_path / "snapshot")
     calls = []
 
-    def snapshot_download(name, *, allow_patterns):
+    def snapshot_download(name, *, allow_patterns, ignore_patterns):
+        assert "consolidated*" in ignore_patterns
         calls.append((name, allow_patterns))
         return str(path)
 

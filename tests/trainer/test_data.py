@@ -242,6 +242,38 @@ def test_build_prompt_orders_system_shots_and_question():
         build_prompt(text, types.SimpleNamespace(chat_template=None))
 
 
+def test_the_template_alone_writes_the_bos():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<s>": 0, "hi": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    assert tokenizer("hi").input_ids == [0, 1]  # by itself it adds one
+    assert build_prompt(Example("hi", "", {}), tokenizer) == [0, 1]
+
+
+@pytest.mark.demo
+def test_the_demo_prompt_of_the_real_tokenizer():
+    from transformers import AutoTokenizer
+
+    from softgrpo_engine.model_source import resolve_model
+
+    data = Config.load("demo").data
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m"))
+    example = Example("What is 67 - 57?", "10", {})
+    ids = build_prompt(example, tokenizer, data.system_prompt, data.few_shot)
+    assert len(ids) == 67
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nPut the final answer in \\boxed{}.<|im_end|>\n"
+        "<|im_start|>user\nWhat is 5 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\n5 + 2 = 7\n\\boxed{7}<|im_end|>\n"
+        "<|im_start|>user\nWhat is 67 - 57?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 def test_a_prompt_that_is_too_long_is_found_before_the_run(tmp_path):
     rows = [*ROWS, {"prompt": "x" * 300, "answer": "1"}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
