@@ -132,7 +132,7 @@ class RewardRunner:
         return [None if rewards is None else rewards[0] for rewards in alone], lost
 
 
-def apply_require_eos(rewards_S: Tensor, finish_reasons: Sequence[str]) -> Tensor:
+def apply_require_eos(rewards_S: Tensor, finish_reasons: Sequence[str | None]) -> Tensor:
     """A response that did not end by itself earns nothing: its reward is at most 0.
 
     rewards_S: float [S]. finish_reasons: "stop", "length" or "abort", one a sample.
