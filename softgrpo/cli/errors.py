@@ -1,0 +1,27 @@
+"""How commands report errors that a user can mend."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Turns an expected error into one line and exit status 2, Ctrl-C into 130.
+
+    Expected are the errors that our own checks raise: ValueError, FloatingPointError, RuntimeError
+    and OSError. SOFTGRPO_DEBUG=1 shows where they came from.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{command}: interrupted; continue with run.resume=auto", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
+        if os.environ.get("SOFTGRPO_DEBUG"):
+            raise
+        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,36 @@
+"""The Hugging Face model directory that a run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from softgrpo_engine import SoftParams
+from softgrpo_engine.model import Decoder
+from softgrpo_engine.weights import save_pretrained
+
+SOFT_SETTINGS_FILE = "softgrpo.json"
+
+
+def export_model(
+    decoder: Decoder, source: str | Path, target: str | Path, soft: SoftParams | None
+) -> None:
+    """Writes a directory that transformers loads, replacing an older one only when complete.
+
+    ``softgrpo.json`` in it holds the soft settings, which generation and evaluation use by default;
+    a model trained on discrete rollouts has none.
+    """
+    target = Path(target)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_pretrained(decoder, source, temporary)
+    # A source that is itself an export brings settings that are not this run's.
+    (temporary / SOFT_SETTINGS_FILE).unlink(missing_ok=True)
+    if soft is not None:
+        (temporary / SOFT_SETTINGS_FILE).write_text(
+            json.dumps({"soft": soft.to_dict()}, indent=2) + "\n"
+        )
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)

@@ -1,0 +1,222 @@
+"""The folder of a run: what is in it, and that a killed run leaves it consistent."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from softgrpo.config import Config, ConfigError
+
+_STATE, _WEIGHTS, _OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
+
+
+class RunFolder:
+    """config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and model/ of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+
+    def holds_a_run(self) -> bool:
+        return self.config.exists() or self.metrics.exists()
+
+    def create(self, config_yaml: str) -> None:
+        """Makes the folder and writes the resolved config."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, config_yaml)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        _append(self.metrics, [row])
+
+    def append_samples(self, rows: Iterable[dict[str, Any]]) -> None:
+        _append(self.samples, rows)
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the rows that a killed run wrote after its last checkpoint."""
+        for file in (self.metrics, self.samples):
+            if file.exists():
+                kept = [row for row in read_jsonl(file) if row.get("step", step + 1) <= step]
+                write_atomically(file, "".join(_line(row) for row in kept))
+
+    def latest_step(self) -> int:
+        """Step of the newest complete checkpoint, 0 when there is none."""
+        latest = self.latest_checkpoint()
+        return int(latest.name.removeprefix("step_")) if latest else 0
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, None when there is none."""
+        steps = sorted(self.checkpoints.glob("step_*")) if self.checkpoints.exists() else []
+        complete = [path for path in steps if path.suffix != ".tmp" and (path / _STATE).exists()]
+        return complete[-1] if complete else None
+
+    def save_checkpoint(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        keep: int,
+    ) -> Path:
+        """Writes ``checkpoints/step_NNNNNN`` and removes all but the newest ``keep``.
+
+        The checkpoint appears by one rename after everything in it has reached the disk, so that a
+        kill at any moment leaves the previous one or this one, never half of one.
+        """
+        target = self.checkpoints / f"step_{step:06d}"
+        temporary = target.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(dict(model.named_parameters()), temporary / _WEIGHTS)
+        save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
+        (temporary / _STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        _sync(self.checkpoints)
+        complete = sorted(p for p in self.checkpoints.glob("step_*") if p.suffix != ".tmp")
+        for old in complete[:-keep]:
+            shutil.rmtree(old)
+        return target
+
+
+# What may differ between the run that wrote a checkpoint and the one that continues it.
+_FREE_TO_CHANGE = ("run.max_steps", "run.resume", "run.output_dir", "checkpoint.", "log.", "eval.")
+
+
+def find_checkpoint(folder: RunFolder, config: Config) -> Path | None:
+    """The checkpoint that ``run.resume`` names, None for a new run.
+
+    Raises ConfigError when a new run would overwrite one, when there is no such checkpoint, or when
+    the run that wrote it was configured differently.
+    """
+    resume = config.run.resume
+    if resume == "none":
+        if folder.holds_a_run():
+            raise ConfigError(
+                f"{folder.path} already holds a run: continue it with run.resume=auto, "
+                "or choose another run.name"
+            )
+        return None
+    if resume == "auto":
+        if folder.config.exists():
+            _check_same_run(Config.load(folder.config), config, folder.config)
+        return folder.latest_checkpoint()
+    path = Path(resume)
+    if not (path / _STATE).exists():
+        raise ConfigError(f"run.resume: {resume!r} is no checkpoint (it has no {_STATE})")
+    return path
+
+
+def _check_same_run(then: Config, now: Config, path: Path) -> None:
+    before, after = _flat(asdict(then)), _flat(asdict(now))
+    for key in before:
+        if before[key] != after.get(key) and not key.startswith(_FREE_TO_CHANGE):
+            raise ConfigError(
+                f"{key} was {before[key]!r} in {path} and is {after.get(key)!r} now: resume with "
+                "the same settings, or choose another run.name"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def load_checkpoint(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Loads weights and optimizer state in place and returns what ``save_checkpoint`` was given.
+
+    Raises ValueError naming the checkpoint when it is not one, or not of this model.
+    """
+    path = Path(path)
+    if not (path / _STATE).exists():
+        raise ValueError(f"{path} is no checkpoint: it has no {_STATE}")
+    weights = load_file(path / _WEIGHTS)
+    tensors = load_file(path / _OPTIMIZER)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise ValueError(f"checkpoint {path} is of another model: {name!r} does not fit")
+            parameter.copy_(weights[name])
+            state = {
+                key.removeprefix(f"{name}:"): tensor
+                for key, tensor in tensors.items()
+                if key.startswith(f"{name}:")
+            }
+            if state:
+                optimizer.state[parameter] = state
+    result: dict[str, Any] = json.loads((path / _STATE).read_text())
+    return result
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file, without a last line that a kill cut short."""
+    rows = []
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if any(lines[number:]):
+                raise ValueError(f"{path}, line {number}: not JSON") from None
+    return rows
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}:{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(finite, ensure_ascii=False) + "\n"
+
+
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("a") as file:
+        file.writelines(_line(row) for row in rows)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

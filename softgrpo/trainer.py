@@ -1,0 +1,256 @@
+"""The training loop: rollout, reward, advantage, update, sync."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softgrpo.advantages import group_advantages
+from softgrpo.batch import RolloutBatch
+from softgrpo.config import Config
+from softgrpo.data import Prompt, TrainingData
+from softgrpo.evaluator import evaluate, evaluation_row
+from softgrpo.export import export_model
+from softgrpo.metrics import completion_metrics, reward_metrics, soft_metrics
+from softgrpo.policy import Policy
+from softgrpo.progress import TrainProgress
+from softgrpo.report import build_report
+from softgrpo.rewards import RewardRunner
+from softgrpo.rollout import ROLLOUT_STREAM, collect, density_settings, rollout_uids, soft_params
+from softgrpo.run_folder import RunFolder, find_checkpoint, load_checkpoint
+from softgrpo.samples import sample_row
+from softgrpo.update import Update, learning_rate
+from softgrpo_engine import LLM, Output
+from softgrpo_engine.model_source import resolve_model
+from softgrpo_engine.weights import load_decoder
+
+
+class Trainer:
+    """SofT-GRPO in one process.
+
+        Trainer(Config.load("demo"), reward_funcs=[my_reward]).train()
+
+    Everything that can be wrong with the configuration, the data and the rewards is checked before
+    the model is loaded. reward_funcs replaces ``reward.functions`` of the configuration: callables
+    with TRL's signature ``reward(prompts, completions, **columns) -> list[float | None]``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        reward_funcs: Sequence[Callable[..., list[float | None]]] | None = None,
+    ) -> None:
+        self.config = config
+        self.folder = RunFolder(Path(config.run.output_dir) / config.run.name)
+        self.checkpoint = find_checkpoint(self.folder, config)
+        self.data = TrainingData(config)
+        self.rewards = RewardRunner(config.reward, reward_funcs)
+        self.model_path = resolve_model(config.model.path)
+        self.llm = LLM(
+            self.model_path,
+            dtype=config.model.dtype,
+            kv_memory=config.rollout.kv_memory,
+            max_batch_size=config.rollout.max_batch_size,
+            max_batch_tokens=config.rollout.max_batch_tokens,
+        )
+        self.data.prepare(self.llm.tokenizer)
+        self.policy, self.update = self._make_policy()
+        self.progress = TrainProgress()
+        self.done_steps = 0
+        self.num_tokens = 0
+
+    def train(self) -> Path:
+        """Trains up to ``run.max_steps`` and returns the run folder."""
+        config = self.config
+        with self.progress:
+            self._start()
+            self.progress.start(config.run.max_steps, self.done_steps, config.run.name)
+            while self.done_steps < config.run.max_steps:
+                row = self.step(self.done_steps + 1)
+                self.folder.append_metrics(row)
+                self.progress.step(row)
+                if self._due(config.eval.every):
+                    self._evaluate()
+                if self._due(config.checkpoint.every):
+                    self._save_checkpoint()
+                    build_report(self.folder.path)
+            self._finish()
+        return self.folder.path
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One training step (1-based): rollout, reward, advantage, update, sync."""
+        times: dict[str, float] = {}
+        with self._timed("rollout", times):
+            prompts = self.data.prompts_for_step(step - 1)
+            outputs, batch = self._rollout(step, prompts)
+        with self._timed("reward", times):
+            rewards_S, by_function = self.rewards.score(prompts, outputs)
+        with self._timed("train", times):
+            advantages_S = group_advantages(rewards_S, batch.group, self.config.algorithm.advantage)
+            lr = learning_rate(self.config.optim, step, self.config.run.max_steps)
+            update_metrics, updates = self.update(batch, advantages_S, lr)
+        with self._timed("sync", times):
+            if updates:
+                self._sync(self.llm.weight_version + updates)
+        self.done_steps = step
+        self.num_tokens += len(batch.soft.token)
+        self._show_samples(prompts, outputs, rewards_S, advantages_S)
+        return {
+            "step": step,
+            **reward_metrics(rewards_S, by_function, batch.group),
+            **completion_metrics(batch),
+            **soft_metrics(batch, self.policy.settings),
+            **update_metrics,
+            "learning_rate": lr,
+            "num_tokens": self.num_tokens,
+            "tokens_per_second": len(batch.soft.token) / times["time/rollout"],
+            "step_time": sum(times.values()),
+            **times,
+        }
+
+    def _rollout(self, step: int, prompts: list[Prompt]) -> tuple[list[Output], RolloutBatch]:
+        config = self.config
+        outputs = collect(
+            self.llm,
+            [prompt.token_ids for prompt in prompts],
+            rollout_uids(step - 1, len(prompts), config.rollout.group_size),
+            config.rollout,
+            config.algorithm.objective,
+            seed=config.run.seed,
+            stream=ROLLOUT_STREAM,
+        )
+        batch = RolloutBatch.from_outputs(
+            outputs,
+            seed=config.run.seed,
+            stream=ROLLOUT_STREAM,
+            weight_version=self.llm.weight_version,
+        )
+        return outputs, batch
+
+    def _sync(self, version: int) -> None:
+        """Hands the weights to the engine, one parameter at a time."""
+        self.llm.update_weights(
+            ((name, p.detach()) for name, p in self.policy.decoder.named_parameters()),
+            version=version,
+        )
+
+    def _make_policy(self) -> tuple[Policy, Update]:
+        """The trainable policy with float32 master weights, and its update."""
+        config = self.config
+        settings = density_settings(config)
+        dtype = getattr(torch, config.model.dtype)
+        decoder = load_decoder(self.model_path, torch.float32, self.llm.runner.device)
+        policy = Policy(decoder, settings, dtype)
+        reference = None
+        if config.algorithm.kl_coef > 0:
+            frozen = copy.deepcopy(decoder).to(dtype).requires_grad_(False)
+            reference = Policy(frozen, settings, dtype)
+        return policy, Update(
+            policy, reference, config.algorithm, config.optim, config.rollout.max_new_tokens
+        )
+
+    def _start(self) -> None:
+        """Continues from the checkpoint found, or begins a new run folder."""
+        config = self.config
+        self.folder.create(config.to_yaml())
+        if self.checkpoint is not None:
+            state = load_checkpoint(self.checkpoint, self.policy.decoder, self.update.optimizer)
+            self.done_steps, self.num_tokens = state["step"], state["num_tokens"]
+            self._sync(state["weight_version"])
+            self.progress.message(f"continuing after step {self.done_steps}: {self.checkpoint}")
+        self.folder.truncate_after(self.done_steps if self.checkpoint else -1)
+        if self.checkpoint is None and config.eval.before_train and self.data.held_out:
+            self._evaluate()
+
+    def _finish(self) -> None:
+        """The last checkpoint, the held-out result, the exported model and the report."""
+        config = self.config
+        if self.folder.latest_step() != self.done_steps:
+            self._save_checkpoint()
+        if config.eval.after_train and self.data.held_out and not self._due(config.eval.every):
+            self._evaluate()
+        if config.checkpoint.export_hf:
+            export_model(
+                self.policy.decoder,
+                self.model_path,
+                self.folder.model,
+                soft_params(config.rollout, config.algorithm.objective),
+            )
+        build_report(self.folder.path)
+        self.rewards.close()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.done_steps % every == 0
+
+    def _save_checkpoint(self) -> None:
+        state = {"num_tokens": self.num_tokens, "weight_version": self.llm.weight_version}
+        self.folder.save_checkpoint(
+            self.done_steps,
+            self.policy.decoder,
+            self.update.optimizer,
+            state,
+            self.config.checkpoint.keep,
+        )
+
+    def _evaluate(self) -> None:
+        self.progress.phase("eval")
+        prompts = self.data.eval_prompts()
+        outputs = evaluate(self.llm, [prompt.token_ids for prompt in prompts], self.config)
+        rewards_S, _ = self.rewards.score(prompts, outputs)
+        row = evaluation_row(self.done_steps, outputs, rewards_S, self.config.eval.k)
+        self.folder.append_metrics(row)
+        self.progress.evaluation(row)
+        self._keep_samples("eval", prompts, outputs, rewards_S, None)
+
+    def _show_samples(
+        self,
+        prompts: list[Prompt],
+        outputs: list[Output],
+        rewards_S: Tensor,
+        advantages_S: Tensor,
+    ) -> None:
+        if self._due(self.config.log.samples_every):
+            for row in self._keep_samples("train", prompts, outputs, rewards_S, advantages_S):
+                self.progress.sample(row)
+
+    def _keep_samples(
+        self,
+        phase: str,
+        prompts: list[Prompt],
+        outputs: list[Output],
+        rewards_S: Tensor,
+        advantages_S: Tensor | None,
+    ) -> list[dict[str, Any]]:
+        """Keeps samples of different prompts: the first sample of each of the first prompts."""
+        config = self.config
+        rows = []
+        for i in range(min(config.log.samples_per_step, len(outputs))):
+            flat = sum(len(output.samples) for output in outputs[:i])
+            row = sample_row(
+                outputs[i].samples[0],
+                step=self.done_steps,
+                phase=phase,
+                prompt=prompts[i].example.text,
+                answer=prompts[i].example.answer,
+                reward=float(rewards_S[flat]),
+                advantage=None if advantages_S is None else float(advantages_S[flat]),
+                tau=config.rollout.soft.tau,
+                tokenizer=self.llm.tokenizer,
+            )
+            rows.append(row)
+        self.folder.append_samples(rows)
+        return rows
+
+    @contextmanager
+    def _timed(self, phase: str, times: dict[str, float]) -> Iterator[None]:
+        self.progress.phase(phase)
+        started = time.perf_counter()
+        yield
+        times[f"time/{phase}"] = time.perf_counter() - started

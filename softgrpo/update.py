@@ -1,0 +1,220 @@
+"""The policy update of one rollout: minibatches, micro-batches, loss, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from softgrpo.batch import RolloutBatch
+from softgrpo.config import AlgorithmConfig, OptimConfig
+from softgrpo.density import log_densities, mismatch, rollout_logq
+from softgrpo.loss import policy_loss, token_weights
+from softgrpo.policy import Policy, PositionLogProbs
+
+
+def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
+    """Learning rate of a training step (1-based): linear warm-up, then the schedule to 0."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps + 1)
+    if config.schedule == "linear":
+        return config.lr * (1.0 - progress)
+    return config.lr * 0.5 * (1.0 + float(torch.cos(torch.tensor(progress * torch.pi))))
+
+
+@dataclass
+class _Statistics:
+    """What the passes of one step leave for its metrics row."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    kl: list[Tensor] = field(default_factory=list)
+    clipped_low: list[Tensor] = field(default_factory=list)
+    clipped_high: list[Tensor] = field(default_factory=list)
+    mismatch: list[Tensor] = field(default_factory=list)
+    ratio_to_rollout: list[Tensor] = field(default_factory=list)
+
+    def row(self) -> dict[str, float]:
+        difference, ratio = torch.cat(self.mismatch), torch.cat(self.ratio_to_rollout)
+        row = {
+            "loss": sum(self.losses) / max(1, len(self.losses)),
+            "grad_norm": sum(self.grad_norms) / max(1, len(self.grad_norms)),
+            "sampling/sampling_logp_difference/mean": float(difference.mean()),
+            "sampling/sampling_logp_difference/max": float(difference.max()),
+            "sampling/importance_sampling_ratio/min": float(ratio.min()),
+            "sampling/importance_sampling_ratio/mean": float(ratio.mean()),
+            "sampling/importance_sampling_ratio/max": float(ratio.max()),
+        }
+        if self.clipped_low:
+            low = torch.cat(self.clipped_low).float().mean()
+            high = torch.cat(self.clipped_high).float().mean()
+            row["clip_ratio/low_mean"] = float(low)
+            row["clip_ratio/high_mean"] = float(high)
+            row["clip_ratio/region_mean"] = float(low + high)
+        if self.kl:
+            row["kl"] = float(torch.cat(self.kl).mean())
+        return row
+
+
+class Update:
+    """Turns rollouts with advantages into optimizer steps on the policy."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        algorithm: AlgorithmConfig,
+        optim: OptimConfig,
+        max_new_tokens: int,
+    ) -> None:
+        self.policy, self.reference = policy, reference
+        self.algorithm, self.optim = algorithm, optim
+        self.max_new_tokens = max_new_tokens
+        device = policy.decoder.embed_weight.device.type
+        self.optimizer = torch.optim.AdamW(
+            policy.decoder.parameters(),
+            lr=optim.lr,
+            betas=(optim.betas[0], optim.betas[1]),
+            weight_decay=optim.weight_decay,
+            fused=device in ("cpu", "cuda"),
+        )
+
+    def __call__(
+        self, batch: RolloutBatch, advantages_S: Tensor, lr: float
+    ) -> tuple[dict[str, float], int]:
+        """Updates the policy on one rollout.
+
+        advantages_S: float32 [S]. Returns the metrics row and the number of optimizer steps taken:
+        a minibatch in which no group has a spread of rewards teaches nothing and takes none.
+        Raises FloatingPointError, before the weights change, when a gradient is not finite.
+        """
+        statistics = _Statistics()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        size = self.optim.minibatch_prompts or batch.num_groups
+        minibatches = [
+            list(range(start, min(start + size, batch.num_groups)))
+            for start in range(0, batch.num_groups, size)
+        ]
+        parts = [self._useful(batch, advantages_S, groups) for groups in minibatches]
+        if not any(parts):
+            # Nothing to learn from, but the match of rollout and trainer is watched at every step.
+            self._watch(batch.select_groups([0])[0], statistics)
+            return statistics.row(), 0
+        # With one minibatch the sampling policy is the current one: its pass is the update's own.
+        old_T = self._old_densities(batch, parts, statistics) if len(minibatches) > 1 else None
+        taken = 0
+        for groups, useful in zip(minibatches, parts, strict=True):
+            if useful:
+                self._minibatch(batch, advantages_S, groups, useful, old_T, statistics)
+                taken += 1
+        return statistics.row(), taken
+
+    def _useful(self, batch: RolloutBatch, advantages_S: Tensor, groups: list[int]) -> list[int]:
+        if self.reference is not None:
+            return groups
+        with_spread = set(batch.group[advantages_S != 0].tolist())
+        return [g for g in groups if g in with_spread]
+
+    def _minibatch(
+        self,
+        batch: RolloutBatch,
+        advantages_S: Tensor,
+        groups: list[int],
+        useful: list[int],
+        old_T: Tensor | None,
+        statistics: _Statistics,
+    ) -> None:
+        # Every group of the minibatch counts in the denominator, also those without spread.
+        whole, whole_rows = batch.select_groups(groups)
+        weights_T = torch.zeros(len(batch.soft.token))
+        weights_T[whole_rows] = token_weights(
+            whole,
+            ~whole.soft.forced.bool(),
+            self.algorithm.loss_aggregation,
+            self.max_new_tokens,
+        )
+        advantages_T = advantages_S[batch.sample_of_token]
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for micro in self._micro_batches(batch, useful):
+            part, rows = batch.select_groups(micro)
+            new = self.policy.log_probs(part)
+            if old_T is None:
+                self._compare(part, new, statistics)
+            reference_T = None
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference_T = self.reference.log_probs(part).density
+            result = policy_loss(
+                new.density,
+                new.density.detach() if old_T is None else old_T[rows],
+                advantages_T[rows],
+                weights_T[rows],
+                clip_low=self.algorithm.clip_low,
+                clip_high=self.algorithm.clip_high,
+                dual_clip=self.algorithm.dual_clip,
+                kl_coef=self.algorithm.kl_coef,
+                reference_T=reference_T,
+            )
+            result.loss.backward()
+            total += result.loss.item()
+            statistics.clipped_low.append(result.clipped_low)
+            statistics.clipped_high.append(result.clipped_high)
+            if result.kl is not None:
+                statistics.kl.append(result.kl)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.policy.decoder.parameters(), self.optim.grad_clip
+        )
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"the gradient norm is {norm.item()}; lower optim.lr or look at the last samples"
+            )
+        self.optimizer.step()
+        statistics.losses.append(total)
+        statistics.grad_norms.append(norm.item())
+
+    def _old_densities(
+        self, batch: RolloutBatch, parts: list[list[int]], statistics: _Statistics
+    ) -> Tensor:
+        """Densities [T] under the policy before the first minibatch changes it."""
+        old_T = torch.zeros(len(batch.soft.token))
+        for micro in self._micro_batches(batch, [g for groups in parts for g in groups]):
+            part, rows = batch.select_groups(micro)
+            old_T[rows] = self._watch(part, statistics).density
+        return old_T
+
+    def _watch(self, part: RolloutBatch, statistics: _Statistics) -> PositionLogProbs:
+        with torch.no_grad():
+            current = self.policy.log_probs(part)
+        self._compare(part, current, statistics)
+        return current
+
+    def _compare(
+        self, part: RolloutBatch, current: PositionLogProbs, statistics: _Statistics
+    ) -> None:
+        """Records how far the trainer's probabilities are from those that the rollout drew from."""
+        settings, classes = self.policy.settings, current.classes
+        theirs = rollout_logq(part, classes, settings)
+        statistics.mismatch.append(mismatch(current.candidates, theirs, classes))
+        behaviour = log_densities(theirs, part.logprobs, part, classes, settings)
+        ratio = torch.exp(current.density.detach() - behaviour)
+        statistics.ratio_to_rollout.append(ratio[~classes.forced])
+
+    def _micro_batches(self, batch: RolloutBatch, groups: list[int]) -> Iterator[list[int]]:
+        """Consecutive groups whose packed tokens fit the budget; a group is never split."""
+        lens = batch.prompt_lens.long().index_add(0, batch.group.long(), batch.response_lens.long())
+        micro: list[int] = []
+        tokens = 0
+        for g in groups:
+            if micro and tokens + int(lens[g]) > self.optim.tokens_per_microbatch:
+                yield micro
+                micro, tokens = [], 0
+            micro.append(g)
+            tokens += int(lens[g])
+        yield micro
