@@ -42,6 +42,11 @@ class RunFolder:
     def append_metrics(self, row: dict[str, Any]) -> None:
         _append(self.metrics, [row])
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the metrics hold a held-out evaluation of that step."""
+        rows = read_jsonl(self.metrics) if self.metrics.exists() else []
+        return any(r["step"] == step and any(k.startswith("eval/") for k in r) for r in rows)
+
     def append_samples(self, rows: Iterable[dict[str, Any]]) -> None:
         _append(self.samples, rows)
 

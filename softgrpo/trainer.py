@@ -174,7 +174,8 @@ class Trainer:
         config = self.config
         if self.folder.latest_step() != self.done_steps:
             self._save_checkpoint()
-        if config.eval.after_train and self.data.held_out and not self._due(config.eval.every):
+        wanted = config.eval.after_train and bool(self.data.held_out)
+        if wanted and not self.folder.has_evaluation(self.done_steps):
             self._evaluate()
         if config.checkpoint.export_hf:
             export_model(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from softgrpo.batch import RolloutBatch
 from softgrpo.density import DensitySettings, classify, log_densities, mismatch, rollout_logq
 from softgrpo_engine import SoftTokens

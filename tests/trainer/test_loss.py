@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from softgrpo.advantages import group_advantages
 from softgrpo.loss import policy_loss
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from softgrpo.run_folder import RunFolder, load_checkpoint, read_jsonl
 
 

@@ -1,0 +1,189 @@
+"""The trainer scores what the engine drew: on-policy equality, and the gradient of a toy reward."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from softgrpo.batch import RolloutBatch
+from softgrpo.density import (
+    OFFICIAL_EPS,
+    OFFICIAL_NOISE_CLIP,
+    DensitySettings,
+    log_densities,
+    mismatch,
+    rollout_logq,
+)
+from softgrpo.policy import Policy
+from softgrpo_engine import LLM, SamplingParams, SoftParams
+from softgrpo_engine.config import DecoderConfig
+from softgrpo_engine.model import Decoder
+from softgrpo_kernels import gumbel_noise, soft_weights
+
+CONFIG = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": 1,
+    "initializer_range": 0.3,
+}
+
+
+def make_decoder(tied=True):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **CONFIG, tie_word_embeddings=tied)
+    decoder = Decoder(DecoderConfig.from_hf(config))
+    for name, parameter in decoder.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.3)
+    return decoder
+
+
+def roll(soft, params=None, groups=2, samples=4, tied=True):
+    """A rollout of a tiny random model, and the decoder with the weights that wrote it."""
+    engine = LLM(make_decoder(tied), kv_memory=0.01, max_batch_size=16)
+    params = params or SamplingParams(max_tokens=12, temperature=0.8, top_k=6, top_p=0.9)
+    prompts = [[5, 6, 7, 8, 9][: 3 + g] for g in range(groups)]
+    uids = [[10 * g + s for s in range(samples)] for g in range(groups)]
+    outputs = engine.generate_groups(prompts, params, soft or False, seed=3, uids=uids)
+    batch = RolloutBatch.from_outputs(outputs, seed=3, stream=0, weight_version=0)
+    return batch, make_decoder(tied)
+
+
+THINKING = {"end_of_thinking": 2}
+CASES = {
+    # soft to the end; soft, then an answer at another temperature; a budget that forces the end;
+    # a budget without an end-of-thinking token; discrete over candidates; over the vocabulary.
+    "exact": ("exact", {}, {}),
+    "answer": ("exact", {"temperature": 1.3, **THINKING}, {}),
+    "budget": ("exact", {"max_soft_tokens": 3, **THINKING}, {}),
+    "budget-no-end": ("exact", {"max_soft_tokens": 3}, {}),
+    "concrete": ("concrete", {"tau": 0.7}, {}),
+    "official": (
+        "official",
+        {"noise_clip": OFFICIAL_NOISE_CLIP, "eps": OFFICIAL_EPS, **THINKING},
+        {},
+    ),
+    "discrete": ("exact", None, {}),
+    "discrete-full": ("exact", None, {"top_k": -1, "top_p": 1.0}),
+}
+
+
+def settings_of(objective, soft, params):
+    return DensitySettings(
+        objective=objective,
+        tau=soft.tau if soft else 0.1,
+        soft_temperature=soft.temperature if soft else 1.0,
+        discrete_temperature=params.temperature,
+        discrete_full=params.top_k <= 0,
+        soft_enabled=soft is not None,
+        max_soft_tokens=soft.max_soft_tokens if soft else None,
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_trainer_equals_rollout_on_policy(case, tied):
+    objective, soft, extra = CASES[case]
+    soft = None if soft is None else SoftParams(top_k=5, top_p=0.9, **soft)
+    params = SamplingParams(
+        **{"max_tokens": 12, "temperature": 0.8, "top_k": 6, "top_p": 0.9, **extra}
+    )
+    batch, decoder = roll(soft, params, tied=tied)
+    settings = settings_of(objective, soft, params)
+    policy = Policy(decoder, settings, torch.float32)
+    with torch.no_grad():
+        ours = policy.log_probs(batch)
+    theirs = rollout_logq(batch, ours.classes, settings)
+    if bool((ours.classes.soft | ours.classes.candidates).any()):
+        assert mismatch(ours.candidates, theirs, ours.classes).max() < 1e-4
+    chosen = ours.classes.candidates | ours.classes.full
+    if objective != "official":  # whose ending token is scored over more than it was drawn from
+        error = (ours.density - batch.logprobs)[chosen].abs()
+        assert error.numel() == 0 or error.max() < 1e-4
+    if objective == "exact" and soft is not None:
+        rows = ours.classes.soft
+        behaviour = log_densities(theirs, batch.logprobs, batch, ours.classes, settings)
+        error = (ours.density - behaviour)[rows].abs()
+        noise = gumbel_noise(batch.soft.ids, 3, batch.position, batch.uid[batch.sample_of_token])
+        energy = torch.where(batch.soft.ids >= 0, (1 - torch.exp(-noise)).abs(), 0.0).sum(-1)
+        assert error.mean() < 1e-4
+        assert (error <= 1e-4 * (1 + energy[rows])).all()
+    if case == "budget":
+        assert batch.soft.forced.any()
+        assert (ours.density[batch.soft.forced] == 0).all()
+        assert (batch.soft.token[batch.soft.forced] == 2).all()
+    assert ours.classes.soft.any() == (soft is not None)
+
+
+def test_changed_weights_show_as_mismatch():
+    """The check above can fail: one weight off, and it does."""
+    soft = SoftParams()
+    batch, decoder = roll(soft)
+    with torch.no_grad():
+        decoder.model.layers[0].mlp.down_proj.weight[0] += 0.5
+    settings = DensitySettings(discrete_temperature=0.8)
+    ours = Policy(decoder, settings, torch.float32).log_probs(batch)
+    assert (
+        mismatch(ours.candidates, rollout_logq(batch, ours.classes, settings), ours.classes).max()
+        > 1e-2
+    )
+
+
+def test_no_gradient_through_soft_inputs():
+    """Only the output side of a tied table gets a gradient from soft positions: ids that were
+    neither prompt nor candidate stay at exactly 0."""
+    batch, decoder = roll(SoftParams())
+    policy = Policy(decoder, DensitySettings(discrete_temperature=0.8), torch.float32)
+    policy.log_probs(batch).density.sum().backward()
+    touched = set(batch.prompt_ids.tolist()) | set(batch.soft.ids.flatten().tolist())
+    gradient = decoder.embed_weight.grad.abs().sum(-1)
+    untouched = [i for i in range(CONFIG["vocab_size"]) if i not in touched]
+    assert untouched
+    assert (gradient[untouched] == 0).all()
+    assert (gradient[sorted(touched - {-1})] > 0).any()
+
+
+@pytest.mark.parametrize("objective", ["exact", "concrete"])
+def test_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
+    """One soft position with three candidates, reward = a function of the mixture: the score
+    estimator against finite differences of the expected reward, on common random numbers."""
+    tau, n, step = 0.5, 400_000, 0.02
+    z = torch.tensor([0.4, -0.3, 0.1], dtype=torch.float64)
+    ids = torch.arange(3).expand(n, 3)
+    noise = gumbel_noise(ids, 11, torch.arange(n) % 997, torch.arange(n)).double()
+    values = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
+
+    def rewards(logits):
+        gprime = logits.log_softmax(-1) + noise
+        weights = soft_weights(gprime.float(), torch.ones(n, dtype=torch.uint8), tau).double()
+        return (weights @ values).square(), gprime
+
+    reward, gprime = rewards(z)
+    u = gprime - z.log_softmax(-1)
+    if objective == "exact":
+        score = 1 - torch.exp(-u)
+    else:
+        score = 1 - 3 * torch.softmax(-u, -1)
+    # dl/dz_j = s_j - q_j sum s; a baseline lowers the variance and changes no expectation.
+    dz = score - torch.softmax(z, -1) * score.sum(-1, keepdim=True)
+    samples = (reward - reward.mean())[:, None] * dz
+    estimate, error = samples.mean(0), samples.std(0) / math.sqrt(n)
+    for j in range(3):
+        shift = torch.zeros(3, dtype=torch.float64)
+        shift[j] = step
+        difference = (rewards(z + shift)[0] - rewards(z - shift)[0]).mean() / (2 * step)
+        assert abs(estimate[j] - difference) < 4 * error[j] + 1e-3
+        assert abs(difference) > 20 * error[j] or j == 2  # the comparison has power
+    # The same gradient from the trainer's own density.
+    leaf = z.clone().requires_grad_()
+    from softgrpo_kernels import soft_density
+
+    density = soft_density(leaf.log_softmax(-1).expand(n, 3), gprime, objective=objective)
+    ((reward - reward.mean()) * density).mean().backward()
+    torch.testing.assert_close(leaf.grad, estimate, atol=1e-9, rtol=1e-6)
