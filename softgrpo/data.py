@@ -73,13 +73,14 @@ class TrainingData:
             raise DataError(f"{data.train}: every example is also held out in {data.eval}")
         self._tokenizer: Any = None
 
-    def prepare(self, tokenizer: Any) -> None:
-        """Sets the tokenizer and builds every prompt of the run once, so that none fails later."""
+    def prepare(self, tokenizer: Any) -> list[Prompt]:
+        """Sets the tokenizer and returns every prompt of the run, so that none fails later."""
         self._tokenizer = tokenizer
         steps = range(self.config.run.max_steps)
-        for index in sorted({index for step in steps for index in self._indices(step)}):
-            self._encode(self.train[index], f"{self.config.data.train}, example {index}")
-        self.eval_prompts()
+        indices = sorted({index for step in steps for index in self._indices(step)})
+        name = self.config.data.train
+        train = [self._encode(self.train[i], f"{name}, example {i}") for i in indices]
+        return train + self.eval_prompts()
 
     def prompts_for_step(self, step: int) -> list[Prompt]:
         """The prompts of 0-based `step`: a pure function of (run.seed, step)."""

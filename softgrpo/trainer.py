@@ -23,7 +23,14 @@ from softgrpo.policy import Policy
 from softgrpo.progress import TrainProgress
 from softgrpo.report import build_report
 from softgrpo.rewards import RewardRunner
-from softgrpo.rollout import ROLLOUT_STREAM, collect, density_settings, rollout_uids, soft_params
+from softgrpo.rollout import (
+    ROLLOUT_STREAM,
+    collect,
+    density_settings,
+    rollout_uids,
+    sampling_params,
+    soft_params,
+)
 from softgrpo.run_folder import RunFolder, find_checkpoint, load_checkpoint
 from softgrpo.samples import sample_row
 from softgrpo.update import Update, learning_rate
@@ -60,7 +67,8 @@ class Trainer:
             max_batch_size=config.rollout.max_batch_size,
             max_batch_tokens=config.rollout.max_batch_tokens,
         )
-        self.data.prepare(self.llm.tokenizer)
+        prompts = self.data.prepare(self.llm.tokenizer)
+        self.llm.check_fits([p.token_ids for p in prompts], sampling_params(config.rollout))
         self.policy, self.update = self._make_policy()
         self.progress = TrainProgress()
         self.done_steps = 0

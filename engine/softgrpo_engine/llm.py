@@ -216,6 +216,24 @@ class LLM:
             "weight_version": self.weight_version,
         }
 
+    def check_fits(self, prompts: Seq[list[int]], params: SamplingParams) -> None:
+        """Raises ValueError, naming the prompt, unless every prompt and its answer can fit."""
+        for index, prompt in enumerate(prompts):
+            longest = len(prompt) + params.max_tokens
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty")
+            if longest > self.max_model_len:
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens; with max_tokens="
+                    f"{params.max_tokens} that is {longest}, and the context is "
+                    f"{self.max_model_len}: shorten one of them"
+                )
+            if pages_for(longest) > self.pool.num_pages:
+                raise ValueError(
+                    f"prompt {index} needs {pages_for(longest)} KV pages for {longest} tokens, "
+                    f"and there are {self.pool.num_pages}: raise kv_memory"
+                )
+
     def _add(
         self,
         prompts: Seq[list[int]],
@@ -229,8 +247,7 @@ class LLM:
         if soft is None:
             soft = self.default_soft
         soft = soft or None
-        for i, prompt in enumerate(prompts):
-            self._check_fits(i, prompt, params)
+        self.check_fits(prompts, params)
         bad = [uid for group in uids for uid in group if not 0 <= uid < 2**32]
         if bad:
             raise ValueError(f"uid {bad[0]} is not allowed: must be >= 0 and < 2^32")
@@ -263,21 +280,6 @@ class LLM:
             for sequence in group:
                 self.scheduler.add(sequence)
         return groups
-
-    def _check_fits(self, index: int, prompt: list[int], params: SamplingParams) -> None:
-        longest = len(prompt) + params.max_tokens
-        if not prompt:
-            raise ValueError(f"prompt {index} is empty")
-        if longest > self.max_model_len:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens; with max_tokens={params.max_tokens} "
-                f"that is {longest}, and the context is {self.max_model_len}: shorten one of them"
-            )
-        if pages_for(longest) > self.pool.num_pages:
-            raise ValueError(
-                f"prompt {index} needs {pages_for(longest)} KV pages for {longest} tokens, and "
-                f"there are {self.pool.num_pages}: raise kv_memory"
-            )
 
     def _advance(self, plan: Plan, drawn: Drawn, forced: list[int | None]) -> list[Sequence]:
         """Reads the drawn tokens, moves phases on, and ends what has ended."""
