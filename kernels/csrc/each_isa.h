@@ -5,35 +5,53 @@
 #pragma once
 #include "simd.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own intrinsics start from a register that is undefined on purpose.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #define ISA_PORTABLE 0
 #define ISA_AVX2 1
 #define ISA_AVX512 2
 
 #define ISA ISA_PORTABLE
 #define ISA_TARGET
-namespace softgrpo::portable {
+namespace softgrpo {
+namespace {
+namespace portable {
 #include "simd_ops.inc"
 #include SOFTGRPO_KERNEL
-}  // namespace softgrpo::portable
+}  // namespace portable
+}  // namespace
+}  // namespace softgrpo
 #undef ISA
 #undef ISA_TARGET
 
 #ifdef SOFTGRPO_X86
 #define ISA ISA_AVX2
 #define ISA_TARGET __attribute__((target("avx2,fma")))
-namespace softgrpo::avx2 {
+namespace softgrpo {
+namespace {
+namespace avx2 {
 #include "simd_ops.inc"
 #include SOFTGRPO_KERNEL
-}  // namespace softgrpo::avx2
+}  // namespace avx2
+}  // namespace
+}  // namespace softgrpo
 #undef ISA
 #undef ISA_TARGET
 
 #define ISA ISA_AVX512
 #define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-namespace softgrpo::avx512 {
+namespace softgrpo {
+namespace {
+namespace avx512 {
 #include "simd_ops.inc"
 #include SOFTGRPO_KERNEL
-}  // namespace softgrpo::avx512
+}  // namespace avx512
+}  // namespace
+}  // namespace softgrpo
 #undef ISA
 #undef ISA_TARGET
 #endif

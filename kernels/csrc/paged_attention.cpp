@@ -93,10 +93,11 @@ class Attention {
   // Each thread keeps its memory: one allocation in the life of a thread, not one a call.
   float* thread_memory(int64_t floats) const {
     struct alignas(64) Line {
-      float lanes[kLanes];
+      float lanes[kMaxLanes];
     };
     thread_local std::vector<Line> memory;
-    if (static_cast<int64_t>(memory.size()) * kLanes < floats) memory.resize(floats / kLanes + 1);
+    if (static_cast<int64_t>(memory.size()) * kMaxLanes < floats)
+      memory.resize(floats / kMaxLanes + 1);
     return memory[0].lanes;
   }
 
@@ -106,7 +107,7 @@ class Attention {
   };
 
   Thread thread() const {
-    const int64_t queries = rows_ * width_, keys = width_ * kLanes;
+    const int64_t queries = rows_ * width_, keys = width_ * kMaxLanes;
     const int64_t scores = rows_ * kChunk, values = kChunk * width_;
     float* memory = thread_memory(queries + keys + scores + values + 2 * state_floats());
     float* states = memory + queries + keys + scores + values;

@@ -31,10 +31,10 @@ struct SoftmaxState {
   float* values;       // [rows, padded_dim]
 };
 
-// `values` everywhere hold their dimensions in the order of F32x32.
+// `values` everywhere hold their dimensions in the order of FloatPair.
 struct ChunkScratch {
   float* queries;  // [rows, head_dim]
-  float* keys;     // [head_dim, 16]: 16 keys, transposed
+  float* keys;     // [head_dim, kLanes], transposed
   float* scores;   // [rows, kChunk]
   float* values;   // [kChunk, padded_dim]
 };
