@@ -64,7 +64,9 @@ def _words_html(run: Run, other: Run | None) -> str:
     if other is not None:
         said.append(f"Dashed lines show the run {other.name}.")
     if run.unreadable:
-        said.append(f"{run.unreadable} unreadable lines of its files were left out.")
+        one = run.unreadable == 1
+        lines = "line of its files was" if one else "lines of its files were"
+        said.append(f"{run.unreadable} unreadable {lines} left out.")
     return escape(" ".join(said))
 
 

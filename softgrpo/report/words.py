@@ -121,7 +121,7 @@ def _speed(run: Run) -> list[str]:
 
 def _batch(run: Run) -> str | None:
     prompts, group = run.setting("rollout.prompts_per_step"), run.setting("rollout.group_size")
-    return None if prompts is None or group is None else f"{prompts} prompts × {group} samples"
+    return None if prompts is None or group is None else f"{prompts} prompts of {group} samples"
 
 
 def _largest(rows: Sequence[Row], pattern: str) -> str | None:
