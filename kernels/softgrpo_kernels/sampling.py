@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import partial
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from softgrpo_kernels import reference
+from softgrpo_kernels.extension import cpu_extension
 from softgrpo_kernels.rows import Clamp, Number, RowParameters, SoftToken, check_counter_words
 
-BACKENDS = ("auto", "reference", "cpu")
+# Numbers of the dtypes in C++.
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def soft_token(
@@ -94,7 +100,10 @@ def soft_token(
         stream=stream,
         mode=mode,
     )
-    return reference.soft_token(
+    tables = [x for x in (logits, embed, hidden, lm_head) if x is not None]
+    kernels = _kernels(backend, tables)
+    step = reference.soft_token if kernels is None else partial(_soft_token_cpu, kernels)
+    return step(
         logits.detach(),
         embed,
         rows,
@@ -131,7 +140,20 @@ def gumbel_noise(
     ]
     if ids.is_cpu:
         check_counter_words(*keys[1:])
-    return reference.gumbel_noise(ids, *keys)
+    kernels = cpu_extension() if ids.is_cpu else None
+    if kernels is None or ids.dim() == 0:
+        return reference.gumbel_noise(ids, *keys)
+    ids = ids.to(torch.int32).contiguous()
+    keys = [key.expand(ids.shape[:-1]).contiguous() for key in keys]
+    out = torch.empty(ids.shape, dtype=torch.float32)
+    kernels.gumbel_noise(
+        out.data_ptr(),
+        ids.data_ptr(),
+        *(key.data_ptr() for key in keys),
+        keys[0].numel(),
+        ids.shape[-1],
+    )
+    return out
 
 
 def soft_embedding(ids: Tensor, weights: Tensor, embed: Tensor) -> Tensor:
@@ -164,7 +186,24 @@ class _SoftEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, ids: Tensor, weights: Tensor, embed: Tensor) -> Tensor:
         ctx.save_for_backward(ids, weights, embed)
-        return reference.soft_embedding(ids, weights, embed)
+        kernels = _kernels("auto", [embed])
+        if kernels is None:
+            return reference.soft_embedding(ids, weights, embed)
+        table = _unit_stride(embed)
+        ids, weights = ids.to(torch.int32).contiguous(), weights.float().contiguous()
+        out = embed.new_empty((*ids.shape[:-1], embed.shape[1]))
+        kernels.soft_embedding(
+            out.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            ids.numel() // max(1, ids.shape[-1]),
+            ids.shape[-1],
+            table.data_ptr(),
+            table.stride(0),
+            table.shape[1],
+            _DTYPES[table.dtype],
+        )
+        return out
 
     @staticmethod
     @once_differentiable
@@ -182,6 +221,98 @@ class _SoftEmbedding(torch.autograd.Function):
             d_embed.index_put_((tokens[live],), terms[live], accumulate=True)
             d_embed = d_embed.to(embed.dtype)
         return None, d_weights, d_embed
+
+
+def _kernels(backend: str, tables: list[Tensor]) -> ModuleType | None:
+    """The C++ kernels where they are to be used; None: the reference."""
+    if backend not in ("auto", "reference", "cpu"):
+        raise ValueError(f"backend must be auto, reference or cpu, not {backend!r}")
+    if backend == "reference":
+        return None
+    able = all(x.is_cpu and x.dtype in _DTYPES for x in tables)
+    kernels = cpu_extension() if able else None
+    if backend == "cpu" and kernels is None:
+        raise ValueError(
+            "backend 'cpu' needs the compiled extension and CPU tensors of float32, bfloat16 or "
+            "float16"
+        )
+    return kernels
+
+
+def _soft_token_cpu(
+    kernels: ModuleType,
+    logits: Tensor,
+    embed: Tensor | None,
+    rows: RowParameters,
+    *,
+    terminal_ids: Tensor | None,
+    hidden: Tensor | None,
+    lm_head: Tensor | None,
+    need_lse: bool,
+    need_entropy: bool,
+) -> SoftToken:
+    """Fills the outputs through pointers; what they point into lives until the return."""
+    batch, k_max = logits.shape[0], rows.k_max
+    logits = _unit_stride(logits)
+    embed, hidden, lm_head = (
+        None if x is None else _unit_stride(x) for x in (embed, hidden, lm_head)
+    )
+    if terminal_ids is not None:
+        terminal_ids = terminal_ids.to(torch.int32).contiguous()
+
+    def new(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty((batch, *shape), dtype=dtype)
+
+    out = SoftToken(
+        ids=new(torch.int32, k_max),
+        gprime=new(torch.float32, k_max),
+        weights=new(torch.float32, k_max),
+        logp=new(torch.float32, k_max),
+        n=new(torch.int32),
+        token=new(torch.int32),
+        token_logp=new(torch.float32),
+        kind=new(torch.uint8),
+        embed=None if embed is None else new(embed.dtype, embed.shape[1]),
+        lse=new(torch.float32) if need_lse else None,
+        entropy=new(torch.float32) if need_entropy else None,
+        valid=new(torch.bool),
+    )
+    kernels.soft_token(
+        rows=batch,
+        vocabulary=logits.shape[1],
+        k_max=k_max,
+        floats=rows.floats.data_ptr(),
+        ints=rows.ints.data_ptr(),
+        logits=logits.data_ptr(),
+        logits_dtype=_DTYPES[logits.dtype],
+        logits_stride=logits.stride(0),
+        terminal_ids=_address(terminal_ids),
+        terminal_width=0 if terminal_ids is None else terminal_ids.shape[1],
+        hidden=_address(hidden),
+        hidden_stride=0 if hidden is None else hidden.stride(0),
+        **_table("lm_head", lm_head),
+        **_table("embed", embed),
+        **{f"out_{field.name}": _address(getattr(out, field.name)) for field in fields(out)},
+    )
+    return out
+
+
+def _table(name: str, table: Tensor | None) -> dict[str, int]:
+    address, stride, width, dtype = (0, 0, 0, 0)
+    if table is not None:
+        address, stride, width = table.data_ptr(), table.stride(0), table.shape[1]
+        dtype = _DTYPES[table.dtype]
+    values = {"": address, "_stride": stride, "_width": width, "_dtype": dtype}
+    return {name + suffix: value for suffix, value in values.items()}
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """x itself when its last axis is contiguous (rows may lie apart), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check_tables(

@@ -1,0 +1,366 @@
+// One row is one task: nothing depends on the batch, on its order or on the threads. The passes over
+// the vocabulary are vector code (soft_token.inc); what follows on the few candidates is done in
+// fp64, so that no boundary and no rounded result depends on a library's exp or an order of sums.
+#include "soft_token.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "half.h"
+#include "soft_token_row.h"
+
+#define SOFTGRPO_KERNEL "soft_token.inc"
+#include "each_isa.h"
+
+namespace softgrpo {
+namespace {
+
+template <class T>
+class RowSampler {
+ public:
+  RowSampler(const SoftTokenArgs& args, int64_t b, Scratch& scratch)
+      : args_(args), b_(b), row_(row_parameters(args, b)), scratch_(scratch),
+        z_(static_cast<const T*>(args.logits) + b * args.logits_stride) {}
+
+  void run() {
+    write_padding();
+    if (row_.mode == kSkip) return;
+    scratch_.tiles.resize((args_.vocabulary + kTile - 1) / kTile);
+    const bool good = SOFTGRPO_BEST(tile_maxima<T>)(scratch_.tiles.data(), z_, args_.vocabulary);
+    best_tile_ = *std::min_element(scratch_.tiles.begin(), scratch_.tiles.end(), comes_before);
+    if (!good || best_tile_.value == -HUGE_VALF) {
+      args_.valid[b_] = false;
+      return;
+    }
+    const bool listed = row_.top_k >= 1 && row_.top_k <= args_.k_max;
+    if (row_.mode == kGreedy)
+      sample_greedy();
+    else if (listed)
+      sample_listed();
+    else
+      sample_unlisted();
+    write_row();
+  }
+
+ private:
+  bool soft() const { return row_.mode == kSoft; }
+
+  Sums sums(float temperature) const {
+    return SOFTGRPO_BEST(exponential_sums<T>)(z_, args_.vocabulary, temperature,
+                                              best_tile_.value / temperature);
+  }
+
+  void write_padding() {
+    const int64_t at = b_ * args_.k_max;
+    std::fill_n(args_.ids + at, args_.k_max, -1);
+    std::fill_n(args_.gprime + at, args_.k_max, -HUGE_VALF);
+    std::fill_n(args_.weights + at, args_.k_max, 0.0f);
+    std::fill_n(args_.logp + at, args_.k_max, -HUGE_VALF);
+    args_.n[b_] = 0;
+    args_.token[b_] = -1;
+    args_.token_logp[b_] = -HUGE_VALF;
+    args_.kind[b_] = 0;
+    args_.valid[b_] = true;
+    if (args_.embed_out) write_embedding();
+    if (args_.lse) args_.lse[b_] = std::numeric_limits<float>::quiet_NaN();
+    if (args_.entropy) args_.entropy[b_] = std::numeric_limits<float>::quiet_NaN();
+  }
+
+  // Appends the elements of one tile with values of at least `low` (and above -inf) to the list.
+  void append_tile(int64_t tile, float low) {
+    const int64_t begin = tile * kTile;
+    const int64_t count = std::min(kTile, args_.vocabulary - begin);
+    float values[kTile];
+    SOFTGRPO_BEST(convert_logits<T>)(values, z_ + begin, count);
+    for (int64_t i = 0; i < count; ++i)
+      if (values[i] >= low && values[i] > -HUGE_VALF)
+        scratch_.list.push_back({values[i], static_cast<int32_t>(begin + i)});
+  }
+
+  // The first k tokens of the row, unsorted, values not yet divided by the temperature.
+  // A token among the first k lies in one of the first k tiles, ordered by (maximum, position):
+  // fewer than k tiles have a token before it. So the k tiles hold them all, ties included.
+  void select_candidates(int64_t k) {
+    auto& tiles = scratch_.chosen_tiles;
+    tiles = scratch_.tiles;
+    float low = -HUGE_VALF;
+    if (static_cast<int64_t>(tiles.size()) > k) {
+      std::nth_element(tiles.begin(), tiles.begin() + (k - 1), tiles.end(), comes_before);
+      tiles.resize(k);
+      low = tiles.back().value;
+    }
+    auto& list = scratch_.list;
+    list.clear();
+    for (const Candidate& tile : tiles)
+      if (tile.value > -HUGE_VALF) append_tile(tile.id, low);
+    if (static_cast<int64_t>(list.size()) > k) {
+      std::nth_element(list.begin(), list.begin() + (k - 1), list.end(), comes_before);
+      list.resize(k);
+    }
+  }
+
+  // Logits of the candidates again, as fp32 dot products.
+  void refine_candidates() {
+    const EmbeddingTable& head = args_.lm_head;
+    const auto kernel = head.dtype == kFloat32    ? SOFTGRPO_BEST(dot<float>)
+                        : head.dtype == kBfloat16 ? SOFTGRPO_BEST(dot<Bf16>)
+                                                  : SOFTGRPO_BEST(dot<Half>);
+    const int64_t bytes = head.dtype == kFloat32 ? 4 : 2;
+    const char* x = static_cast<const char*>(args_.hidden) + b_ * args_.hidden_stride * bytes;
+    const char* table = static_cast<const char*>(head.weights);
+    for (Candidate& c : scratch_.list)
+      c.value = kernel(x, table + c.id * head.stride * bytes, head.width);
+  }
+
+  // Steps 1 to 5 on the row's candidates.
+  void sample_listed() {
+    select_candidates(row_.top_k);
+    if (args_.hidden) refine_candidates();
+    auto& list = scratch_.list;
+    for (Candidate& c : list) c.value /= row_.temperature;
+    std::sort(list.begin(), list.end(), comes_before);
+    const auto count = static_cast<int64_t>(list.size());
+    double total = 0.0;
+    for (const Candidate& c : list) total += ratio(c, list[0]);
+    const double lse = cut(total);
+    const double eps = soft() ? row_.eps : 0.0f;
+    slots_ = eps > 0.0 ? count : kept_;
+
+    int32_t ids[kMaxCandidates];
+    float noise[kMaxCandidates];
+    for (int64_t j = 0; j < slots_; ++j) ids[j] = list[j].id;
+    SOFTGRPO_BEST(gumbel_of_ids)(noise, ids, slots_, row_.key);
+    Slot slots[kMaxCandidates];
+    for (int64_t j = 0; j < slots_; ++j) {
+      double logp = list[j].value - lse;
+      if (eps > 0.0) logp = std::log((j < kept_ ? std::exp(logp) : 0.0) + eps);
+      const float rounded = static_cast<float>(logp);
+      if (soft())
+        noise[j] = row_.noise_scale * std::min(std::max(noise[j], row_.clamp_low), row_.clamp_high);
+      slots[j] = {{rounded + noise[j], ids[j]}, rounded};
+    }
+    std::sort(slots, slots + slots_,
+              [](const Slot& a, const Slot& b) { return comes_before(a.perturbed, b.perturbed); });
+    for (int64_t j = 0; j < slots_; ++j) write_slot(j, slots[j]);
+  }
+
+  static double ratio(const Candidate& c, const Candidate& first) {
+    return std::exp(static_cast<double>(c.value) - first.value);
+  }
+
+  // Top-p and min-p on the sorted list, `total` being the mass of the set in units of the first
+  // candidate's probability. Sets kept_, returns log-sum-exp of what is kept.
+  double cut(double total) {
+    const auto& list = scratch_.list;
+    const auto count = static_cast<int64_t>(list.size());
+    double mass = 0.0;
+    for (kept_ = 0; kept_ < count; ++kept_) {
+      const double r = ratio(list[kept_], list[0]);
+      const bool inside = (row_.top_p >= 1.0f || mass / total < row_.top_p) && r >= row_.min_p;
+      if (kept_ > 0 && !inside) break;
+      mass += r;
+    }
+    return list[0].value + std::log(mass);
+  }
+
+  // Gumbel-max over the whole vocabulary, or over a set of it that need not fit into the slots.
+  void sample_unlisted() {
+    const float top = best_tile_.value / row_.temperature;
+    const bool whole_vocabulary = row_.top_k <= 0 || row_.top_k >= args_.vocabulary;
+    double lse;
+    Candidate winner;
+    if (whole_vocabulary && row_.top_p >= 1.0f && row_.min_p <= 0.0f) {
+      lse = top + std::log(sums(row_.temperature).mass);
+      winner = SOFTGRPO_BEST(gumbel_argmax<T>)(z_, args_.vocabulary, row_.temperature, row_.key);
+    } else {
+      lse = whole_vocabulary ? cut_vocabulary() : cut_top_k();
+      winner = argmax_of_kept();
+    }
+    float noise;
+    SOFTGRPO_BEST(gumbel_of_ids)(&noise, &winner.id, 1, row_.key);
+    float z;
+    SOFTGRPO_BEST(convert_logits<T>)(&z, z_ + winner.id, 1);
+    const auto logp = static_cast<float>(z / row_.temperature - lse);
+    slots_ = 1;
+    write_slot(0, {{logp + noise, winner.id}, logp});
+  }
+
+  // The list gets the kept tokens of the first top_k; returns their log-sum-exp.
+  double cut_top_k() {
+    select_candidates(row_.top_k);
+    auto& list = scratch_.list;
+    for (Candidate& c : list) c.value /= row_.temperature;
+    std::sort(list.begin(), list.end(), comes_before);
+    double total = 0.0;
+    for (const Candidate& c : list) total += ratio(c, list[0]);
+    return cut(total);
+  }
+
+  // The list gets the kept tokens of the whole vocabulary, unsorted; returns their log-sum-exp.
+  // Only the bucket in which the mass reaches top_p has to be sorted.
+  double cut_vocabulary() {
+    const float top = best_tile_.value / row_.temperature;
+    auto& masses = scratch_.masses;
+    scratch_.bucket_of.resize(args_.vocabulary);
+    masses.assign(kBuckets, 0.0);
+    SOFTGRPO_BEST(fill_buckets<T>)(scratch_.bucket_of.data(), masses.data(), z_, args_.vocabulary,
+                                   row_.temperature, top);
+    double total = 0.0;
+    for (const double mass : masses) total += mass;
+    double before = 0.0;
+    int64_t border = 0;
+    while (border + 1 < kBuckets &&
+           (row_.top_p >= 1.0f || (before + masses[border]) / total < row_.top_p))
+      before += masses[border++];
+    split_at(border);
+    auto& list = scratch_.list;
+    const Candidate first = {top, 0};
+    double mass = before;
+    if (row_.min_p > 0.0f) {
+      mass = 0.0;
+      for (const Candidate& c : list) mass += ratio(c, first);
+    }
+    std::sort(scratch_.border.begin(), scratch_.border.end(), comes_before);
+    for (const Candidate& c : scratch_.border) {
+      const bool inside = row_.top_p >= 1.0f || before / total < row_.top_p;
+      const double r = ratio(c, first);
+      if (!list.empty() && !(inside && r >= row_.min_p)) break;
+      list.push_back(c);
+      before += r;
+      mass += r;
+    }
+    kept_ = static_cast<int64_t>(list.size());
+    return top + std::log(mass);
+  }
+
+  // The list gets the tokens of the buckets before this one, as far as min_p keeps them; border
+  // those of this one.
+  void split_at(int64_t bucket) {
+    auto& list = scratch_.list;
+    auto& border = scratch_.border;
+    list.clear();
+    border.clear();
+    const Candidate first = {best_tile_.value / row_.temperature, 0};
+    for (const Candidate& tile : scratch_.tiles) {
+      if (tile.value == -HUGE_VALF) continue;
+      const int64_t begin = tile.id * kTile;
+      const int64_t count = std::min(kTile, args_.vocabulary - begin);
+      float values[kTile];
+      SOFTGRPO_BEST(convert_logits<T>)(values, z_ + begin, count);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t own = scratch_.bucket_of[begin + i];
+        if (own > bucket || values[i] == -HUGE_VALF) continue;
+        const Candidate c = {values[i] / row_.temperature, static_cast<int32_t>(begin + i)};
+        if (own == bucket)
+          border.push_back(c);
+        else if (row_.min_p <= 0.0f || ratio(c, first) >= row_.min_p)
+          list.push_back(c);
+      }
+    }
+  }
+
+  Candidate argmax_of_kept() {
+    const auto& list = scratch_.list;
+    scratch_.ids.resize(kept_);
+    scratch_.noise.resize(kept_);
+    for (int64_t j = 0; j < kept_; ++j) scratch_.ids[j] = list[j].id;
+    SOFTGRPO_BEST(gumbel_of_ids)(scratch_.noise.data(), scratch_.ids.data(), kept_, row_.key);
+    Candidate best = {list[0].value + scratch_.noise[0], list[0].id};
+    for (int64_t j = 1; j < kept_; ++j) {
+      const Candidate other = {list[j].value + scratch_.noise[j], list[j].id};
+      if (comes_before(other, best)) best = other;
+    }
+    return best;
+  }
+
+  void sample_greedy() {
+    scratch_.list.clear();
+    append_tile(best_tile_.id, best_tile_.value);
+    const auto logp = static_cast<float>(-std::log(sums(1.0f).mass));
+    slots_ = 1;
+    write_slot(0, {{logp, scratch_.list[0].id}, logp});
+  }
+
+  void write_slot(int64_t j, const Slot& slot) {
+    const int64_t at = b_ * args_.k_max + j;
+    args_.ids[at] = slot.perturbed.id;
+    args_.gprime[at] = slot.perturbed.value;
+    args_.logp[at] = slot.logp;
+  }
+
+  // Everything that follows from the slots.
+  void write_row() {
+    const int64_t at = b_ * args_.k_max;
+    const int32_t token = args_.ids[at];
+    args_.n[b_] = static_cast<int32_t>(slots_);
+    args_.token[b_] = token;
+    args_.token_logp[b_] = args_.logp[at];
+    const int32_t* terminal = args_.terminal_ids + b_ * args_.terminal_width;
+    const bool ended = std::find(terminal, terminal + args_.terminal_width, token) !=
+                       terminal + args_.terminal_width;
+    args_.kind[b_] = soft() && !ended;
+    write_weights(args_.weights + at, args_.gprime + at);
+    if (args_.embed_out) write_embedding();
+    if (args_.lse || args_.entropy) write_statistics();
+  }
+
+  // soft_weights of the Python package: g' / tau in fp32, the rest in fp64, one rounding.
+  void write_weights(float* weights, const float* gprime) {
+    if (!args_.kind[b_]) {
+      weights[0] = 1.0f;
+      return;
+    }
+    double powers[kMaxCandidates];
+    double total = 0.0;
+    const double top = gprime[0] / row_.tau;
+    for (int64_t j = 0; j < slots_; ++j) total += powers[j] = std::exp(gprime[j] / row_.tau - top);
+    for (int64_t j = 0; j < slots_; ++j) weights[j] = static_cast<float>(powers[j] / total);
+  }
+
+  void write_embedding() {
+    const int64_t at = b_ * args_.k_max;
+    const int64_t bytes = args_.embed.width * (args_.embed.dtype == kFloat32 ? 4 : 2);
+    soft_embedding_row(static_cast<char*>(args_.embed_out) + b_ * bytes, args_.ids + at,
+                       args_.weights + at, args_.k_max, args_.embed);
+  }
+
+  void write_statistics() {
+    const float temperature = row_.mode == kGreedy ? 1.0f : row_.temperature;
+    const Sums s = sums(temperature);
+    const double log_mass = std::log(s.mass);
+    if (args_.lse)
+      args_.lse[b_] = static_cast<float>(best_tile_.value / temperature + log_mass);
+    if (args_.entropy) args_.entropy[b_] = static_cast<float>(log_mass - s.weighted / s.mass);
+  }
+
+  const SoftTokenArgs& args_;
+  const int64_t b_;
+  const Row row_;
+  Scratch& scratch_;
+  const T* z_;
+  Candidate best_tile_ = {};
+  int64_t kept_ = 0, slots_ = 0;
+};
+
+template <class T>
+void sample_rows(const SoftTokenArgs& args) {
+#pragma omp parallel if (args.rows > 1)
+  {
+    Scratch scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t b = 0; b < args.rows; ++b) RowSampler<T>(args, b, scratch).run();
+  }
+}
+
+}  // namespace
+
+void soft_token(const SoftTokenArgs& args) {
+  switch (args.logits_dtype) {
+    case kFloat32: return sample_rows<float>(args);
+    case kBfloat16: return sample_rows<Bf16>(args);
+    case kFloat16: return sample_rows<Half>(args);
+  }
+}
+
+}  // namespace softgrpo

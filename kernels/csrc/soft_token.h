@@ -1,0 +1,43 @@
+// The soft step of a decode; arguments are described in softgrpo_kernels/sampling.py.
+#pragma once
+#include <cstdint>
+
+#include "soft_embedding.h"
+
+namespace softgrpo {
+
+constexpr int64_t kMaxCandidates = 64;
+
+struct SoftTokenArgs {
+  const void* logits;  // [rows, vocabulary]
+  Dtype logits_dtype;
+  int64_t rows, vocabulary, logits_stride;
+  int64_t k_max;
+
+  const float* floats;  // [8, rows]: temperature, top_p, min_p, tau, noise scale, clamp, clamp, eps
+  const int64_t* ints;  // [6, rows]: top_k, seed, position, uid, stream, mode
+
+  const int32_t* terminal_ids;  // [rows, terminal_width] or null
+  int64_t terminal_width;
+
+  const void* hidden;  // [rows, hidden_width] or null; of lm_head's dtype
+  int64_t hidden_stride;
+  EmbeddingTable lm_head;
+  EmbeddingTable embed;
+
+  int32_t* ids;       // [rows, k_max], as are the next three
+  float* gprime;
+  float* weights;
+  float* logp;
+  int32_t* n;         // [rows], as are the rest but embed_out [rows, embed.width]
+  int32_t* token;
+  float* token_logp;
+  uint8_t* kind;
+  bool* valid;
+  void* embed_out;    // null: not wanted, as are the next two
+  float* lse;
+  float* entropy;
+};
+void soft_token(const SoftTokenArgs& args);
+
+}  // namespace softgrpo
