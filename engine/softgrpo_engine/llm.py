@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -19,7 +20,7 @@ from softgrpo_engine.memory import pages_that_fit
 from softgrpo_engine.model import Decoder
 from softgrpo_engine.model_source import resolve_model
 from softgrpo_engine.outputs import Output, Sample
-from softgrpo_engine.params import SamplingParams, SoftParams
+from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.prompts import Prompt, as_list, default_uids, encode, thinking_end_id
 from softgrpo_engine.runner import Drawn, Runner
 from softgrpo_engine.scheduler import Plan, Scheduler
@@ -62,6 +63,9 @@ class LLM:
                 "batch_invariant=True is not available yet: logits may depend on the batch by the "
                 "rounding of the GEMM; noise and sampling never do"
             )
+        for name, value in (("size", max_batch_size), ("tokens", max_batch_tokens)):
+            if value < 1:
+                raise ValueError(f"max_batch_{name}={value} is not allowed: must be >= 1")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model_path: Path | None = None
@@ -88,6 +92,7 @@ class LLM:
         self.runner = Runner(decoder, num_pages, max_batch_size)
         self.generated_tokens = 0
         self._groups = 0
+        self._awake = True
         self._samples: dict[Sequence, Sample] = {}
 
     def generate(
@@ -128,7 +133,8 @@ class LLM:
         groups = self._add(prompts, params, soft, seed, uids, stream)
         sequences = [sequence for group in groups for sequence in group]
         try:
-            with Progress(disable=not progress, transient=True) as bar:
+            console = Console(stderr=True)
+            with Progress(console=console, disable=not progress, transient=True) as bar:
                 task = bar.add_task("generating", total=len(sequences))
                 while any(s.finish_reason is None for s in sequences):
                     done = sum(s.finish_reason is not None for s in self.step())
@@ -146,17 +152,26 @@ class LLM:
         params: SamplingParams | None = None,
         soft: SoftParams | Literal[False] | None = None,
     ) -> Iterator[tuple[int, Sample]]:
-        """Yields (prompt index, the sample so far) each time a sample has a new token."""
+        """Yields (prompt index, the sample so far) for each new token, and once when it has ended.
+
+        Streams may be read in turns: all that is in progress shares the steps.
+        """
         params = params or SamplingParams()
         ids = [encode(prompt, self.tokenizer) for prompt in as_list(prompts)]
         uids = [default_uids(prompt, params.n) for prompt in ids]
         groups = self._add(ids, params, soft, _seed(params), uids, stream=0)
         index = {sequence: i for i, group in enumerate(groups) for sequence in group}
+        shown = dict.fromkeys(index, 0)
         try:
-            while any(s.finish_reason is None for s in index):
-                for sequence in self.step():
-                    if sequence in index:
-                        yield index[sequence], self._samples.get(sequence) or self._sample(sequence)
+            while shown:
+                news = [s for s in shown if s.finish_reason or s.num_generated > shown[s]]
+                if not news:
+                    self.step()
+                for sequence in news:
+                    shown[sequence] = sequence.num_generated
+                    if sequence.finish_reason:
+                        del shown[sequence]
+                    yield index[sequence], self._samples.get(sequence) or self._sample(sequence)
         finally:
             self._forget(list(index))
 
@@ -165,16 +180,21 @@ class LLM:
         plan = self.scheduler.schedule()
         for sequence in plan.started:
             self.runner.start(sequence)
-        drawn = self.runner.run(plan)
+        try:
+            drawn = self.runner.run(plan)
+            self._check_valid(plan, drawn)
+        except BaseException:
+            # Half a step cannot be taken up again: nothing that is in progress goes on.
+            for sequence in self.scheduler.active:
+                self._end(sequence, "abort")
+            raise
         forced = [sequence.forced_token for sequence, _ in plan.samplers]
         self.scheduler.commit(plan)
         return self._advance(plan, drawn, forced)
 
     def abort(self, uid: int) -> None:
         """Ends the samples of that name; they come back with finish_reason "abort"."""
-        active = [*self.scheduler.running, *self.scheduler.waiting]
-        active += [f for leader in self.scheduler.running for f in leader.followers]
-        for sequence in active:
+        for sequence in self.scheduler.active:
             if sequence.uid == uid:
                 self._end(sequence, "abort")
 
@@ -185,21 +205,23 @@ class LLM:
         """
         if self.scheduler.has_work:
             raise RuntimeError("update_weights while samples are in progress: finish or abort them")
-        load_weights(self.runner.decoder, named_tensors)
+        load_weights(self.runner.decoder, iter(named_tensors))
         self.runner.decoder.pack()
         self.pool.clear()
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Frees the KV cache until ``wake``."""
+        """Frees the KV cache until ``wake``; the weights stay and can be updated."""
         if self.scheduler.has_work:
             raise RuntimeError("sleep while samples are in progress: finish or abort them")
         self.pool.clear()
         self.runner.free_pages()
+        self._awake = False
 
     def wake(self) -> None:
         """Makes an empty KV cache after ``sleep``."""
         self.runner.allocate_pages()
+        self._awake = True
 
     def metrics(self) -> dict[str, float]:
         """Counters since the start, and what is in progress now."""
@@ -222,6 +244,12 @@ class LLM:
             longest = len(prompt) + params.max_tokens
             if not prompt:
                 raise ValueError(f"prompt {index} is empty")
+            if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
+                token = next(t for t in prompt if not 0 <= t < self.config.vocab_size)
+                raise ValueError(
+                    f"prompt {index} has token id {token}, outside the model's vocabulary of "
+                    f"{self.config.vocab_size}"
+                )
             if longest > self.max_model_len:
                 raise ValueError(
                     f"prompt {index} has {len(prompt)} tokens; with max_tokens="
@@ -244,10 +272,16 @@ class LLM:
         stream: int,
     ) -> list[list[Sequence]]:
         """Queues all samples; bad requests are refused before any of them is."""
+        if not self._awake:
+            raise RuntimeError("the engine sleeps: call wake() first")
         if soft is None:
             soft = self.default_soft
         soft = soft or None
         self.check_fits(prompts, params)
+        if len(uids) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and uids for {len(uids)}: one list a prompt")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed} is not allowed: must be >= 0 and < 2^64")
         bad = [uid for group in uids for uid in group if not 0 <= uid < 2**32]
         if bad:
             raise ValueError(f"uid {bad[0]} is not allowed: must be >= 0 and < 2^32")
@@ -255,8 +289,12 @@ class LLM:
         if not params.ignore_eos:
             end_ids |= frozenset(self.config.eos_token_ids)
         thinking_end = thinking_end_id(soft.end_of_thinking, self.tokenizer) if soft else None
-        recorded = [soft.top_k if soft else 1, params.top_k if params.top_k <= 64 else 1, 1]
-        self.runner.record.reserve(params.max_tokens, max(recorded))
+        if thinking_end is not None and not 0 <= thinking_end < self.config.vocab_size:
+            raise ValueError(f"end_of_thinking={thinking_end} is outside the model's vocabulary")
+        # A discrete position keeps its candidates where there are at most K_MAX of them.
+        discrete_slots = params.top_k if 1 <= params.top_k <= K_MAX else 1
+        slots = max(discrete_slots, soft.top_k if soft else 1)
+        self.runner.record.reserve(params.max_tokens, slots)
         groups = []
         for prompt, group_uids in zip(prompts, uids, strict=True):
             self._groups += 1
@@ -271,6 +309,7 @@ class LLM:
                     soft=soft,
                     end_ids=end_ids,
                     thinking_end=thinking_end,
+                    slots=slots,
                     soft_phase=soft is not None,
                 )
                 for uid in group_uids
@@ -281,15 +320,18 @@ class LLM:
                 self.scheduler.add(sequence)
         return groups
 
+    def _check_valid(self, plan: Plan, drawn: Drawn) -> None:
+        if not all(drawn.valid):
+            sequence, _ = plan.samplers[drawn.valid.index(False)]
+            raise RuntimeError(
+                f"the logits of sample uid {sequence.uid} are not finite "
+                f"(weight version {self.weight_version}): the weights or their update are broken"
+            )
+
     def _advance(self, plan: Plan, drawn: Drawn, forced: list[int | None]) -> list[Sequence]:
         """Reads the drawn tokens, moves phases on, and ends what has ended."""
         advanced = []
         for i, (sequence, _) in enumerate(plan.samplers):
-            if not drawn.valid[i]:
-                raise RuntimeError(
-                    f"the logits of sample uid {sequence.uid} are not finite "
-                    f"(weight version {self.weight_version}): the weights or the update are broken"
-                )
             token, soft, override = drawn.token[i], drawn.soft[i], forced[i]
             if override is not None:
                 self.runner.force(sequence, override)
@@ -317,7 +359,9 @@ class LLM:
         stop = sequence.params.stop
         if not stop or sequence.num_generated < sequence.params.min_tokens:
             return False
-        text = self.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
+        # A new hit ends in the new token, and a character has at most four tokens (its bytes).
+        tail = sequence.tokens[-4 * max(map(len, stop)) - 4 :]
+        text = self.tokenizer.decode(tail, skip_special_tokens=True)
         return any(string in text for string in stop)
 
     def _end(self, sequence: Sequence, reason: Literal["stop", "length", "abort"]) -> None:
@@ -326,8 +370,7 @@ class LLM:
         self.scheduler.abort(sequence)
 
     def _sample(self, sequence: Sequence) -> Sample:
-        row = sequence.row if sequence.row is not None else 0
-        soft, logprobs = self.runner.record.soft_tokens(row, sequence.num_generated)
+        soft, logprobs = self.runner.record.soft_tokens(sequence)
         return Sample(
             text=self._text(sequence),
             token_ids=list(sequence.tokens),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -26,14 +27,12 @@ def pages_that_fit(
     """Pages for ``kv_memory`` GiB; by default for the fullest batch, within the free memory."""
     wanted = max_batch_size * pages_for(max_model_len)
     if kv_memory is None:
-        budget = _SHARE_OF_FREE_MEMORY * _free_memory(decoder.embed_weight.device)
-    else:
-        budget = kv_memory * 2**30
-    pages = min(wanted, int(budget // page_bytes(decoder)))
+        kv_memory = _SHARE_OF_FREE_MEMORY * _free_memory(decoder.embed_weight.device) / 2**30
+    pages = min(wanted, int(kv_memory * 2**30 // page_bytes(decoder)))
     if pages < 1:
         raise ValueError(
             f"kv_memory={kv_memory} GiB does not hold one page of "
-            f"{page_bytes(decoder) / 2**20:.1f} MiB"
+            f"{page_bytes(decoder) / 2**20:.3f} MiB: raise it"
         )
     return pages
 
@@ -41,4 +40,8 @@ def pages_that_fit(
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # what Linux can give without swapping, its file cache included
+        values = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(values["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

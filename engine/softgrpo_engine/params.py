@@ -65,8 +65,8 @@ class SoftParams:
     tau: temperature of the Gumbel-Softmax. noise_scale: factor on the noise. noise_clip: bounds of
     the noise, and eps: floor added to the probabilities, which keeps all top_k slots live; both
     are of the `official` objective. end_of_thinking: "auto" is the tokenizer's </think> if it has
-    one; a token, its id, or None for never. max_soft_tokens: budget, after which the end of thinking
-    is forced.
+    one; a token, its id, or None for never. max_soft_tokens: budget, after which the end of
+    thinking is forced.
     """
 
     top_k: int = 5

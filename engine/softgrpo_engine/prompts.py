@@ -51,7 +51,7 @@ def thinking_end_id(setting: str | int | None, tokenizer: Any) -> int | None:
         return setting
     text = "</think>" if setting == "auto" else setting
     ids = tokenizer.encode(text, add_special_tokens=False) if tokenizer is not None else []
-    if len(ids) == 1:
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return int(ids[0])
     if setting == "auto":
         return None

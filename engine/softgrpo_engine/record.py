@@ -30,13 +30,13 @@ _INTEGERS = ("top_k", "soft_top_k", "seed", "uid", "stream", "discrete_mode")
 class Record:
     """Rows of samples: parameters, and the SoftTokens of every generated position.
 
-    A sample keeps its row while it is preempted; its inputs are rebuilt from here alone. Tables grow
-    with the longest answer and the most candidates that were asked for.
+    A sample keeps its row while it is preempted; its inputs are rebuilt from here alone. Tables
+    grow with the longest answer and the most candidates that were asked for.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows, self.device = rows, device
-        self.capacity = self.candidates = self.end_ids_width = 0
+        self.capacity = self.candidates = 0
         self.floats = torch.zeros(len(_FLOATS), rows, device=device)
         self.integers = torch.zeros(len(_INTEGERS), rows, dtype=torch.int64, device=device)
         self.mode = torch.zeros(rows, dtype=torch.uint8, device=device)
@@ -127,8 +127,19 @@ class Record:
         tau = self.floats[_FLOATS.index("tau")].index_select(0, rows_T)
         return self.ids[rows_T, index_T], soft_weights(gprime, kind, tau)
 
-    def soft_tokens(self, row: int, length: int) -> tuple[SoftTokens, Tensor]:
-        """A sample's record so far [length, K] and its log-probabilities [length], copied."""
-        parts = (self.ids, self.gprime, self.kind, self.forced, self.token, self.logprob)
-        copies = [part[row, :length].cpu().clone() for part in parts]
-        return SoftTokens(*copies[:5]), copies[5]
+    def soft_tokens(self, sequence: Sequence) -> tuple[SoftTokens, Tensor]:
+        """A sample's record so far [T, slots] and its log-probabilities [T], copied."""
+        # A sample that never ran has no row, and nothing in it.
+        row, length, slots = sequence.row or 0, sequence.num_generated, sequence.slots
+        ids, gprime, *rest = (
+            part[row, :length].cpu().clone()
+            for part in (
+                self.ids[..., :slots],
+                self.gprime[..., :slots],
+                self.kind,
+                self.forced,
+                self.token,
+                self.logprob,
+            )
+        )
+        return SoftTokens(ids, gprime, *rest[:3]), rest[3]

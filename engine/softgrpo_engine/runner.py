@@ -1,7 +1,8 @@
-"""Computes a plan: packed inputs from the record, the forward pass, the draw, back to the record."""
+"""Computes a plan: inputs from the record, the forward pass, the draw, back to the record."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -73,61 +74,55 @@ class Runner:
         if not plan.samplers:
             return Drawn([], [], [])
         last_row = np.cumsum([chunk.length for chunk in plan.chunks]) - 1
-        rows = torch.from_numpy(last_row[[index for _, index in plan.samplers]])
-        hidden_BH = hidden_TH.index_select(0, rows.to(self.device))
+        rows = self._to_device(last_row[[index for _, index in plan.samplers]])
+        hidden_BH = hidden_TH.index_select(0, rows)
         sequences = [sequence for sequence, _ in plan.samplers]
         return self._draw(sequences, hidden_BH)
 
     def _forward(self, chunks: Seq[Chunk]) -> Tensor:
         """Final hidden states [T, H] of the chunks, packed."""
-        decode = all(chunk.length == 1 for chunk in chunks)
-        positions, slots, sources, indices, prompt = [], [], [], [], []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            split = len(sequence.prompt)
-            for position in range(chunk.start, chunk.start + chunk.length):
-                page = sequence.pages[position // PAGE_SIZE]
-                slots.append(page * PAGE_SIZE + position % PAGE_SIZE)
-                positions.append(position)
-                sources.append(sequence.row)
-                indices.append(position - split)
-                prompt.append(sequence.prompt[position] if position < split else -1)
-        packed = torch.tensor([positions, slots, sources, indices, prompt], device=self.device)
-        positions_T, slots_T, rows_T, indices_T, prompt_T = packed.unbind(0)
+        per_chunk = [(c.start, c.length, len(c.sequence.prompt), c.sequence.row) for c in chunks]
+        start, length, split, row = np.array(per_chunk, dtype=np.int64).T
+        ends = length.cumsum()
+        table = _block_table(chunks)
+        chunk_T = np.repeat(np.arange(len(chunks)), length)
+        position_T = np.arange(ends[-1]) + (start - ends + length)[chunk_T]
+        page_T = table[chunk_T, position_T // PAGE_SIZE].astype(np.int64)
         attention = PagedAttention(
             self.k_pages,
             self.v_pages,
-            slot_mapping=slots_T,
-            block_table=self._block_table(chunks),
-            seq_lens=self._int32([chunk.start + chunk.length for chunk in chunks]),
+            slot_mapping=self._to_device(page_T * PAGE_SIZE + position_T % PAGE_SIZE),
+            block_table=self._to_device(table),
+            seq_lens=self._to_device((start + length).astype(np.int32)),
             query_starts=None
-            if decode
-            else self._int32(np.cumsum([0, *(chunk.length for chunk in chunks)])),
+            if ends[-1] == len(chunks)
+            else self._to_device(np.concatenate([[0], ends]).astype(np.int32)),
             num_heads=self.decoder.config.num_heads,
         )
-        return self.decoder(self._embed(rows_T, indices_T, prompt_T), positions_T, attention)
+        embeds_TH = self._embed(chunks, row[chunk_T], position_T - split[chunk_T])
+        return self.decoder(embeds_TH, self._to_device(position_T), attention)
 
-    def _embed(self, rows_T: Tensor, indices_T: Tensor, prompt_T: Tensor) -> Tensor:
-        """Input embeddings [T, H]: rows of the table for the prompt, mixtures from the record."""
+    def _embed(self, chunks: Seq[Chunk], row_T: np.ndarray, index_T: np.ndarray) -> Tensor:
+        """Input embeddings [T, H]: rows of the table for the prompt, mixtures from the record.
+
+        index_T: place of the position among the generated ones, negative in the prompt.
+        """
         table = self.decoder.embed_weight
-        generated = indices_T >= 0
-        if bool(generated.all()):
-            return soft_embedding(*self.record.inputs(rows_T, indices_T), table)
-        embeds = table[prompt_T.clamp(min=0)]
-        if bool(generated.any()):
-            ids, weights = self.record.inputs(rows_T[generated], indices_T[generated])
-            embeds[generated] = soft_embedding(ids, weights, table)
+        generated = index_T >= 0
+        rows, index = self._to_device(row_T[generated]), self._to_device(index_T[generated])
+        if generated.all():
+            return soft_embedding(*self.record.inputs(rows, index), table)
+        embeds = table.new_empty(len(row_T), table.shape[1])
+        prompts = [c.sequence.prompt[c.start : c.start + c.length] for c in chunks]
+        tokens = torch.tensor(list(itertools.chain(*prompts)), device=self.device)
+        embeds[self._to_device(~generated)] = table[tokens]
+        if generated.any():
+            mixtures = soft_embedding(*self.record.inputs(rows, index), table)
+            embeds[self._to_device(generated)] = mixtures
         return embeds
 
-    def _block_table(self, chunks: Seq[Chunk]) -> Tensor:
-        width = max(len(chunk.sequence.pages) for chunk in chunks)
-        table = np.zeros((len(chunks), width), dtype=np.int32)
-        for row, chunk in zip(table, chunks, strict=True):
-            row[: len(chunk.sequence.pages)] = chunk.sequence.pages
-        return torch.from_numpy(table).to(self.device)
-
-    def _int32(self, values: Seq[int] | np.ndarray) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(self.device)
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def _draw(self, sequences: list[Sequence], hidden_BH: Tensor) -> Drawn:
         """Draws one position for each sequence and writes it into the record."""
@@ -213,3 +208,12 @@ class Runner:
         record.forced[rows_B, index_B] = False
         record.token[rows_B, index_B] = drawn.token
         record.logprob[rows_B, index_B] = drawn.token_logp
+
+
+def _block_table(chunks: Seq[Chunk]) -> np.ndarray:
+    """The pages of every chunk's sequence, int32 [chunks, most pages]."""
+    width = max(len(chunk.sequence.pages) for chunk in chunks)
+    table = np.zeros((len(chunks), width), dtype=np.int32)
+    for row, chunk in zip(table, chunks, strict=True):
+        row[: len(chunk.sequence.pages)] = chunk.sequence.pages
+    return table

@@ -35,11 +35,12 @@ class Plan:
 
 
 class Scheduler:
-    """Continuous batching: decoding first, then prompts, within a budget of tokens a step.
+    """Continuous batching: running sequences first, then new ones, within a token budget a step.
 
     max_batch_size: samples that hold a row of the record at once. max_batch_tokens: positions
     computed in one step. When no page is free the youngest running sequence gives up its pages and
-    is computed again later, from its record.
+    is computed again later, from its record. A sequence is admitted when the running ones can each
+    take one more page after it, so that it is not thrown out again at once.
     """
 
     def __init__(self, pool: BlockPool, max_batch_size: int, max_batch_tokens: int) -> None:
@@ -55,6 +56,12 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def active(self) -> list[Sequence]:
+        """All that is in progress, a copy."""
+        followers = [sibling for leader in self.running for sibling in leader.followers]
+        return [*self.running, *followers, *self.waiting]
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -132,7 +139,7 @@ class Scheduler:
             for page in prefix:
                 self.pool.share(page)
             missing = pages_for(sequence.length) - len(prefix)
-            if missing > self.pool.num_free:
+            if missing + len(self.running) > self.pool.num_free:
                 self.pool.release(prefix)
                 return
             self.waiting.popleft()
@@ -170,7 +177,7 @@ class Scheduler:
         to the queue and find the prompt in the prefix cache.
         """
         full, partial = divmod(len(leader.prompt), PAGE_SIZE)
-        while leader.followers and self._rows and self.pool.num_free >= bool(partial):
+        while leader.followers and self._rows and self.pool.num_free > len(self.running):
             sibling = leader.followers.pop(0)
             sibling.row = self._rows.pop()
             plan.started.append(sibling)

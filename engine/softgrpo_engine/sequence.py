@@ -14,10 +14,11 @@ class Sequence:
     """State of one sample.
 
     uid, seed, stream: keys of its noise. group: samples of one prompt in one call have the same
-    number. end_ids: tokens that end it. thinking_end: token that ends its soft phase, None for none.
-    num_computed: positions whose keys and values are in ``pages``. row: its row in the record,
-    kept while it is preempted. soft_phase: the next position is drawn softly. tokens: generated so
-    far, for text and stop strings; the inputs of the model are rebuilt from the record alone.
+    number. end_ids: tokens that end it. thinking_end: token that ends its soft phase, if any.
+    slots: candidates recorded at a position. num_computed: positions whose keys and values are in
+    ``pages``. row: its row in the record, kept while it is preempted. soft_phase: the next position
+    is drawn softly. tokens: generated so far, for text and stop strings; the inputs of the model
+    are rebuilt from the record alone. followers: siblings that wait for its prompt.
     """
 
     uid: int
@@ -29,6 +30,7 @@ class Sequence:
     soft: SoftParams | None
     end_ids: frozenset[int]
     thinking_end: int | None
+    slots: int = 1
     num_generated: int = 0
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
@@ -41,10 +43,6 @@ class Sequence:
     @property
     def length(self) -> int:
         return len(self.prompt) + self.num_generated
-
-    @property
-    def max_length(self) -> int:
-        return len(self.prompt) + self.params.max_tokens
 
     @property
     def is_fresh(self) -> bool:

@@ -1,0 +1,412 @@
+"""LLM: greedy against transformers, phases, limits, groups, weight updates, refusals."""
+
+import pytest
+import torch
+
+from softgrpo_engine import LLM, SamplingParams, SoftParams
+from softgrpo_engine.weights import load_weights
+from softgrpo_kernels import gumbel_noise
+
+EOS, THINK_END, VOCABULARY = 1, 2, 97
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def only(outputs):
+    assert len(outputs) == 1
+    assert len(outputs[0].samples) == 1
+    return outputs[0].samples[0]
+
+
+def test_greedy_equals_transformers(make_llm, hf_model, prompts):
+    outputs = make_llm().generate(prompts, GREEDY, soft=False, progress=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = hf_model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=24, min_new_tokens=24,
+            eos_token_id=None,
+        )[0, len(prompt) :]  # fmt: skip
+        sample = output.samples[0]
+        assert sample.token_ids == expected.tolist()
+        assert output.prompt_token_ids == prompt
+        logits = hf_model(torch.tensor([prompt + sample.token_ids])).logits[0, len(prompt) - 1 : -1]
+        logp = logits.log_softmax(-1).gather(1, expected[:, None])[:, 0].detach()
+        torch.testing.assert_close(sample.logprobs, logp, atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_stops_at_eos(make_llm, prompts):
+    free = only(make_llm().generate(prompts[0], GREEDY, progress=False)).token_ids
+    end = free[5]
+    params = SamplingParams(temperature=0.0, max_tokens=24, stop_token_ids=(end,), ignore_eos=True)
+    sample = only(make_llm().generate(prompts[0], params, progress=False))
+    assert sample.token_ids == free[: free.index(end) + 1]
+    assert sample.finish_reason == "stop"
+
+
+def test_soft_record_is_what_the_model_says(make_llm, hf_model, prompts):
+    """Teacher forcing in transformers on mixtures rebuilt from (ids, g') gives log p back."""
+    soft = SoftParams(top_k=4, top_p=1.0, tau=0.7, end_of_thinking=None)
+    params = SamplingParams(max_tokens=20, seed=3, ignore_eos=True)
+    sample = only(make_llm().generate(prompts[2], params, soft, progress=False))
+    record = sample.soft
+    assert record.ids.shape == record.gprime.shape == (20, 4)
+    assert bool((record.kind == 1).all())
+    assert record.token.tolist() == sample.token_ids == record.ids[:, 0].tolist()
+    weights = torch.softmax(record.gprime / 0.7, -1)
+    assert float(weights[:, 0].min()) < 0.9  # truly mixed
+    table = hf_model.get_input_embeddings().weight
+    mixed = (weights[..., None] * table[record.ids.long()]).sum(1)
+    embeds = torch.cat([table[torch.tensor(prompts[2])], mixed])[None]
+    logits = hf_model(inputs_embeds=embeds).logits[0, len(prompts[2]) - 1 : -1].detach()
+    logp = logits.gather(1, record.ids.long()).log_softmax(-1)
+    position = len(prompts[2]) + torch.arange(20)
+    noise = gumbel_noise(record.ids, 3, position, sample.uid)
+    torch.testing.assert_close(record.gprime - noise, logp, atol=2e-5, rtol=0)
+    torch.testing.assert_close(sample.logprobs, logp[:, 0], atol=2e-5, rtol=0)
+    assert torch.equal(torch.sort(logits.topk(4).indices).values, record.ids.long().sort().values)
+
+
+def test_a_group_computes_its_prompt_once(make_llm, prompts):
+    llm = make_llm()
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    outputs = llm.generate_groups(
+        prompts, params, SoftParams(), seed=1, uids=[[10 * i, 10 * i + 1] for i in range(6)]
+    )
+    assert llm.metrics()["prompt_tokens_computed"] == sum(map(len, prompts))
+    assert [[s.uid for s in o.samples] for o in outputs] == [[10 * i, 10 * i + 1] for i in range(6)]
+    for output in outputs:
+        assert output.samples[0].token_ids != output.samples[1].token_ids
+    assert llm.metrics()["generated_tokens"] == 6 * 2 * 6
+    # The same prompt again: all but the unfilled page comes from the cache.
+    llm.generate_groups(prompts[3:4], params, seed=1, uids=[[5]])
+    assert llm.metrics()["prompt_tokens_computed"] == sum(map(len, prompts)) + 40 % 16
+
+
+def test_noise_keys_name_the_sample(make_llm, prompts):
+    llm, params = make_llm(), SamplingParams(max_tokens=12, ignore_eos=True)
+
+    def draw(**keys):
+        keys = {"seed": 1, "uids": [[7]], "stream": 0} | keys
+        return only(llm.generate_groups(prompts[:1], params, SoftParams(), **keys)).token_ids
+
+    assert draw() == draw()
+    others = [draw(seed=2), draw(uids=[[8]]), draw(stream=1), draw(seed=2**64 - 1)]
+    assert all(tokens != draw() for tokens in others)
+    same = only(llm.generate(prompts[0], SamplingParams(seed=4, max_tokens=12), progress=False))
+    again = only(llm.generate(prompts[0], SamplingParams(seed=4, max_tokens=12), progress=False))
+    assert same.token_ids == again.token_ids
+    fresh = [
+        only(llm.generate(prompts[0], SamplingParams(max_tokens=12), progress=False)).token_ids
+        for _ in range(2)
+    ]
+    assert fresh[0] != fresh[1]
+
+
+def test_update_weights_equals_a_fresh_engine(make_llm, hf_model, prompts):
+    params = SamplingParams(max_tokens=10, n=2, seed=0, ignore_eos=True)
+    state = {k: v.clone() for k, v in hf_model.state_dict().items() if k != "lm_head.weight"}
+    generator = torch.Generator().manual_seed(9)
+    state = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in state.items()}
+    llm = make_llm()
+    before = llm.generate(prompts, params, SoftParams(), progress=False)
+    llm.update_weights(state.items(), version=3)
+    after = llm.generate(prompts, params, SoftParams(), progress=False)
+    fresh_llm = make_llm()
+    load_weights(fresh_llm.runner.decoder, iter(state.items()))
+    fresh_llm.runner.decoder.pack()
+    fresh = fresh_llm.generate(prompts, params, SoftParams(), progress=False)
+    assert llm.metrics()["weight_version"] == 3
+    assert [o.samples[0].token_ids for o in before] != [o.samples[0].token_ids for o in after]
+    for mine, theirs in zip(after, fresh, strict=True):
+        for a, b in zip(mine.samples, theirs.samples, strict=True):
+            assert a.token_ids == b.token_ids
+            assert torch.equal(a.soft.gprime, b.soft.gprime)
+
+
+def test_sleep_frees_the_cache_and_wake_starts_empty(make_llm, prompts):
+    llm = make_llm()
+    first = only(llm.generate(prompts[3], GREEDY, progress=False)).token_ids
+    llm.sleep()
+    with pytest.raises(RuntimeError, match="wake"):
+        llm.generate(prompts[3], GREEDY, progress=False)
+    llm.wake()
+    assert only(llm.generate(prompts[3], GREEDY, progress=False)).token_ids == first
+
+
+# Phases
+
+
+def soft_until(llm, prompt, **soft):
+    params = SamplingParams(max_tokens=16, seed=2, ignore_eos=True, top_k=3)
+    return only(llm.generate(prompt, params, SoftParams(**soft), progress=False))
+
+
+def test_end_of_thinking_makes_the_rest_discrete(make_llm, prompts):
+    llm = make_llm()
+    free = soft_until(llm, prompts[0], end_of_thinking=None)
+    assert free.soft.kind.tolist() == [1] * 16
+    end = free.token_ids[6]
+    at = free.token_ids.index(end)
+    sample = soft_until(llm, prompts[0], end_of_thinking=end)
+    assert sample.token_ids[: at + 1] == free.token_ids[: at + 1]
+    assert sample.soft.kind.tolist() == [1] * at + [0] * (16 - at)
+    assert not sample.soft.forced.any()
+    # The position keeps the candidates it was chosen from; its input is the token alone.
+    assert torch.equal(sample.soft.gprime[at], free.soft.gprime[at])
+    # Discrete positions are drawn with the discrete parameters: 3 candidates of the 5 slots.
+    assert ((sample.soft.ids[at + 1 :] >= 0).sum(-1) == 3).all()
+
+
+def test_soft_budget_forces_the_end_of_thinking(make_llm, prompts):
+    llm = make_llm()
+    sample = soft_until(llm, prompts[0], end_of_thinking="</think>", max_soft_tokens=5)
+    assert sample.token_ids[5] == THINK_END
+    assert sample.soft.kind.tolist() == [1] * 5 + [0] * 11
+    assert sample.soft.forced.tolist() == [False] * 5 + [True] + [False] * 10
+    assert sample.soft.ids[5].tolist() == [THINK_END, -1, -1, -1, -1]
+    assert sample.logprobs[5] == 0.0
+    # What follows is what follows </think> in any other sequence.
+    free = soft_until(llm, prompts[0], end_of_thinking=None)
+    assert sample.token_ids[:5] == free.token_ids[:5]
+    assert sample.token_ids[6:] != free.token_ids[6:]
+
+
+def test_soft_budget_without_such_a_token_only_switches(make_llm, prompts):
+    sample = soft_until(make_llm(), prompts[0], end_of_thinking=None, max_soft_tokens=5)
+    assert sample.soft.kind.tolist() == [1] * 5 + [0] * 11
+    assert not sample.soft.forced.any()
+
+
+def test_auto_finds_the_token_and_other_words_are_refused(make_llm, prompts):
+    sample = soft_until(make_llm(), prompts[0], end_of_thinking="auto", max_soft_tokens=3)
+    assert sample.token_ids[3] == THINK_END
+    with pytest.raises(ValueError, match="'aaab' is 2 tokens"):
+        soft_until(make_llm(), prompts[0], end_of_thinking="aaab")
+    with pytest.raises(ValueError, match="vocabulary"):
+        soft_until(make_llm(), prompts[0], end_of_thinking=VOCABULARY)
+
+
+def test_eos_ends_a_soft_sample_as_a_discrete_position(make_llm, prompts):
+    llm = make_llm()
+    free = soft_until(llm, prompts[0], end_of_thinking=None)
+    params = SamplingParams(
+        max_tokens=16, seed=2, ignore_eos=True, top_k=3, stop_token_ids=(free.token_ids[4],)
+    )
+    soft = SoftParams(end_of_thinking=None)
+    sample = only(llm.generate(prompts[0], params, soft, progress=False))
+    at = free.token_ids.index(free.token_ids[4])
+    assert sample.token_ids == free.token_ids[: at + 1]
+    assert sample.finish_reason == "stop"
+    assert sample.soft.kind.tolist() == [1] * at + [0]
+
+
+def test_noise_none_is_deterministic_soft_thinking(make_llm, prompts):
+    llm, params = make_llm(), SamplingParams(max_tokens=8, ignore_eos=True, n=2)
+    samples = llm.generate(prompts[0], params, SoftParams(noise="none"), progress=False)[0].samples
+    assert samples[0].token_ids == samples[1].token_ids
+    assert torch.equal(samples[0].soft.gprime, samples[1].soft.gprime)
+    live = samples[0].soft.ids >= 0
+    total = torch.where(live, samples[0].soft.gprime.exp(), 0.0).sum(-1)
+    torch.testing.assert_close(total, torch.ones(8))  # g' is log p itself
+
+
+def test_official_settings_keep_every_slot(make_llm, prompts):
+    soft = SoftParams(noise_clip=(-1.5, 3.0), eps=1e-6, top_p=0.5, end_of_thinking=None)
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    sample = only(make_llm().generate(prompts[0], params, soft, progress=False))
+    assert bool((sample.soft.ids >= 0).all())
+
+
+# Ends and limits
+
+
+def test_stop_strings_end_and_are_cut(make_llm, tokenizer, prompts):
+    free = only(make_llm().generate(prompts[0], GREEDY, progress=False))
+    text = tokenizer.decode(free.token_ids)
+    stop = text[9:12]  # reaches over three tokens of two letters
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop=("zzzz", stop))
+    sample = only(make_llm().generate(prompts[0], params, progress=False))
+    assert sample.finish_reason == "stop"
+    assert sample.text == text[: text.index(stop)]
+    end = text.index(stop) + len(stop)
+    assert len(sample.token_ids) == -(-end // 2)
+
+
+def test_min_tokens_hold_the_end_back(make_llm, prompts):
+    free = only(make_llm().generate(prompts[0], GREEDY, progress=False)).token_ids
+    params = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, "stop_token_ids": free[:3]}
+    assert len(only(make_llm().generate(prompts[0], SamplingParams(**params))).token_ids) == 1
+    sample = only(make_llm().generate(prompts[0], SamplingParams(**params, min_tokens=6)))
+    assert len(sample.token_ids) >= 6
+    assert not set(sample.token_ids[:6]) & set(free[:3])
+
+
+def test_max_tokens_end_by_length(make_llm, prompts):
+    sample = only(make_llm().generate(prompts[0], SamplingParams(max_tokens=3, ignore_eos=True)))
+    assert len(sample.token_ids) == len(sample.logprobs) == len(sample.soft.kind) == 3
+    assert sample.finish_reason == "length"
+
+
+def test_stream_gives_every_token_and_the_same_sample(make_llm, prompts):
+    llm = make_llm()
+    params = SamplingParams(max_tokens=6, seed=1, ignore_eos=True)
+    soft = SoftParams()
+    lengths = {0: [], 1: []}
+    last = {}
+    for index, sample in llm.stream(prompts[:2], params, soft):
+        lengths[index].append(len(sample.token_ids))
+        last[index] = sample
+    assert lengths == {0: [1, 2, 3, 4, 5, 6], 1: [1, 2, 3, 4, 5, 6]}
+    for i, output in enumerate(llm.generate(prompts[:2], params, soft, progress=False)):
+        assert last[i].token_ids == output.samples[0].token_ids
+        assert last[i].finish_reason == "length"
+
+
+def test_abort_gives_back_what_there_is_and_disturbs_nobody(make_llm, prompts):
+    params = SamplingParams(max_tokens=10, seed=1, n=3, ignore_eos=True)
+    expected = make_llm().generate(prompts[3], params, SoftParams(), progress=False)[0].samples
+    llm = make_llm(max_batch_size=2)  # the third sample is still waiting
+    done = {}
+    for _, sample in llm.stream(prompts[3], params, SoftParams()):
+        if sample.finish_reason:
+            done[sample.uid] = sample
+        if sample.uid == expected[0].uid and len(sample.token_ids) == 4:
+            llm.abort(expected[0].uid)
+    assert {uid: s.finish_reason for uid, s in done.items()} == {
+        expected[0].uid: "abort",
+        expected[1].uid: "length",
+        expected[2].uid: "length",
+    }
+    assert done[expected[0].uid].token_ids == expected[0].token_ids[:4]
+    assert done[expected[1].uid].token_ids == expected[1].token_ids
+    assert done[expected[2].uid].token_ids == expected[2].token_ids
+    assert llm.metrics()["kv_pages_free"] == llm.metrics()["kv_pages"]
+
+
+def test_a_stream_left_early_leaves_nothing_behind(make_llm, prompts):
+    llm = make_llm()
+    for _ in llm.stream(prompts, SamplingParams(max_tokens=10, ignore_eos=True)):
+        break
+    metrics = llm.metrics()
+    assert metrics["running"] == metrics["waiting"] == 0
+    assert metrics["kv_pages_free"] == metrics["kv_pages"]
+
+
+# Prompts
+
+
+class ChatTokenizer:
+    """Writes a BOS itself and has a chat template that writes one too, as Llama 3's do."""
+
+    bos_token = "<s>"
+
+    def encode(self, text, add_special_tokens=True):
+        ids = [0] if add_special_tokens else []
+        while text:
+            if text.startswith("<s>"):
+                ids.append(0)
+                text = text[3:]
+            else:
+                ids.append(3 + ord(text[0]) % 50)
+                text = text[1:]
+        return ids
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        assert add_generation_prompt
+        assert not tokenize
+        return "<s>" + "".join(message["content"] for message in messages) + ">"
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
+
+
+def test_prompts_of_every_kind_have_one_bos(make_llm):
+    llm = make_llm()
+    llm.tokenizer = ChatTokenizer()
+    params = SamplingParams(max_tokens=1)
+
+    def ids(prompt):
+        return [o.prompt_token_ids for o in llm.generate(prompt, params, progress=False)]
+
+    text = ids("hey")
+    assert text == ids("<s>hey") == ids(["hey"])
+    assert text[0][0] == 0
+    assert text[0].count(0) == 1
+    chat = [{"role": "user", "content": "hey"}]
+    assert ids(chat) == ids([chat]) == [text[0] + [3 + ord(">") % 50]]
+    assert ids([5, 6]) == ids([[5, 6]]) == [[5, 6]]
+    assert ids(["a", [5, 6], chat])[1] == [5, 6]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "prompt 1 is empty"),
+        ([3] * 300, {}, "prompt 1 has 300 tokens.*context is 256"),
+        ([3] * 200, {"max_tokens": 60}, "prompt 1 has 200 tokens.*max_tokens=60.*context is 256"),
+        ([3] * 100, {"max_tokens": 60}, "prompt 1 needs 10 KV pages.*there are 8.*kv_memory"),
+        ([3, VOCABULARY], {}, "prompt 1 has token id 97.*vocabulary of 97"),
+    ],
+)
+def test_requests_that_never_fit_are_refused_before_anything_runs(
+    make_llm, prompt, params, message
+):
+    llm = make_llm(pages=8)
+    with pytest.raises(ValueError, match=message):
+        llm.generate([[3, 4], prompt], SamplingParams(**{"max_tokens": 8} | params), progress=False)
+    assert llm.metrics()["prompt_tokens_computed"] == 0
+    assert llm.metrics()["waiting"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float8"}, "dtype='float8'.*bfloat16 or float32"),
+        ({"batch_invariant": True}, "batch_invariant=True is not available yet"),
+        ({"max_model_len": 1024}, "max_model_len=1024 is more than the model's 512"),
+        ({"max_batch_size": 0}, "max_batch_size=0"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens=0"),
+        ({"kv_memory": 1e-9}, "kv_memory=1e-09 GiB does not hold one page"),
+    ],
+)
+def test_bad_options_get_one_clear_line(make_llm, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_llm(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("uids", [[[2**32]], [[-1]]])
+def test_uids_outside_the_counter_are_refused(make_llm, uids):
+    with pytest.raises(ValueError, match="uid"):
+        make_llm().generate_groups([[3]], SamplingParams(max_tokens=8), seed=0, uids=uids)
+
+
+def test_broken_weights_name_the_sample_and_the_version(make_llm, hf_model, prompts):
+    llm = make_llm()
+    state = {k: v.clone() for k, v in hf_model.state_dict().items()}
+    state["model.norm.weight"][3] = float("nan")
+    llm.update_weights(state.items(), version=12)
+    with pytest.raises(RuntimeError, match=r"uid 41\b.*weight version 12"):
+        llm.generate_groups(prompts[:1], SamplingParams(max_tokens=8), seed=0, uids=[[41, 42]])
+    # The engine is usable again once the weights are.
+    llm.update_weights(iter(hf_model.state_dict().items()), version=13)
+    llm.generate(prompts, SamplingParams(max_tokens=2), progress=False)
+
+
+def test_soft_settings_of_the_model_directory_are_the_default(tmp_path, hf_model, tokenizer):
+    hf_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64).default_soft is None
+    soft = SoftParams(top_k=3, tau=0.5, noise_clip=(-1.5, 3.0))
+    import json
+
+    (tmp_path / "softgrpo.json").write_text(json.dumps({"soft": soft.to_dict()}))
+    llm = LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64)
+    assert llm.default_soft == soft
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    assert only(llm.generate([5, 6], params, progress=False)).soft.kind.tolist() == [1] * 4
+    assert only(llm.generate([5, 6], params, False, progress=False)).soft.kind.tolist() == [0] * 4
+    (tmp_path / "softgrpo.json").write_text('{"soft": {"topk": 3}}')
+    with pytest.raises(ValueError, match=r"softgrpo.json.*unknown soft setting 'topk'"):
+        LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64)
