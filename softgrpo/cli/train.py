@@ -41,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported here: a misspelt key is told at once, not after seconds of imports.
         from softgrpo.trainer import Trainer
 
-        trainer = Trainer(config)
-        trainer.train()
-        trainer.folder.announce()
+        folder = Trainer(config).train()
+        print(f"report  {folder / 'report.html'}")
+        if config.checkpoint.export_hf:
+            print(f"model   {folder / 'model'}")
     return 0
 
 

@@ -1,0 +1,231 @@
+"""softgrpo-train from the outside: what it leaves, that it learns, resumes and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softgrpo import Config, Trainer
+from softgrpo.cli.train import main
+from softgrpo_engine import LLM, SamplingParams
+
+# What no two runs agree on: the clock.
+CLOCK = ("time/", "step_time", "tokens_per_second")
+
+
+def rows_of(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows]
+
+
+def train(config, *overrides):
+    assert main(["--engine", "native", "--config", str(config), *overrides]) == 0
+
+
+def refused(capsys, config, *overrides):
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--config", str(config), *overrides])
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    return message
+
+
+def test_a_run_leaves_everything(tiny_config, tmp_path, tiny_data):
+    train(tiny_config, f"data.eval={tiny_data}", "data.train=" + str(_other(tmp_path)))
+    run = tmp_path / "runs" / "tiny"
+    assert Config.load(run / "config.yaml").run.max_steps == 6
+    rows = rows_of(run)
+    steps = [row["step"] for row in rows if "reward" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    evaluations = [row for row in rows if "eval/mean@2" in row]
+    assert [row["step"] for row in evaluations] == [0, 6]
+    wanted = {
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/early_letters/mean",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "clip_ratio/region_mean",
+        "sampling/sampling_logp_difference/mean",
+        "sampling/importance_sampling_ratio/mean",
+        "soft/effective_candidates",
+        "soft/top_weight",
+        "soft/kept_slots",
+        "soft/length",
+        "num_tokens",
+    }
+    assert wanted <= set(rows[1])
+    # In fp32 the trainer computes what the engine drew from, at every step.
+    assert all(
+        row["sampling/sampling_logp_difference/max"] < 1e-4 for row in rows if "reward" in row
+    )
+    samples = [json.loads(line) for line in (run / "samples.jsonl").open()]
+    soft = [p for s in samples for p in s["positions"] if p["kind"] == 1]
+    assert soft
+    assert all(abs(sum(w for _, w in p["candidates"]) - 1) < 5e-3 for p in soft)
+    assert (run / "report.html").stat().st_size > 1000
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
+    _check_export(run / "model")
+
+
+def _other(tmp_path):
+    path = tmp_path / "other.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"tell {c}", "answer": c}) + "\n" for c in "abcdefgh")
+    )
+    return path
+
+
+def _check_export(path):
+    """transformers loads it, generation takes its soft settings, and both see the same weights."""
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = tokenizer("say a")["input_ids"]
+    greedy = theirs.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
+    llm = LLM(path, dtype="float32", kv_memory=0.01, max_batch_size=4)
+    assert llm.default_soft is not None
+    assert llm.default_soft.top_k == 5
+    ours = llm.generate([ids], SamplingParams(temperature=0, max_tokens=8), False, progress=False)
+    assert ours[0].samples[0].token_ids == greedy[0, len(ids) :].tolist()
+    soft = llm.generate([ids], SamplingParams(max_tokens=4), progress=False)
+    assert soft[0].samples[0].soft.kind[0] == 1
+
+
+def test_it_learns(tiny_config, tmp_path):
+    train(tiny_config, "run.max_steps=25", "checkpoint.every=0", "checkpoint.export_hf=false")
+    rewards = [row["reward"] for row in rows_of(tmp_path / "runs" / "tiny")]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+
+
+@pytest.mark.parametrize("soft", ["true", "false"])
+def test_killed_and_resumed_equals_uninterrupted(tiny_config, tmp_path, soft):
+    """kill -9 in the middle, the same command again: same metrics, same weights, bit for bit."""
+    common = (f"rollout.soft.enabled={soft}", "run.max_steps=8", "checkpoint.every=3")
+    train(tiny_config, *common, "run.name=whole")
+    runs = tmp_path / "runs"
+    command = [
+        sys.executable,
+        "-m",
+        "softgrpo.cli.train",
+        "--config",
+        str(tiny_config),
+        *common,
+        "run.name=killed",
+        "run.resume=auto",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    metrics = runs / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    # After the checkpoint of step 3, before that of step 6.
+    while not (metrics.exists() and metrics.read_text().count('"reward"') >= 4):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with metrics.open("a") as file:
+        file.write('{"step": 9, "rew')  # what a kill in the middle of a write leaves
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert rows_of(runs / "killed") == rows_of(runs / "whole")
+    for name in ("weights", "optimizer"):
+        paths = [runs / r / "checkpoints" / "step_000008" for r in ("killed", "whole")]
+        killed, whole = (load_file(path / f"{name}.safetensors") for path in paths)
+        assert killed.keys() == whole.keys()
+        assert all(torch.equal(killed[key], whole[key]) for key in whole)
+
+
+def test_python_api_takes_a_closure(tiny_config, tmp_path):
+    seen = []
+
+    def reward(prompts, completions, answer, **columns):
+        seen.append(len(completions))
+        return [float(len(c)) for c in completions]
+
+    config = Config.load(tiny_config, ["run.max_steps=1", "checkpoint.export_hf=false"])
+    Trainer(config, reward_funcs=[reward]).train()
+    assert seen == [12]
+    assert "rewards/reward/mean" in rows_of(tmp_path / "runs" / "tiny")[0]
+
+
+def test_kl_to_the_reference_starts_at_zero_and_grows(tiny_config, tmp_path):
+    train(tiny_config, "algorithm.kl_coef=0.01", "optim.minibatch_prompts=null")
+    kl = [row["kl"] for row in rows_of(tmp_path / "runs" / "tiny")]
+    assert kl[0] < 1e-6 < 1e-4 < kl[-1]
+
+
+BAD = {
+    "misspelt key": (["rollout.soft.topk=3"], "rollout.soft.top_k"),
+    "wrong type": (["optim.lr=fast"], "optim.lr"),
+    "wrong engine": (["rollout.engine=vlm"], "native"),
+    "missing file": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
+    "missing column": (["data.prompt_key=question"], "prompt, answer"),
+    "prompt too long": (["data.max_prompt_tokens=3"], "data.max_prompt_tokens"),
+    "context too short": (["rollout.max_new_tokens=500"], "context is 128"),
+    "missing reward": (["reward.functions=[{path: softgrpo.rewards.maths}]"], "maths"),
+    "missing model": (["model.path=./nowhere"], "nowhere"),
+    "no checkpoint": (["run.resume=./nowhere"], "no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_no_run(case, tiny_config, tmp_path, capsys):
+    overrides, expected = BAD[case]
+    assert expected in refused(capsys, tiny_config, *overrides)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unsupported_architecture(tiny_config, tiny_model, tmp_path, capsys):
+    model = tmp_path / "gpt2"
+    model.mkdir()
+    for file in tiny_model.iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "config.json").unlink()
+    values = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32}
+    (model / "config.json").write_text(json.dumps(values))
+    message = refused(capsys, tiny_config, f"model.path={model}")
+    assert "GPT2LMHeadModel" in message
+    assert "LlamaForCausalLM" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [("raise KeyError('colour')", "colour"), ("return [1.0]", "12")],
+)
+def test_a_bad_reward_names_itself(tiny_config, tmp_path, capsys, body, expected):
+    path = tmp_path / "bad.py"
+    path.write_text(f"def bad_reward(prompts, completions, **columns):\n    {body}\n")
+    message = refused(capsys, tiny_config, f'reward.functions=[{{path: "{path}:bad_reward"}}]')
+    assert "bad_reward" in message
+    assert expected in message
+
+
+def test_nan_weights_are_told_in_one_line(tiny_config, tiny_model, tmp_path, capsys):
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        theirs.model.norm.weight[0] = float("nan")
+    theirs.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "nan")
+    capsys.readouterr()  # the progress bars of transformers
+    assert "not finite" in refused(capsys, tiny_config, f"model.path={tmp_path / 'nan'}")
+
+
+def test_a_second_run_does_not_overwrite_the_first(tiny_config, tmp_path, capsys):
+    train(tiny_config, "run.max_steps=1")
+    before = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_bytes()
+    assert "run.resume=auto" in refused(capsys, tiny_config, "run.max_steps=1")
+    other_lr = refused(capsys, tiny_config, "run.resume=auto", "optim.lr=1e-4")
+    assert "optim.lr was 0.003" in other_lr
+    assert (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_bytes() == before
