@@ -52,21 +52,24 @@ def policy_loss(
     *,
     clip_low: float,
     clip_high: float,
-    dual_clip: float,
+    dual_clip: float | None,
     kl_coef: float = 0.0,
     reference_T: Tensor | None = None,
 ) -> PolicyLoss:
     """PPO's clipped surrogate with dual clip (arXiv 1912.09729) and a k3 KL penalty.
 
     new_T, old_T, reference_T: log-densities [T] of the current, the sampling and the frozen
-    reference policy. advantages_T, weights_T: float32 [T].
+    reference policy. advantages_T, weights_T: float32 [T]. dual_clip: bound on the ratio where the
+    advantage is negative, None for none.
     """
     ratio = torch.exp(new_T - old_T)
     unclipped = ratio * advantages_T
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages_T
     surrogate = torch.minimum(unclipped, clipped)
     negative = advantages_T < 0
-    surrogate = torch.where(negative, torch.maximum(surrogate, dual_clip * advantages_T), surrogate)
+    if dual_clip is not None:
+        bounded = torch.maximum(surrogate, dual_clip * advantages_T)
+        surrogate = torch.where(negative, bounded, surrogate)
     loss_T = -surrogate
     kl = None
     if reference_T is not None:
