@@ -160,6 +160,8 @@ class RowParameters:
             raise ValueError("temperature must be > 0 in sampled rows (mode 0 is greedy)")
         if bool((soft & ~(self.floats[3] > 0)).any()):
             raise ValueError("gumbel_tau must be > 0 in soft rows")
+        if bool((sampled & ~((self.floats[2] >= 0) & (self.floats[2] <= 1))).any()):
+            raise ValueError("min_p must be in 0 .. 1")
         check_counter_words(self.position, self.uid, self.stream)
 
 

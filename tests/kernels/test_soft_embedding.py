@@ -1,0 +1,107 @@
+"""Mixture weights and mixtures of embeddings."""
+
+import pytest
+import torch
+
+from softgrpo_kernels import reference, soft_embedding, soft_weights
+from softgrpo_kernels.extension import cpu_extension
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_extension = pytest.mark.skipif(cpu_extension() is None, reason="no C++ extension")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def mixture(rows, k, vocabulary, hidden, dtype):
+    ids = torch.randint(0, vocabulary, (rows, k), dtype=torch.int32)
+    ids[torch.rand(rows, k) < 0.2] = -1
+    weights = torch.rand(rows, k).masked_fill(torch.rand(rows, k) < 0.2, 0.0)
+    return ids, weights, torch.randn(vocabulary, hidden).to(dtype)
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", [0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+# Above and below the size for threads; a partial vector; one slot.
+@pytest.mark.parametrize(("rows", "k", "hidden"), [(80, 30, 576), (3, 5, 100), (2, 1, 7)])
+def test_cpp_has_the_bits_of_the_reference(dtype, rows, k, hidden, isa):
+    ids, weights, table = mixture(rows, k, 50, hidden, dtype)
+    cpu_extension().limit_isa(isa)
+    try:
+        out = soft_embedding(ids, weights, table)
+    finally:
+        cpu_extension().limit_isa(2)
+    assert torch.equal(out, reference.soft_embedding(ids, weights, table))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_is_the_weighted_sum_rounded_once(dtype):
+    ids, weights, table = mixture(20, 6, 30, 33, dtype)
+    live = ids >= 0
+    exact = torch.einsum(
+        "nk,nkh->nh", (weights * live).double(), table[ids.clamp(min=0).long()].double()
+    )
+    error = (soft_embedding(ids, weights, table).double() - exact).abs()
+    ulp = torch.finfo(dtype).eps * exact.abs().clamp(min=1e-2)
+    # Half an ulp of the dtype, and what fp32 loses in six additions.
+    assert (error <= 0.51 * ulp + 1e-6).all()
+
+
+def test_unused_slots_are_never_read():
+    table = torch.randn(4, 8)
+    table[3] = torch.nan
+    ids = torch.tensor([[0, 3, -1]], dtype=torch.int32)
+    out = soft_embedding(ids, torch.tensor([[0.5, 0.0, torch.nan]]), table)
+    assert torch.equal(out, 0.5 * table[:1])
+
+
+def test_one_hot_returns_the_row_itself():
+    table = torch.randn(9, 16).bfloat16()
+    out = soft_embedding(torch.tensor([[4, -1]]), torch.tensor([[1.0, 0.0]]), table[:, ::2])
+    assert torch.equal(out[0], table[4, ::2])
+    stacked = soft_embedding(torch.tensor([[[4], [2]]]), torch.ones(1, 2, 1), table)
+    assert torch.equal(stacked, table[[4, 2]][None])
+
+
+def test_gradients():
+    ids = torch.tensor([[0, 2, -1], [2, 2, 1]])
+    weights = torch.rand(2, 3, dtype=torch.double, requires_grad=True)
+    table = torch.randn(5, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, e: soft_embedding(ids, w, e), (weights, table))
+    out = soft_embedding(ids, weights, table)
+    expected = reference.soft_embedding(ids, weights, table)
+    cotangent = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (weights, table), cotangent)
+    theirs = torch.autograd.grad(expected, (weights, table), cotangent)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_bad_input_is_named():
+    table = torch.randn(5, 4)
+    with pytest.raises(ValueError, match="id 5: embed has 5 rows"):
+        soft_embedding(torch.tensor([[5]]), torch.ones(1, 1), table)
+    with pytest.raises(ValueError, match="one shape"):
+        soft_embedding(torch.tensor([[1]]), torch.ones(1, 2), table)
+
+
+def test_weights_of_every_kind():
+    gprime = torch.tensor([[1.0, 0.5, -torch.inf], [1.0, 0.5, 0.2], [-torch.inf] * 3])
+    out = soft_weights(gprime, torch.tensor([1, 0, 1], dtype=torch.uint8), 0.5)
+    first = 1 / (1 + torch.exp(torch.tensor(-1.0)))
+    expected = torch.tensor([[first, 1 - first, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(out, expected, atol=1e-7, rtol=0)
+
+
+def test_weights_do_not_depend_on_the_padding_or_the_batch():
+    gprime = torch.randn(1000, 30).sort(descending=True).values
+    kind, tau = torch.ones(1000, dtype=torch.uint8), torch.rand(1000) + 0.05
+    alone = torch.cat([soft_weights(gprime[i, :5], kind[i], tau[i])[None] for i in range(1000)])
+    padded = gprime.clone()
+    padded[:, 5:] = -torch.inf
+    together = soft_weights(padded, kind, tau)
+    assert torch.equal(together[:, :5], alone)
+    assert not together[:, 5:].any()
