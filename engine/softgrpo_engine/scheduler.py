@@ -115,7 +115,8 @@ class Scheduler:
                 budget -= self._chunk(plan, sequence, budget)
                 index += 1
         for sequence, chunk in list(plan.samplers):
-            self._fork(plan, sequence, chunk)
+            if sequence.followers:
+                self._fork(plan, sequence, chunk)
         return budget
 
     def _grow(self, sequence: Sequence) -> bool:

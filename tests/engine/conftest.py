@@ -50,7 +50,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_llm(hf_model, tokenizer):
     """An engine of its own weights; keyword arguments go to LLM, `pages` sets the KV cache."""
 

@@ -16,7 +16,7 @@ def run(llm, prompts):
     return llm.generate_groups(prompts, PARAMS, SOFT, seed=11, uids=uids)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def alone(make_llm, prompts):
     """Every sample by itself in an engine of its own."""
     return [
