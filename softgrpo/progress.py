@@ -49,7 +49,7 @@ class _State:
         """Seconds to the last step at the pace of the latest ones, evaluations not counted."""
         if not self.step_times:
             return None
-        return fmean(self.step_times[-_WINDOW:]) * (self.total - self.step)
+        return fmean(self.step_times[-_WINDOW:]) * max(0, self.total - self.step)
 
 
 class TrainProgress:
@@ -178,13 +178,15 @@ def _panel(state: _State) -> RenderableType:
     table.add_row("time", _split_text(row))
     if state.evals:
         table.add_row("held-out", _held_out_text(state.evals))
-    bar = ProgressBar(total=max(1, state.total), completed=state.step)
+    # In a grid: on its own a bar does not end its line.
+    bar = Table.grid(expand=True)
+    total = max(1, state.total)
+    bar.add_row(ProgressBar(total, state.step, complete_style="cyan", finished_style="green"))
     return Panel(
         Group(_head_text(state), bar, table),
         title=Text(f"softgrpo · {_visible(state.name)}"),
         title_align="left",
         border_style="dim",
-        width=None,
     )
 
 
@@ -266,7 +268,7 @@ def _sample_text(row: Mapping[str, Any], marks: bool = False) -> Text:
     if mixed:
         text.append("\n  mixed   ", style="not bold dim")
         text.append(
-            "; ".join(_candidates(i, position) for i, position in mixed[:4]), style="not bold"
+            "; ".join(_candidates(i, position) for i, position in mixed[:3]), style="not bold"
         )
     return text
 

@@ -73,7 +73,10 @@ def sentences(run: Run) -> list[str]:
     said = [_moved(change, run) for change in held_out(run)]
     reward = training_reward(run)
     if reward and reward.after is not None:
-        said.append(f"The {reward.label}: {reward}.")
+        said.append(
+            f"Training reward went from {reward.before:.3f} to {reward.after:.3f} "
+            f"({reward.label.split(', ')[1]})."
+        )
     elif reward:
         said.append(f"Mean training reward so far: {reward.before:.3f}.")
     return said + _speed(run)

@@ -197,7 +197,6 @@ HOSTILE = "</script><script>alert(1)</script><!-- {{data}} \"&' \u2028 \x00 \x1b
 
 def test_hostile_strings_stay_text(tmp_path):
     folder = write_run(tmp_path / "demo")
-    plain = Page(build_report(folder))
     sample = sample_row(5, "train", random.Random(0), HOSTILE)
     sample |= {"prompt": HOSTILE, "answer": HOSTILE, "finish_reason": HOSTILE, "phase": HOSTILE}
     sample["positions"][0] |= {"token": HOSTILE, "candidates": [[HOSTILE, 0.7], ["\ud800", 0.3]]}
@@ -207,7 +206,6 @@ def test_hostile_strings_stay_text(tmp_path):
     (folder / "config.yaml").write_text(config)
     page = Page(build_report(folder, compare=folder))
     assert [tag for tag, _ in page.tags].count("script") == 2
-    assert len(page.tags) > len(plain.tags) // 2
     assert page.data["samples"]["rows"][-1]["prompt"] == HOSTILE
     assert page.data["runs"][1]["name"] == HOSTILE
     assert "\ud800" in page.data["samples"]["vocabulary"]

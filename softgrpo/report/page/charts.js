@@ -21,7 +21,7 @@ function format(value, percent = false) {
   if (value === null || value === undefined) return "–";
   if (percent) return `${Number((100 * value).toPrecision(3))}%`;
   const size = Math.abs(value);
-  if (size !== 0 && size < 1e-3) return value.toExponential(1);
+  if (size !== 0 && size < 1e-3) return Number(value.toPrecision(2)).toExponential();
   return size >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(3)));
 }
 
@@ -100,15 +100,17 @@ function setCursor(step) {
 }
 
 /**
- * One figure. spec: {title, caption, percent, log, zero, whole, height, wide,
- *   lines: [{label, steps, values, className, dash, kind: "line|raw|smooth|points", shape, band}],
+ * One figure. spec: {title, caption, span: first and last step, percent, log, zero, whole, height, wide,
+ *   lines: [{label, steps, values, className, dash, kind: "line|raw|smooth|points", shape, band, average}],
  *   areas: [{label, steps, values, className}] stacked from the bottom up}.
  */
 class Chart {
   constructor(spec) {
     this.spec = spec;
     this.at = html("span", { class: "at" });
-    this.plot = svg("svg", { class: "plot", tabindex: 0, role: "img", "aria-label": this.describe() });
+    this.height = spec.height ?? 150;
+    const plot = { class: "plot", height: this.height, tabindex: 0, role: "img" };
+    this.plot = svg("svg", { ...plot, "aria-label": this.describe() });
     this.element = html(
       "figure",
       spec.wide ? { class: "wide" } : {},
@@ -166,9 +168,6 @@ class Chart {
   findDomain() {
     const { spec } = this;
     this.steps = [...new Set(this.series.flatMap((s) => s.steps))].sort((a, b) => a - b);
-    let [first, last] = [this.steps[0], this.steps[this.steps.length - 1]];
-    if (first === last) [first, last] = [first - 1, last + 1];
-    this.domainX = [first, last];
     this.stacks = stack(spec.areas ?? []);
     const bands = (spec.lines ?? []).flatMap((l) => (l.band ? [...l.band.low, ...l.band.high] : []));
     const all = [...this.series.flatMap((s) => s.values), ...bands, ...(this.stacks.at(-1)?.high ?? [])];
@@ -191,16 +190,13 @@ class Chart {
   }
 
   draw() {
-    const { spec } = this;
+    const { spec, height } = this;
     const width = this.plot.clientWidth;
     if (!width) return;
-    const height = spec.height ?? 150;
-    this.left = 40;
-    this.right = width - 10;
-    this.height = height;
-    this.x = makeScale(...this.domainX, this.left, this.right);
+    this.left = 48;
+    this.right = width - 14;
+    this.x = makeScale(...this.spec.span, this.left, this.right);
     this.y = makeScale(...this.domainY, height - 20, 8, spec.log);
-    this.plot.setAttribute("height", height);
     this.plot.replaceChildren(...this.drawAxes(width));
     (spec.areas ?? []).forEach((area, i) => this.drawArea(area, this.stacks[i]));
     for (const line of spec.lines ?? []) this.drawLine(line);
@@ -212,7 +208,7 @@ class Chart {
   drawAxes(width) {
     const { spec, height } = this;
     const [low, high] = this.domainY;
-    let ticks = ticksBetween(low, high, height > 200 ? 5 : 4);
+    let ticks = ticksBetween(low, high, 5);
     if (spec.log) {
       const powers = ticksBetween(Math.log10(low), Math.log10(high), 4).filter(Number.isInteger);
       ticks = powers.map((power) => 10 ** power);
@@ -224,10 +220,9 @@ class Chart {
       nodes.push(svg("text", { x: this.left - 6, y: y + 4, "text-anchor": "end" }, format(tick, spec.percent)));
     }
     nodes.push(svg("line", { x1: this.left, x2: this.right, y1: height - 20, y2: height - 20, class: "axis" }));
-    const whole = ticksBetween(...this.domainX, Math.max(2, Math.min(8, width / 90)));
+    const whole = ticksBetween(...this.spec.span, Math.max(2, Math.min(8, width / 90)));
     for (const tick of whole.filter(Number.isInteger)) {
-      const anchor = this.x(tick) > this.right - 12 ? "end" : "middle";
-      nodes.push(svg("text", { x: this.x(tick), y: height - 5, "text-anchor": anchor }, String(tick)));
+      nodes.push(svg("text", { x: this.x(tick), y: height - 5, "text-anchor": "middle" }, String(tick)));
     }
     return nodes;
   }
@@ -244,16 +239,20 @@ class Chart {
       const d = pathBetween(xs, line.band.low.map(this.y), line.band.high.map(this.y));
       this.plot.append(svg("path", { d, class: `band fill ${line.className}` }));
     }
-    const style = line.kind === "points" ? "link" : (line.kind ?? "");
-    this.plot.append(svg("path", { d: pathThrough(xs, ys), class: `line ${style} ${line.className}`, ...dashed(line) }));
-    if (!line.shape) return;
+    const style = line.average ? "raw" : line.kind === "points" ? "link" : (line.kind ?? "");
+    const add = (d, kind) => this.plot.append(svg("path", { d, class: `line ${kind} ${line.className}`, ...dashed(line) }));
+    add(pathThrough(xs, ys), style);
+    if (line.average) add(pathThrough(xs, line.average.map(this.y)), "smooth");
     for (let i = 0; i < xs.length; i++) {
-      if (ys[i] !== null) this.plot.append(markShape(line.shape, xs[i], ys[i], this.markClass(line)));
+      if (ys[i] === null) continue;
+      const alone = (ys[i - 1] ?? null) === null && (ys[i + 1] ?? null) === null;
+      if (line.shape) this.plot.append(markShape(line.shape, xs[i], ys[i], this.markClass(line)));
+      else if (alone) this.plot.append(svg("circle", { cx: xs[i], cy: ys[i], r: 2.5, class: `fill ${line.className}` }));
     }
   }
 
   stepAt(pixel) {
-    const [first, last] = this.domainX;
+    const [first, last] = this.spec.span;
     const step = first + ((pixel - this.left) / (this.right - this.left)) * (last - first);
     return this.steps[nearest(this.steps, step)];
   }

@@ -8,6 +8,7 @@ const DASHES = ["6 4", "2 4", "9 3 2 3", "1 3"];
 const FIGURES = [
   {
     title: "Response length",
+    height: 240,
     caption: "Tokens of a response: the mean, and the range from the shortest to the longest.",
     zero: true,
     lines: [
@@ -16,11 +17,11 @@ const FIGURES = [
     ],
   },
   {
-    title: "Cut off, and groups without a signal",
+    title: "Cut-offs and flat groups",
     caption: "Share of responses that reached the token limit; share of groups whose rewards are all equal.",
     percent: true,
     zero: true,
-    lines: [["cut off", "completions/clipped_ratio"], ["groups without spread", "frac_reward_zero_std"]],
+    lines: [["cut off", "completions/clipped_ratio"], ["flat groups", "frac_reward_zero_std"]],
   },
   {
     title: "Candidates of a soft position",
@@ -73,6 +74,13 @@ const FIGURES = [
   },
 ];
 
+// From so many steps on every curve is drawn faint, with its moving average on top.
+const LONG = 150;
+
+function averageWindow(run) {
+  return Math.max(5, Math.round(run.step.length / 20));
+}
+
 function columnOf(run, name) {
   return run.columns[name] ?? run.step.map(() => null);
 }
@@ -91,6 +99,7 @@ function curvesOf(lines) {
     lines.flatMap(([label, name, band], i) => {
       if (!(name in run.columns)) return [];
       const curve = { label: labelOf(r, label), steps: run.step, values: run.columns[name], ...styleOf(r, i) };
+      if (run.step.length > LONG) curve.average = movingAverage(curve.values, averageWindow(run));
       if (band && r === 0) curve.band = { low: columnOf(run, band[0]), high: columnOf(run, band[1]) };
       return [curve];
     }),
@@ -102,7 +111,7 @@ function rewardLines(run, r) {
   const lines = [];
   const values = run.columns.reward;
   if (values) {
-    const window = Math.max(5, Math.round(run.step.length / 20));
+    const window = averageWindow(run);
     const smooth = { steps: run.step, values: movingAverage(values, window), kind: "smooth", ...styleOf(r, 0) };
     if (r === 0) {
       const raw = { label: "reward", steps: run.step, values, kind: "raw", ...styleOf(r, 0) };
@@ -165,15 +174,28 @@ function functionsFigure() {
 function timeFigure() {
   const run = DATA.runs[0];
   const names = ["rollout", "train", "reward", "sync"].filter((name) => `time/${name}` in run.columns);
+  const long = run.step.length > LONG;
+  const smooth = (values) => (long ? movingAverage(values, averageWindow(run)) : values);
   const areas = names.map((name, i) => ({
     label: name,
     steps: run.step,
-    values: run.columns[`time/${name}`],
+    values: smooth(run.columns[`time/${name}`]),
     className: COLOURS[i],
   }));
   const other = DATA.runs.slice(1).filter((r) => r.columns.step_time);
-  const lines = other.map((r) => ({ label: `${r.name}: whole step`, steps: r.step, values: r.columns.step_time, ...styleOf(1, 0) }));
-  return { title: "Time of a step", caption: "Seconds in each phase, one on top of the other.", areas, lines };
+  const lines = other.map((r) => {
+    return { label: `${r.name}: whole step`, steps: r.step, values: smooth(r.columns.step_time), ...styleOf(1, 0) };
+  });
+  const caption = `Seconds in each phase, one on top of the other${long ? ", averaged" : ""}.`;
+  return { title: "Time of a step", caption, areas, lines };
+}
+
+/** First and last step of all that is drawn, so that the cursor stands at one place in every figure. */
+function stepSpan() {
+  const steps = DATA.runs.flatMap((run) => [...run.step, ...run.evals.map((row) => row.step)]);
+  const first = steps.reduce((a, b) => Math.min(a, b), Infinity);
+  const last = steps.reduce((a, b) => Math.max(a, b), -Infinity);
+  return first < last ? [first, last] : [first - 1, last + 1];
 }
 
 function drawFigures(host) {
@@ -181,7 +203,12 @@ function drawFigures(host) {
   const figures = [rewardFigure(), functionsFigure(), ...others, timeFigure()].filter(
     (figure) => figure.lines.length + (figure.areas?.length ?? 0) > 0,
   );
-  host.append(...figures.map((figure) => new Chart(figure).element));
+  const span = stepSpan();
+  if (DATA.runs[0].step.length > LONG) {
+    const note = ` Faint lines are single steps, strong ones the average of ${averageWindow(DATA.runs[0])} steps.`;
+    host.previousElementSibling.append(note);
+  }
+  host.append(...figures.map((figure) => new Chart({ ...figure, span }).element));
   if (figures.length === 0) host.append(html("p", {}, "No step has been recorded yet."));
 }
 

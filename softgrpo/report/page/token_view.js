@@ -42,7 +42,7 @@ function mixtureBar(candidates) {
   const stops = candidates.map(({ weight }, i) => {
     const [from, to] = [100 * begin, 100 * (begin + weight)];
     begin += weight;
-    const gap = i + 1 < candidates.length && weight > 0.02 ? "1px" : "0px";
+    const gap = i + 1 < candidates.length && candidates[i + 1].weight > 0.04 ? "1px" : "0px";
     const edge = `calc(${to.toFixed(2)}% - ${gap})`;
     return `${weightColour(weight)} ${from.toFixed(2)}% ${edge}, var(--surface) ${edge} ${to.toFixed(2)}%`;
   });
@@ -50,7 +50,8 @@ function mixtureBar(candidates) {
 }
 
 function tokenSpan(position, attributes = {}) {
-  const kinds = `tok ${position.soft ? "soft" : "discrete"}${position.forced ? " forced" : ""}`;
+  const mixed = position.soft && position.candidates.length > 0 && position.candidates[0].weight < 0.9;
+  const kinds = `tok ${position.soft ? "soft" : "discrete"}${mixed ? " mixed" : ""}${position.forced ? " forced" : ""}`;
   const span = html("span", { ...attributes, class: kinds }, ...visibleText(position.token));
   if (position.soft) span.style.backgroundImage = mixtureBar(position.candidates);
   return span;

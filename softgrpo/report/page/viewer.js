@@ -16,7 +16,8 @@ class Viewer {
       all: "all",
       ...Object.fromEntries(rows.map((row) => [row.phase, PHASES[row.phase] ?? row.phase])),
     });
-    this.filter = this.select("Reward", (value) => rows.some(FILTERS[value]), Object.fromEntries(Object.keys(FILTERS).map((name) => [name, name])));
+    const filters = Object.fromEntries(Object.keys(FILTERS).map((name) => [name, name]));
+    this.filter = this.select("Reward", (value) => rows.some(FILTERS[value]), filters);
     this.step = this.select("Step", () => true, {});
     this.back = html("button", { type: "button" }, "Previous");
     this.forth = html("button", { type: "button" }, "Next");
