@@ -18,6 +18,7 @@ from softgrpo_kernels.rows import Clamp, Number, RowParameters, SoftToken, check
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+@torch.no_grad()
 def soft_token(
     logits: Tensor,
     embed: Tensor | None = None,
@@ -104,7 +105,7 @@ def soft_token(
     kernels = _kernels(backend, tables)
     step = reference.soft_token if kernels is None else partial(_soft_token_cpu, kernels)
     return step(
-        logits.detach(),
+        logits,
         embed,
         rows,
         terminal_ids=terminal_ids,
