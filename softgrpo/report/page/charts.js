@@ -35,14 +35,14 @@ function ticksBetween(low, high, count) {
   return ticks;
 }
 
-/** Maps data to pixels; on a log scale values that are not positive have no place (null). */
+/** Maps data to pixels; on a log scale values that are not positive have no place (null), those below it lie on its floor. */
 function makeScale(low, high, from, to, log = false) {
   const place = log ? Math.log10 : (value) => value;
   const [a, b] = [place(low), place(high)];
   return (value) =>
     value === null || value === undefined || (log && value <= 0)
       ? null
-      : from + ((place(value) - a) / (b - a)) * (to - from);
+      : from + ((place(log ? Math.max(low, value) : value) - a) / (b - a)) * (to - from);
 }
 
 /** The path through all points that exist, broken where one is missing; a lone point is a dot. */
@@ -178,8 +178,9 @@ class Chart {
     if (spec.whole && low >= 0 && high <= 1) [low, high] = [0, 1];
     if (spec.zero || spec.areas) low = Math.min(0, low);
     if (spec.log) {
-      [low, high] = [10 ** Math.floor(Math.log10(low)), 10 ** Math.ceil(Math.log10(high) + 1e-9)];
-      if (low === high) high = low * 10;
+      const top = Math.floor(Math.log10(high)) + 1;
+      low = 10 ** Math.max(Math.floor(Math.log10(low)), top - 4); // one odd step must not flatten the rest
+      high = 10 ** top;
     } else if (low === high) {
       [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) / 2, high + Math.abs(high) / 2];
     } else if (!spec.whole || high > 1) {

@@ -35,7 +35,7 @@ const FIGURES = [
   },
   {
     title: "Engine against trainer",
-    caption: "Difference of the two log-probabilities of the same token, log scale. It should stay flat.",
+    caption: "How far their log-probabilities of the same candidates differ, log scale. It should stay flat.",
     log: true,
     lines: [
       ["mean", "sampling/sampling_logp_difference/mean"],

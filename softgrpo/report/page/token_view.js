@@ -149,7 +149,8 @@ class TokenView {
 
   describe(index) {
     const { soft, forced, candidates, effective } = this.positions[index];
-    const kind = soft ? `Soft: a mixture of ${format(effective)} effective candidates.` : "Discrete: one token, fed as it is.";
+    const share = candidates.length > 1 ? `a mixture of ${format(effective)} effective candidates.` : "one candidate has all the weight.";
+    const kind = soft ? `Soft: ${share}` : "Discrete: one token, fed as it is.";
     const budget = forced ? " Forced by a budget, not chosen; it does not count in the loss." : "";
     const rows = candidates.flatMap(({ text, weight }) => {
       const bar = html("span", { class: "bar" });

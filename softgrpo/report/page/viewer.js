@@ -63,8 +63,16 @@ class Viewer {
       return button;
     });
     this.picks.replaceChildren(...this.buttons);
-    if (this.group.length) this.show(0);
+    if (this.group.length) this.show(this.mostMixed());
     else this.card.replaceChildren(html("p", {}, "No sample fits this choice."));
+  }
+
+  /** The sample of the step that shows soft thinking best. */
+  mostMixed() {
+    const peaks = this.group.map((row) =>
+      row.positions.reduce((peak, p) => Math.max(peak, unpackPosition(p, this.vocabulary).effective), 0),
+    );
+    return peaks.indexOf(Math.max(...peaks));
   }
 
   turn(by) {
