@@ -179,7 +179,8 @@ def load_checkpoint(
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a jsonl file, without a last line that a kill cut short."""
     rows = []
-    lines = path.read_text().split("\n")
+    # A kill may cut the last line inside a character.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
