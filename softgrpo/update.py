@@ -104,10 +104,13 @@ class Update:
         parts = [self._useful(batch, advantages_S, groups) for groups in minibatches]
         if not any(parts):
             # Nothing to learn from, but the match of rollout and trainer is watched at every step.
-            self._watch(batch.select_groups([0])[0], statistics)
+            self._densities(batch, list(range(batch.num_groups)), statistics)
             return statistics.row(), 0
         # With one minibatch the sampling policy is the current one: its pass is the update's own.
-        old_T = self._old_densities(batch, parts, statistics) if len(minibatches) > 1 else None
+        useful_groups = [g for groups in parts for g in groups]
+        old_T = None
+        if len(minibatches) > 1:
+            old_T = self._densities(batch, useful_groups, statistics)
         taken = 0
         for groups, useful in zip(minibatches, parts, strict=True):
             if useful:
@@ -179,21 +182,16 @@ class Update:
         statistics.losses.append(total)
         statistics.grad_norms.append(norm.item())
 
-    def _old_densities(
-        self, batch: RolloutBatch, parts: list[list[int]], statistics: _Statistics
-    ) -> Tensor:
-        """Densities [T] under the policy before the first minibatch changes it."""
-        old_T = torch.zeros(len(batch.soft.token))
-        for micro in self._micro_batches(batch, [g for groups in parts for g in groups]):
+    @torch.no_grad()
+    def _densities(self, batch: RolloutBatch, groups: list[int], statistics: _Statistics) -> Tensor:
+        """Densities [T] under the current policy, 0 outside the groups; compared with the rollout."""
+        result_T = torch.zeros(len(batch.soft.token))
+        for micro in self._micro_batches(batch, groups):
             part, rows = batch.select_groups(micro)
-            old_T[rows] = self._watch(part, statistics).density
-        return old_T
-
-    def _watch(self, part: RolloutBatch, statistics: _Statistics) -> PositionLogProbs:
-        with torch.no_grad():
             current = self.policy.log_probs(part)
-        self._compare(part, current, statistics)
-        return current
+            self._compare(part, current, statistics)
+            result_T[rows] = current.density
+        return result_T
 
     def _compare(
         self, part: RolloutBatch, current: PositionLogProbs, statistics: _Statistics
