@@ -184,7 +184,7 @@ class Update:
 
     @torch.no_grad()
     def _densities(self, batch: RolloutBatch, groups: list[int], statistics: _Statistics) -> Tensor:
-        """Densities [T] under the current policy, 0 outside the groups; compared with the rollout."""
+        """Densities [T] under the current policy (0 outside the groups), also compared."""
         result_T = torch.zeros(len(batch.soft.token))
         for micro in self._micro_batches(batch, groups):
             part, rows = batch.select_groups(micro)
