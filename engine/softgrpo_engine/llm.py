@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
@@ -25,6 +24,7 @@ from softgrpo_engine.prompts import Prompt, as_list, default_uids, encode, think
 from softgrpo_engine.runner import Drawn, Runner
 from softgrpo_engine.scheduler import Plan, Scheduler
 from softgrpo_engine.sequence import Sequence, pages_for
+from softgrpo_engine.stopping import hits_stop_string, sample_text
 from softgrpo_engine.weights import load_decoder, load_weights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -84,7 +84,7 @@ class LLM:
                 f"max_model_len={max_model_len} is more than the model's "
                 f"{self.config.max_position_embeddings}"
             )
-        self.default_soft = _soft_settings(self.model_path)
+        self.default_soft = SoftParams.of_model(self.model_path) if self.model_path else None
         self.weight_version = 0
         num_pages = pages_that_fit(decoder, kv_memory, max_batch_size, self.max_model_len)
         self.pool = BlockPool(num_pages)
@@ -340,7 +340,7 @@ class LLM:
             sequence.soft_phase = soft and self._within_budget(sequence)
             self.generated_tokens += 1
             advanced.append(sequence)
-            if token in sequence.end_ids or self._hit_stop_string(sequence):
+            if token in sequence.end_ids or hits_stop_string(sequence, self.tokenizer):
                 self._end(sequence, "stop")
             elif sequence.num_generated == sequence.params.max_tokens:
                 self._end(sequence, "length")
@@ -355,15 +355,6 @@ class LLM:
         self.runner.end_soft_phase(sequence)
         return False
 
-    def _hit_stop_string(self, sequence: Sequence) -> bool:
-        stop = sequence.params.stop
-        if not stop or sequence.num_generated < sequence.params.min_tokens:
-            return False
-        # A new hit ends in the new token, and a character has at most four tokens (its bytes).
-        tail = sequence.tokens[-4 * max(map(len, stop)) - 4 :]
-        text = self.tokenizer.decode(tail, skip_special_tokens=True)
-        return any(string in text for string in stop)
-
     def _end(self, sequence: Sequence, reason: Literal["stop", "length", "abort"]) -> None:
         sequence.finish_reason = reason
         self._samples[sequence] = self._sample(sequence)
@@ -372,20 +363,13 @@ class LLM:
     def _sample(self, sequence: Sequence) -> Sample:
         soft, logprobs = self.runner.record.soft_tokens(sequence)
         return Sample(
-            text=self._text(sequence),
+            text=sample_text(sequence, self.tokenizer),
             token_ids=list(sequence.tokens),
             logprobs=logprobs,
             soft=soft,
             finish_reason=sequence.finish_reason,
             uid=sequence.uid,
         )
-
-    def _text(self, sequence: Sequence) -> str:
-        if self.tokenizer is None:
-            return ""
-        text: str = self.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
-        cuts = [text.find(string) for string in sequence.params.stop if string in text]
-        return text[: min(cuts)] if cuts else text
 
     def _forget(self, sequences: list[Sequence]) -> None:
         """Leaves nothing behind, also after an error or a stream that was not read to its end."""
@@ -399,13 +383,3 @@ class LLM:
 
 def _seed(params: SamplingParams) -> int:
     return params.seed if params.seed is not None else secrets.randbits(63)
-
-
-def _soft_settings(model_path: Path | None) -> SoftParams | None:
-    path = model_path / "softgrpo.json" if model_path else None
-    if path is None or not path.exists():
-        return None
-    try:
-        return SoftParams.from_dict(json.loads(path.read_text())["soft"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None

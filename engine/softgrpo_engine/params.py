@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 K_MAX = 64  # most candidates that the kernels record for one position
@@ -108,3 +110,14 @@ class SoftParams:
         if unknown:
             raise ValueError(f"unknown soft setting {sorted(unknown)[0]!r}")
         return cls(**values)
+
+    @classmethod
+    def of_model(cls, path: Path) -> SoftParams | None:
+        """The settings that a model directory was exported with (softgrpo.json), None without."""
+        file = path / "softgrpo.json"
+        if not file.exists():
+            return None
+        try:
+            return cls.from_dict(json.loads(file.read_text())["soft"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from None
