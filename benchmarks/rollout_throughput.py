@@ -209,9 +209,9 @@ def _print(
 ) -> None:
     speed = {(r.engine, r.mode, r.batch): r.tokens_per_second for r in rows}
     table = Table(title=f"{arguments.model}: tokens/s, {arguments.new_tokens} new tokens")
-    columns = ["batch", "soft", "discrete", "soft/discrete", "limit", "soft/limit"]
+    columns = ["batch", "soft", "discrete", "soft / discrete", "limit", "soft / limit"]
     if arguments.compare:
-        columns += [arguments.compare, f"soft/{arguments.compare}"]
+        columns += [arguments.compare, f"soft / {arguments.compare}"]
     for column in columns:
         table.add_column(column, justify="right")
     for batch in arguments.batch_sizes:
