@@ -278,6 +278,8 @@ class LLM:
             soft = self.default_soft
         soft = soft or None
         self.check_fits(prompts, params)
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this engine has none")
         if len(uids) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and uids for {len(uids)}: one list a prompt")
         if not 0 <= seed < 2**64:

@@ -25,6 +25,8 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
     """Token ids of a prompt. Chat messages go through the chat template; a text that already starts
     with the BOS token does not get a second one."""
+    if tokenizer is None and not (prompt and isinstance(prompt[0], int)):
+        raise ValueError("this engine has no tokenizer: give prompts as token ids")
     if isinstance(prompt, str):
         bos = tokenizer.bos_token
         has_bos = bos is not None and prompt.startswith(bos)

@@ -115,10 +115,10 @@ class Runner:
         embeds = table.new_empty(len(row_T), table.shape[1])
         prompts = [c.sequence.prompt[c.start : c.start + c.length] for c in chunks]
         tokens = torch.tensor(list(itertools.chain(*prompts)), device=self.device)
-        embeds[self._to_device(~generated)] = table[tokens]
+        embeds[self._to_device(np.flatnonzero(~generated))] = table[tokens]
         if generated.any():
             mixtures = soft_embedding(*self.record.inputs(rows, index), table)
-            embeds[self._to_device(generated)] = mixtures
+            embeds[self._to_device(np.flatnonzero(generated))] = mixtures
         return embeds
 
     def _to_device(self, values: np.ndarray) -> Tensor:
