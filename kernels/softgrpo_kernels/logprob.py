@@ -92,7 +92,7 @@ def linear_token_logprob(
         raise ValueError(f"label must be [{hidden.shape[0]}], not {list(label.shape)}")
     _check_ids(label, lm_head, "label", lowest=0)
     temperature_N1 = _temperature(temperature, hidden)
-    logp, entropy = _TokenLogprob.apply(hidden, lm_head, label.long(), temperature_N1)
+    logp, entropy = _TokenLogprob.apply(hidden, lm_head, label.long(), temperature_N1, need_entropy)
     return (logp, entropy) if need_entropy else logp
 
 
@@ -196,21 +196,27 @@ class _TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, lm_head: Tensor, label: Tensor, temperature: Tensor
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        lm_head: Tensor,
+        label: Tensor,
+        temperature: Tensor,
+        need_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = temperature.dtype
-        x_NH = hidden.to(wide)
+        x_NH = hidden.to(wide) / temperature
         top = torch.full_like(temperature, -torch.inf)
         mass, weighted = torch.zeros_like(top), torch.zeros_like(top)
         chosen = torch.zeros_like(top)
         for begin, weight_CH in _vocabulary_slices(lm_head, len(label), wide):
-            a_NC = x_NH @ weight_CH.mT / temperature
+            a_NC = x_NH @ weight_CH.mT
             new_top = torch.maximum(top, a_NC.amax(-1, keepdim=True))
             # Moving the reference point: exp(a - top) a stays exact in a, only the factor changes.
             rescale = torch.exp(top - new_top)
-            ratio_NC = torch.exp(a_NC - new_top)
+            ratio_NC = torch.exp_(a_NC - new_top)
             mass = mass * rescale + ratio_NC.sum(-1, keepdim=True)
-            weighted = weighted * rescale + (ratio_NC * a_NC).sum(-1, keepdim=True)
+            if need_entropy:
+                weighted = weighted * rescale + (ratio_NC * a_NC).sum(-1, keepdim=True)
             top = new_top
             slot = label[:, None] - begin
             inside = (slot >= 0) & (slot < weight_CH.shape[0])
@@ -218,6 +224,7 @@ class _TokenLogprob(torch.autograd.Function):
             chosen = torch.where(inside, picked, chosen)
         lse = top + mass.log()
         entropy = lse - weighted / mass
+        ctx.need_entropy = need_entropy  # type: ignore[attr-defined]
         ctx.save_for_backward(hidden, lm_head, label, temperature, lse, entropy)
         return (chosen - lse)[:, 0], entropy[:, 0]
 
@@ -229,23 +236,27 @@ class _TokenLogprob(torch.autograd.Function):
         hidden, lm_head, label, temperature, lse, entropy = ctx.saved_tensors  # type: ignore[attr-defined]
         need_hidden, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         wide = temperature.dtype
-        x_NH = hidden.to(wide)
+        x_NH = hidden.to(wide) / temperature
         grad_logp, grad_entropy = grad_logp.to(wide)[:, None], grad_entropy.to(wide)[:, None]
         d_hidden = torch.zeros_like(x_NH) if need_hidden else None
         d_weight = torch.empty_like(lm_head) if need_weight else None
         for begin, weight_CH in _vocabulary_slices(lm_head, len(label), wide):
             width = weight_CH.shape[0]
-            logp_NC = x_NH @ weight_CH.mT / temperature - lse
-            da_NC = -logp_NC.exp() * (grad_logp + grad_entropy * (logp_NC + entropy))
+            logp_NC = (x_NH @ weight_CH.mT).sub_(lse)
+            slope: Tensor = -grad_logp
+            if ctx.need_entropy:  # type: ignore[attr-defined]
+                slope = slope - grad_entropy * (logp_NC + entropy)
+            da_NC = logp_NC.exp_().mul_(slope)
             slot = label[:, None] - begin
             inside = (slot >= 0) & (slot < width)
             da_NC.scatter_add_(1, slot.clamp(0, width - 1), torch.where(inside, grad_logp, 0.0))
-            dz_NC = da_NC / temperature
             if d_hidden is not None:
-                d_hidden += dz_NC @ weight_CH
+                d_hidden += da_NC @ weight_CH
             if d_weight is not None:
-                d_weight[begin : begin + width] = (dz_NC.mT @ x_NH).to(lm_head.dtype)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None
+                d_weight[begin : begin + width] = (da_NC.mT @ x_NH).to(lm_head.dtype)
+        if d_hidden is not None:
+            d_hidden = (d_hidden / temperature).to(hidden.dtype)
+        return d_hidden, d_weight, None, None, None
 
 
 def _row_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
