@@ -213,7 +213,7 @@ def _print(
     if arguments.compare:
         columns += [arguments.compare, f"soft / {arguments.compare}"]
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for batch in arguments.batch_sizes:
         soft, discrete = speed["softgrpo", "soft", batch], speed["softgrpo", "discrete", batch]
         limit = limits[batch]
