@@ -80,8 +80,9 @@ def main() -> None:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=len(rows) * (arguments.repeats + 1))
         for repeat in range(-1, arguments.repeats):  # the first round only warms up
-            for row in rows:
-                prompts = _prompts(llm.tokenizer, row.batch, repeat + 1)
+            for i, row in enumerate(rows):
+                # Prompts of its own for every run: none finds those of another in the prefix cache.
+                prompts = _prompts(llm.tokenizer, row.batch, (repeat + 1) * len(rows) + i)
                 run = runs[row.engine, row.mode]
                 new_tokens = row.new_tokens if repeat >= 0 else min(4, row.new_tokens)
                 seconds = seconds_of(lambda: run(prompts, new_tokens), device)  # noqa: B023
@@ -134,7 +135,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _prompts(tokenizer: Any, batch: int, salt: int) -> list[list[int]]:
-    """Distinct prompts of equal length; those of another repeat are in no prefix cache."""
+    """Distinct prompts of equal length, other ones for every salt."""
     first = 1000 + 37 * (batch + 200 * salt)
     texts = [TEXT.format(*(first + i + 11 * j for j in range(5))) for i in range(batch)]
     return [tokenizer.encode(text, add_special_tokens=False)[:PROMPT_TOKENS] for text in texts]
