@@ -9,16 +9,16 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def one_line_errors(command: str) -> Iterator[None]:
+def one_line_errors(command: str, interrupted: str = "interrupted") -> Iterator[None]:
     """Turns an expected error into one line and exit status 2, Ctrl-C into 130.
 
-    Expected are the errors that our own checks raise: ValueError, FloatingPointError, RuntimeError
+    interrupted: what Ctrl-C prints. Expected are the errors that our own checks raise: ValueError, FloatingPointError, RuntimeError
     and OSError. SOFTGRPO_DEBUG=1 shows where they came from.
     """
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\n{command}: interrupted; continue with run.resume=auto", file=sys.stderr)
+        print(f"\n{command}: {interrupted}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
         if os.environ.get("SOFTGRPO_DEBUG"):

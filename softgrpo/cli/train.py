@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = list(arguments.overrides)
     if arguments.engine:
         overrides.append(f"rollout.engine={arguments.engine}")
-    with one_line_errors(parser.prog):
+    with one_line_errors(parser.prog, "interrupted; run.resume=auto continues"):
         config = Config.load(arguments.config, overrides)
         # Imported here: a misspelt key is told at once, not after seconds of imports.
         from softgrpo.trainer import Trainer
