@@ -12,8 +12,8 @@ from contextlib import contextmanager
 def one_line_errors(command: str, interrupted: str = "interrupted") -> Iterator[None]:
     """Turns an expected error into one line and exit status 2, Ctrl-C into 130.
 
-    interrupted: what Ctrl-C prints. Expected are the errors that our own checks raise: ValueError, FloatingPointError, RuntimeError
-    and OSError. SOFTGRPO_DEBUG=1 shows where they came from.
+    interrupted: what Ctrl-C prints. Expected are the errors that our own checks raise: ValueError,
+    FloatingPointError, RuntimeError and OSError. SOFTGRPO_DEBUG=1 shows where they came from.
     """
     try:
         yield
