@@ -19,7 +19,7 @@ from softgrpo.policy import Policy
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_engine.config import DecoderConfig
 from softgrpo_engine.model import Decoder
-from softgrpo_kernels import gumbel_noise, soft_weights
+from softgrpo_kernels import gumbel_noise, soft_density, soft_weights
 
 CONFIG = {
     "vocab_size": 61,
@@ -166,10 +166,7 @@ def test_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
 
     reward, gprime = rewards(z)
     u = gprime - z.log_softmax(-1)
-    if objective == "exact":
-        score = 1 - torch.exp(-u)
-    else:
-        score = 1 - 3 * torch.softmax(-u, -1)
+    score = 1 - torch.exp(-u) if objective == "exact" else 1 - 3 * torch.softmax(-u, -1)
     # dl/dz_j = s_j - q_j sum s; a baseline lowers the variance and changes no expectation.
     dz = score - torch.softmax(z, -1) * score.sum(-1, keepdim=True)
     samples = (reward - reward.mean())[:, None] * dz
@@ -182,8 +179,6 @@ def test_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
         assert abs(difference) > 20 * error[j] or j == 2  # the comparison has power
     # The same gradient from the trainer's own density.
     leaf = z.clone().requires_grad_()
-    from softgrpo_kernels import soft_density
-
     density = soft_density(leaf.log_softmax(-1).expand(n, 3), gprime, objective=objective)
     ((reward - reward.mean()) * density).mean().backward()
     torch.testing.assert_close(leaf.grad, estimate, atol=1e-9, rtol=1e-6)
