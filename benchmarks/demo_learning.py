@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from _machine import hardware, versions
 from rich.console import Console
 from rich.table import Table
@@ -141,7 +142,7 @@ def main() -> None:
     if arguments.json:
         settings = {"recipe": "demo", "overrides": arguments.overrides}
         result = {
-            "hardware": hardware(),
+            "hardware": hardware(torch.device("cpu")),
             "versions": versions(),
             "settings": settings,
             "rows": rows,
