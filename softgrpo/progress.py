@@ -95,7 +95,8 @@ class TrainProgress:
         """Begins the run ``name`` of ``total_steps`` steps, ``start_step`` of them already done."""
         self._state = _State(name, total_steps, start_step, started=time.monotonic())
         if not self._is_live:
-            self._line(f"run {name}: steps {start_step + 1} to {total_steps}")
+            left = f"steps {start_step + 1} to {total_steps}"
+            self._line(f"run {name}: {left if start_step < total_steps else 'all steps are done'}")
 
     def phase(self, name: str, done: int | None = None, total: int | None = None) -> None:
         """What the trainer does now: rollout, reward, train, sync or eval; how far it is in it."""
