@@ -54,7 +54,7 @@ def soft_metrics(batch: RolloutBatch, settings: DensitySettings) -> dict[str, fl
     kept = rollout_logq(batch, classify(batch, settings), settings)[soft].isfinite().sum(-1)
     return {
         "soft/effective_candidates": _mean(1.0 / weights.square().sum(-1)),
-        "soft/top_weight": _mean(weights.max(-1).values if len(weights) else weights[:, 0]),
+        "soft/top_weight": _mean(weights.amax(-1)),
         "soft/kept_slots": _mean(kept.float()),
         "soft/length": float(soft.sum()) / len(batch.group),
     }

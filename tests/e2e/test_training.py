@@ -113,7 +113,7 @@ def test_it_learns(tiny_config, tmp_path):
 @pytest.mark.parametrize("soft", ["true", "false"])
 def test_killed_and_resumed_equals_uninterrupted(tiny_config, tmp_path, soft):
     """kill -9 in the middle, the same command again: same metrics, same weights, bit for bit."""
-    common = (f"rollout.soft.enabled={soft}", "run.max_steps=8", "checkpoint.every=3")
+    common = (f"rollout.soft.enabled={soft}", "run.max_steps=12", "checkpoint.every=5")
     train(tiny_config, *common, "run.name=whole")
     runs = tmp_path / "runs"
     command = [
@@ -129,19 +129,19 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_config, tmp_path, soft):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     metrics = runs / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    # After the checkpoint of step 3, before that of step 6.
-    while not (metrics.exists() and metrics.read_text().count('"reward"') >= 4):
+    # After the checkpoint of step 5, before that of step 10.
+    while not (metrics.exists() and metrics.read_text().count('"reward"') >= 6):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     with metrics.open("a") as file:
-        file.write('{"step": 9, "rew')  # what a kill in the middle of a write leaves
+        file.write('{"step": 13, "rew')  # what a kill in the middle of a write leaves
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert rows_of(runs / "killed") == rows_of(runs / "whole")
     for name in ("weights", "optimizer"):
-        paths = [runs / r / "checkpoints" / "step_000008" for r in ("killed", "whole")]
+        paths = [runs / r / "checkpoints" / "step_000012" for r in ("killed", "whole")]
         killed, whole = (load_file(path / f"{name}.safetensors") for path in paths)
         assert killed.keys() == whole.keys()
         assert all(torch.equal(killed[key], whole[key]) for key in whole)
