@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from softgrpo.advantages import group_advantages
 from softgrpo.batch import RolloutBatch
@@ -60,15 +61,20 @@ class Trainer:
         self.data = TrainingData(config)
         self.rewards = RewardRunner(config.reward, reward_funcs)
         self.model_path = resolve_model(config.model.path)
+        tokenizer = AutoTokenizer.from_pretrained(str(self.model_path))
+        prompts = [prompt.token_ids for prompt in self.data.prepare(tokenizer)]
         self.llm = LLM(
             self.model_path,
+            tokenizer=tokenizer,
             dtype=config.model.dtype,
+            # No longer than this run needs: the size of the KV cache, and with it the schedule,
+            # then does not depend on how much memory happens to be free.
+            max_model_len=max(map(len, prompts)) + config.rollout.max_new_tokens,
             kv_memory=config.rollout.kv_memory,
             max_batch_size=config.rollout.max_batch_size,
             max_batch_tokens=config.rollout.max_batch_tokens,
         )
-        prompts = self.data.prepare(self.llm.tokenizer)
-        self.llm.check_fits([p.token_ids for p in prompts], sampling_params(config.rollout))
+        self.llm.check_fits(prompts, sampling_params(config.rollout))
         self.policy, self.update = self._make_policy()
         self.progress = TrainProgress()
         self.done_steps = 0

@@ -82,7 +82,7 @@ class LLM:
         if self.max_model_len > self.config.max_position_embeddings:
             raise ValueError(
                 f"max_model_len={max_model_len} is more than the model's "
-                f"{self.config.max_position_embeddings}"
+                f"{self.config.max_position_embeddings}: shorten the prompts or the answers"
             )
         self.default_soft = SoftParams.of_model(self.model_path) if self.model_path else None
         self.weight_version = 0
