@@ -26,8 +26,6 @@ def export_model(
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_pretrained(decoder, source, temporary)
-    # A source that is itself an export brings settings that are not this run's.
-    (temporary / SOFT_SETTINGS_FILE).unlink(missing_ok=True)
     if soft is not None:
         (temporary / SOFT_SETTINGS_FILE).write_text(
             json.dumps({"soft": soft.to_dict()}, indent=2) + "\n"
