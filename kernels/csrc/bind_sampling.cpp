@@ -13,6 +13,7 @@ class Arguments {
   explicit Arguments(const pybind11::kwargs& kwargs) : kwargs_(kwargs) {}
 
   int64_t integer(const char* name) const { return kwargs_[name].cast<int64_t>(); }
+  float real(const char* name) const { return kwargs_[name].cast<float>(); }
   Dtype dtype(const char* name) const { return static_cast<Dtype>(integer(name)); }
 
   template <class T>
@@ -41,6 +42,10 @@ void bind_soft_token(const pybind11::kwargs& kwargs) {
   args.hidden_stride = in.integer("hidden_stride");
   args.lm_head = {in.pointer<void>("lm_head"), in.integer("lm_head_stride"),
                   in.integer("lm_head_width"), in.dtype("lm_head_dtype")};
+  args.joint = in.integer("joint") != 0;
+  args.bias = in.pointer<float>("bias");
+  args.softcap = in.real("softcap");
+  args.logit_scale = in.real("logit_scale");
   args.embed = {in.pointer<void>("embed"), in.integer("embed_stride"), in.integer("embed_width"),
                 in.dtype("embed_dtype")};
   args.ids = in.pointer<int32_t>("out_ids");

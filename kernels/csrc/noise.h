@@ -10,6 +10,9 @@ struct NoiseKey {
   uint32_t position, uid, stream;
 };
 
+// Attempts of a Gamma number.
+constexpr uint32_t kGammaAttempts = 8;
+
 struct GumbelNoise {
   float* out;            // [rows, width]
   const int32_t* ids;    // [rows, width]

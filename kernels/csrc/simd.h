@@ -1,5 +1,6 @@
 // What the vector code of every instruction set shares.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 

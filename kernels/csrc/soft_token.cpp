@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "half.h"
+#include "perturb.h"
 #include "soft_token_row.h"
 
 #define SOFTGRPO_KERNEL "soft_token.inc"
@@ -109,8 +110,12 @@ class RowSampler {
     const int64_t bytes = head.dtype == kFloat32 ? 4 : 2;
     const char* x = static_cast<const char*>(args_.hidden) + b_ * args_.hidden_stride * bytes;
     const char* table = static_cast<const char*>(head.weights);
-    for (Candidate& c : scratch_.list)
-      c.value = kernel(x, table + c.id * head.stride * bytes, head.width);
+    for (Candidate& c : scratch_.list) {
+      float z = kernel(x, table + c.id * head.stride * bytes, head.width);
+      if (args_.bias) z += args_.bias[c.id];
+      z *= args_.logit_scale;
+      c.value = args_.softcap > 0.0f ? std::tanh(z / args_.softcap) * args_.softcap : z;
+    }
   }
 
   // Steps 1 to 5 on the row's candidates.
@@ -121,28 +126,25 @@ class RowSampler {
     for (Candidate& c : list) c.value /= row_.temperature;
     std::sort(list.begin(), list.end(), comes_before);
     const auto count = static_cast<int64_t>(list.size());
-    double total = 0.0;
-    for (const Candidate& c : list) total += ratio(c, list[0]);
-    const double lse = cut(total);
+    const double lse = cut(mass_of_list());
     const double eps = soft() ? row_.eps : 0.0f;
     slots_ = eps > 0.0 ? count : kept_;
-
-    int32_t ids[kMaxCandidates];
-    float noise[kMaxCandidates];
-    for (int64_t j = 0; j < slots_; ++j) ids[j] = list[j].id;
-    SOFTGRPO_BEST(gumbel_of_ids)(noise, ids, slots_, row_.key);
     Slot slots[kMaxCandidates];
     for (int64_t j = 0; j < slots_; ++j) {
       double logp = list[j].value - lse;
       if (eps > 0.0) logp = std::log((j < kept_ ? std::exp(logp) : 0.0) + eps);
-      const float rounded = static_cast<float>(logp);
-      if (soft())
-        noise[j] = row_.noise_scale * std::min(std::max(noise[j], row_.clamp_low), row_.clamp_high);
-      slots[j] = {{rounded + noise[j], ids[j]}, rounded};
+      slots[j] = {{0.0f, list[j].id}, static_cast<float>(logp)};
     }
-    std::sort(slots, slots + slots_,
-              [](const Slot& a, const Slot& b) { return comes_before(a.perturbed, b.perturbed); });
+    slots_ = perturb(slots, slots_, row_);
     for (int64_t j = 0; j < slots_; ++j) write_slot(j, slots[j]);
+  }
+
+  // What top-p is a share of, in units of the first candidate's probability.
+  double mass_of_list() const {
+    if (args_.joint) return sums(row_.temperature).mass;
+    double mass = 0.0;
+    for (const Candidate& c : scratch_.list) mass += ratio(c, scratch_.list[0]);
+    return mass;
   }
 
   static double ratio(const Candidate& c, const Candidate& first) {
@@ -192,9 +194,7 @@ class RowSampler {
     auto& list = scratch_.list;
     for (Candidate& c : list) c.value /= row_.temperature;
     std::sort(list.begin(), list.end(), comes_before);
-    double total = 0.0;
-    for (const Candidate& c : list) total += ratio(c, list[0]);
-    return cut(total);
+    return cut(mass_of_list());
   }
 
   // The list gets the kept tokens of the whole vocabulary, unsorted; returns their log-sum-exp.

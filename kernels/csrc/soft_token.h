@@ -15,7 +15,8 @@ struct SoftTokenArgs {
   int64_t k_max;
 
   const float* floats;  // [8, rows]: temperature, top_p, min_p, tau, noise scale, clamp, clamp, eps
-  const int64_t* ints;  // [6, rows]: top_k, seed, position, uid, stream, mode
+  const int64_t* ints;  // [7, rows]: top_k, seed, position, uid, stream, mode, noise
+  bool joint;           // top-p is a share of the whole vocabulary
 
   const int32_t* terminal_ids;  // [rows, terminal_width] or null
   int64_t terminal_width;
@@ -23,6 +24,9 @@ struct SoftTokenArgs {
   const void* hidden;  // [rows, hidden_width] or null; of lm_head's dtype
   int64_t hidden_stride;
   EmbeddingTable lm_head;
+  const float* bias;  // [vocabulary] or null
+  float softcap;      // 0: none
+  float logit_scale;
   EmbeddingTable embed;
 
   int32_t* ids;       // [rows, k_max], as are the next three

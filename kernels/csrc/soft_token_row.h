@@ -33,7 +33,7 @@ enum Mode { kGreedy = 0, kDiscrete = 1, kSoft = 2, kSkip = 3 };
 
 struct Row {
   float temperature, top_p, min_p, tau, noise_scale, clamp_low, clamp_high, eps;
-  int64_t top_k, mode;
+  int64_t top_k, mode, noise;
   NoiseKey key;
 };
 
@@ -42,7 +42,7 @@ inline Row row_parameters(const SoftTokenArgs& a, int64_t b) {
   const auto i = [&](int64_t j) { return a.ints[j * a.rows + b]; };
   const NoiseKey key = {i(1), static_cast<uint32_t>(i(2)), static_cast<uint32_t>(i(3)),
                         static_cast<uint32_t>(i(4))};
-  return {f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), i(0), i(5), key};
+  return {f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), i(0), i(5), i(6), key};
 }
 
 // Buffers of a thread.

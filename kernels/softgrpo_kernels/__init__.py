@@ -9,7 +9,12 @@ from softgrpo_kernels.logprob import (
 from softgrpo_kernels.reference.soft_density import soft_density
 from softgrpo_kernels.reference.soft_embedding import soft_weights
 from softgrpo_kernels.rows import SoftToken
-from softgrpo_kernels.sampling import gumbel_noise, soft_embedding, soft_token
+from softgrpo_kernels.sampling import (
+    gumbel_noise,
+    soft_embedding,
+    soft_token,
+    soft_token_from_hidden,
+)
 
 __all__ = [
     "SoftToken",
@@ -24,5 +29,6 @@ __all__ = [
     "soft_density",
     "soft_embedding",
     "soft_token",
+    "soft_token_from_hidden",
     "soft_weights",
 ]

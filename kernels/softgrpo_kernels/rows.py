@@ -9,6 +9,10 @@ from torch import Tensor
 
 # Values of `mode`.
 GREEDY, DISCRETE, SOFT, SKIP = range(4)
+# Values of `noise`: each method of soft thinking is one of them.
+NOISES = ("gumbel", "none", "dirichlet", "gaussian", "multiplex")
+GUMBEL, NONE, DIRICHLET, GAUSSIAN, MULTIPLEX = range(5)
+ORDERS = ("top_k_first", "joint")
 
 MAX_CANDIDATES = 64
 
@@ -55,29 +59,92 @@ class SoftToken:
     valid: Tensor
 
     @staticmethod
-    def padding(
-        rows: int, k_max: int, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> SoftToken:
-        """All rows skipped: what a row holds until something is sampled."""
-        return SoftToken(
-            ids=torch.full((rows, k_max), -1, dtype=torch.int32, device=device),
-            gprime=torch.full((rows, k_max), -torch.inf, dtype=dtype, device=device),
-            weights=torch.zeros((rows, k_max), dtype=dtype, device=device),
-            logp=torch.full((rows, k_max), -torch.inf, dtype=dtype, device=device),
-            n=torch.zeros(rows, dtype=torch.int32, device=device),
-            token=torch.full((rows,), -1, dtype=torch.int32, device=device),
-            token_logp=torch.full((rows,), -torch.inf, dtype=dtype, device=device),
-            kind=torch.zeros(rows, dtype=torch.uint8, device=device),
-            embed=None,
-            lse=None,
-            entropy=None,
-            valid=torch.ones(rows, dtype=torch.bool, device=device),
-        )
+    def layout(
+        logits: Tensor, k_max: int, embed: Tensor | None, need_lse: bool, need_entropy: bool
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+        """(dtype, shape) of every field for these logits; None where it is not wanted."""
+        rows = logits.shape[0]
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return {
+            "ids": (torch.int32, (rows, k_max)),
+            "gprime": (wide, (rows, k_max)),
+            "weights": (wide, (rows, k_max)),
+            "logp": (wide, (rows, k_max)),
+            "n": (torch.int32, (rows,)),
+            "token": (torch.int32, (rows,)),
+            "token_logp": (wide, (rows,)),
+            "kind": (torch.uint8, (rows,)),
+            "embed": None if embed is None else (embed.dtype, (rows, embed.shape[1])),
+            "lse": (wide, (rows,)) if need_lse else None,
+            "entropy": (wide, (rows,)) if need_entropy else None,
+            "valid": (torch.bool, (rows,)),
+        }
+
+    def check_room(
+        self,
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]] | None],
+        device: torch.device,
+    ) -> None:
+        """Raises ValueError where these tensors cannot hold a result of this layout."""
+        for name, want in layout.items():
+            have = getattr(self, name)
+            if have is None or want is None:
+                if (have is None) != (want is None):
+                    raise ValueError(f"out.{name} is {'missing' if have is None else 'not asked'}")
+                continue
+            if (have.dtype, tuple(have.shape)) != want or not have.is_contiguous():
+                raise ValueError(
+                    f"out.{name} must be contiguous {want[0]} {list(want[1])}, not {have.dtype} "
+                    f"{list(have.shape)}"
+                )
+            check_device(f"out.{name}", have, device)
+
+    def fill_padding(self) -> None:
+        """What skipped rows hold."""
+        self.ids.fill_(-1)
+        self.gprime.fill_(-torch.inf)
+        self.weights.zero_()
+        self.logp.fill_(-torch.inf)
+        self.n.zero_()
+        self.token.fill_(-1)
+        self.token_logp.fill_(-torch.inf)
+        self.kind.zero_()
+        self.valid.fill_(True)
+        if self.embed is not None:
+            self.embed.zero_()
+        for statistic in (self.lse, self.entropy):
+            if statistic is not None:
+                statistic.fill_(torch.nan)
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """Where the logits come from: z = cap(logit_scale (W x + bias)), cap(z) = softcap
+    tanh(z / softcap) or nothing.
+
+    hidden: [B, H]; weight: [V, H] in the same dtype; bias: [V] or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def logits_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Logits of tokens [B, K], multiplied and added in this dtype."""
+        z_BK = (self.hidden[:, None].to(dtype) * self.weight[ids].to(dtype)).sum(-1)
+        if self.bias is not None:
+            z_BK = z_BK + self.bias[ids].to(dtype)
+        z_BK = z_BK * self.logit_scale
+        if self.softcap is None:
+            return z_BK
+        return torch.tanh(z_BK / self.softcap) * self.softcap
 
 
 @dataclass(frozen=True)
 class RowParameters:
-    """The parameters of every row. floats: float32 [8, B]; ints: int64 [6, B]; k_max: slots."""
+    """The parameters of every row. floats: float32 [8, B]; ints: int64 [7, B]; k_max: slots."""
 
     floats: Tensor
     ints: Tensor
@@ -97,6 +164,7 @@ class RowParameters:
     uid = property(lambda self: self.ints[3])
     stream = property(lambda self: self.ints[4])
     mode = property(lambda self: self.ints[5])
+    noise = property(lambda self: self.ints[6])
 
     @property
     def listed(self) -> Tensor:
@@ -128,41 +196,75 @@ class RowParameters:
         uid: int | Tensor,
         stream: int | Tensor,
         mode: int | Tensor,
+        noise: str | Tensor,
     ) -> RowParameters:
-        """Broadcasts numbers and [B] tensors into two tables; checks them where that is cheap."""
+        """Broadcasts numbers and [B] tensors into two tables."""
         if not 1 <= k_max <= MAX_CANDIDATES:
             raise ValueError(f"k_max must be 1 to {MAX_CANDIDATES}, not {k_max}")
         low, high = _clamp_bounds(noise_clamp)
+        if isinstance(noise, str) and noise not in NOISES:
+            raise ValueError(f"noise must be one of {', '.join(NOISES)}, not {noise!r}")
+        noise_code = NOISES.index(noise) if isinstance(noise, str) else noise
         floats = torch.empty((8, rows), dtype=torch.float32, device=device)
-        ints = torch.empty((6, rows), dtype=torch.int64, device=device)
+        ints = torch.empty((7, rows), dtype=torch.int64, device=device)
         for table, values in (
             (floats, (temperature, top_p, min_p, gumbel_tau, noise_scale, low, high, eps)),
-            (ints, (top_k, seed, position, uid, stream, mode)),
+            (ints, (top_k, seed, position, uid, stream, mode, noise_code)),
         ):
             for i, value in enumerate(values):
                 table[i] = value
-        packed = RowParameters(floats, ints, k_max)
-        # On a device the check would wait for it; the rows there are checked by their producer.
-        if device.type == "cpu" and rows:
-            packed._check()
-        return packed
+        return RowParameters(floats, ints, k_max)
 
-    def _check(self) -> None:
-        if self.ints[5].min() < GREEDY or self.ints[5].max() > SKIP:
+    def check(self) -> None:
+        """Raises ValueError for a parameter out of its range; reads the tables: CPU only."""
+        if not self.mode.numel():
+            return
+        if self.mode.min() < GREEDY or self.mode.max() > SKIP:
             raise ValueError("mode must be 0 (greedy), 1 (discrete), 2 (soft) or 3 (skip)")
         soft, sampled = self.mode == SOFT, (self.mode == SOFT) | (self.mode == DISCRETE)
-        if bool((soft & ~self.listed).any()):
-            worst = self.top_k[soft & ~self.listed][0]
+        unlisted = soft & ~self.listed
+        if bool(unlisted.any()):
             raise ValueError(
-                f"a soft row needs 1 <= top_k <= k_max = {self.k_max}, not top_k = {int(worst)}"
+                f"a soft row needs 1 <= top_k <= k_max = {self.k_max}, not top_k = "
+                f"{int(self.top_k[unlisted][0])}"
             )
-        if bool((sampled & ~(self.floats[0] > 0)).any()):
+        if bool((sampled & ~(self.temperature > 0)).any()):
             raise ValueError("temperature must be > 0 in sampled rows (mode 0 is greedy)")
-        if bool((soft & ~(self.floats[3] > 0)).any()):
+        if bool((soft & ~(self.tau > 0)).any()):
             raise ValueError("gumbel_tau must be > 0 in soft rows")
-        if bool((sampled & ~((self.floats[2] >= 0) & (self.floats[2] <= 1))).any()):
+        if bool((sampled & ~((self.min_p >= 0) & (self.min_p <= 1))).any()):
             raise ValueError("min_p must be in 0 .. 1")
         check_counter_words(self.position, self.uid, self.stream)
+        if bool(self.noise.any()):
+            self._check_noise(soft)
+
+    def _check_noise(self, soft: Tensor) -> None:
+        if self.noise.min() < GUMBEL or self.noise.max() > MULTIPLEX:
+            raise ValueError(f"noise must be 0 .. {MULTIPLEX} ({', '.join(NOISES)})")
+        several = soft & (self.noise >= DIRICHLET)
+        if bool((several & (self.stream >= 1 << 16)).any()):
+            raise ValueError("stream must be below 2^16 with dirichlet, gaussian, multiplex noise")
+        scale = self.noise_scale
+        if bool((soft & (self.noise == DIRICHLET) & ~(scale > 0)).any()):
+            raise ValueError("noise_scale, Dirichlet's concentration, must be > 0")
+        draws = (scale >= 1) & (scale <= MAX_CANDIDATES) & (scale == scale.round())
+        if bool((soft & (self.noise == MULTIPLEX) & ~draws).any()):
+            raise ValueError(
+                f"noise_scale, the number of draws of multiplex noise, must be 1, 2 .. "
+                f"{MAX_CANDIDATES}"
+            )
+
+
+def check_integers(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor that does not hold integers."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must hold integers, not {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises ValueError for a tensor on another device."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the other tensors on {device}: move it")
 
 
 def check_counter_words(position: Tensor, uid: Tensor, stream: Tensor) -> None:

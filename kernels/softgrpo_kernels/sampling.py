@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
-from softgrpo_kernels import reference
-from softgrpo_kernels.extension import cpu_extension
-from softgrpo_kernels.rows import Clamp, Number, RowParameters, SoftToken, check_counter_words
-
-# Numbers of the dtypes in C++.
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from softgrpo_kernels import ops
+from softgrpo_kernels.rows import (
+    ORDERS,
+    Clamp,
+    Number,
+    RowParameters,
+    SoftToken,
+    check_device,
+    check_integers,
+)
 
 
 @torch.no_grad()
@@ -28,6 +32,7 @@ def soft_token(
     top_p: Number = 1.0,
     min_p: Number = 0.0,
     gumbel_tau: Number = 0.1,
+    noise: str | Tensor = "gumbel",
     noise_scale: Number = 1.0,
     noise_clamp: Clamp = None,
     eps: Number = 0.0,
@@ -40,8 +45,13 @@ def soft_token(
     k_max: int = 32,
     hidden: Tensor | None = None,
     lm_head: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    order: str = "top_k_first",
     need_lse: bool = False,
     need_entropy: bool = False,
+    out: SoftToken | None = None,
     backend: str = "auto",
 ) -> SoftToken:
     """Samples one position per row: candidates, Gumbel noise, mixture weights, mixed embedding.
@@ -64,8 +74,15 @@ def soft_token(
         top_k: 1 .. k_max in soft rows. Discrete rows: any, <= 0 is the whole vocabulary.
         top_p: >= 1 keeps everything. min_p: relative to the most probable candidate.
         gumbel_tau: tau > 0 of the mixture weights.
-        noise_scale: factor on the noise, soft rows only. noise_clamp: None or bounds (low, high) or
-            [B, 2] of the noise before the factor, soft rows only.
+        noise: of soft rows; a name or a tensor of their indices in `NOISES`:
+            "gumbel": as above;
+            "none": g' = log p (Soft Thinking, 2505.15778);
+            "dirichlet": g' = log x, x ~ Dirichlet(noise_scale p) (2508.03440);
+            "gaussian": g' = log max(p + noise_scale N(0, 1), 1e-6);
+            "multiplex": g' = log(count / noise_scale) of noise_scale independent draws from p; the
+            slots are the tokens drawn (2601.08808). The last three go with gumbel_tau 1.
+        noise_scale: see noise; soft rows only. noise_clamp: None or bounds (low, high) or
+            [B, 2] of the Gumbel noise before the factor, soft rows only.
         eps: soft rows only. > 0 keeps all top_k candidates, with log(p + eps) for log p, p = 0 for
             those that top-p or min-p cut (the released code of the paper uses 1e-6).
         seed: int64 key of the noise. position, uid, stream: its counter, 0 .. 2^32 - 1 each.
@@ -74,15 +91,20 @@ def soft_token(
             (kind 0, one-hot weights) and keeps its candidates.
         k_max: slots per row, at most 64.
         hidden, lm_head: [B, H'], [V, H'] in one dtype. Given, the logits only select the top_k; the
-            candidates' logits are then computed again as fp32 dot products.
+            candidates' logits are then computed again as fp32 dot products, with bias [V], softcap
+            and logit_scale as in `soft_token_from_hidden`.
+        order: "top_k_first": top_p is a share of the top_k's mass. "joint": of the vocabulary's.
         need_lse, need_entropy: also return those of the whole vocabulary.
-        backend: "auto" (C++ for CPU tensors where it is built), "reference" or "cpu".
+        out: room for the result, contiguous; it is returned. None: it is allocated.
+        backend: "auto" (CPU tensors: C++ where it is built; CUDA: Triton), "reference", "cpu" or
+            "triton".
 
     Raises:
         ValueError: shapes, dtypes or parameters that do not fit. Bad logits raise nothing: see
             `SoftToken.valid`.
     """
-    _check_tables(logits, embed, hidden, lm_head, terminal_ids)
+    _check_tables(logits, embed, terminal_ids)
+    _check_head(logits, hidden, lm_head, bias, softcap, order)
     rows = RowParameters.pack(
         logits.shape[0],
         logits.device,
@@ -100,19 +122,71 @@ def soft_token(
         uid=uid,
         stream=stream,
         mode=mode,
+        noise=noise,
     )
-    tables = [x for x in (logits, embed, hidden, lm_head) if x is not None]
-    kernels = _kernels(backend, tables)
-    step = reference.soft_token if kernels is None else partial(_soft_token_cpu, kernels)
-    return step(
+    layout = SoftToken.layout(logits, k_max, embed, need_lse, need_entropy)
+    if out is None:
+        out = SoftToken(**{name: _new(spec, logits.device) for name, spec in layout.items()})  # type: ignore[arg-type]
+    else:
+        out.check_room(layout, logits.device)
+    run: Callable[..., None] = torch.ops.softgrpo_kernels.soft_token
+    if backend != "auto":
+        run = partial(ops.soft_token, backend=backend)
+    outputs = (getattr(out, field.name) for field in fields(out))
+    joint = order == "joint"
+    run(
+        logits, embed, rows.floats, rows.ints, terminal_ids, hidden, lm_head, bias, softcap,
+        logit_scale, joint, *outputs,
+    )  # fmt: skip
+    return out
+
+
+def _new(spec: tuple[torch.dtype, tuple[int, ...]] | None, device: torch.device) -> Tensor | None:
+    return None if spec is None else torch.empty(spec[1], dtype=spec[0], device=device)
+
+
+def soft_token_from_hidden(
+    hidden: Tensor,
+    lm_head: Tensor,
+    embed: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    **options: Any,
+) -> SoftToken:
+    """`soft_token` from the last hidden states: the LM head and the sampling in one call.
+
+    The logits are rounded to hidden's dtype; they select the candidates, whose logits are then
+    computed again as fp32 dot products.
+
+    Args:
+        hidden: [B, H]; lm_head: [V, H] in the same dtype; bias: [V] or None.
+        softcap, logit_scale: z = softcap tanh(logit_scale (W x + bias) / softcap).
+        options: the other arguments of `soft_token`.
+
+    Raises:
+        ValueError: see `soft_token`.
+    """
+    if hidden.dim() != 2 or lm_head.dim() != 2 or hidden.shape[1] != lm_head.shape[1]:
+        raise ValueError(
+            f"need hidden [B, H] and lm_head [V, H], got {list(hidden.shape)} and "
+            f"{list(lm_head.shape)}"
+        )
+    logits = torch.nn.functional.linear(hidden, lm_head, bias)
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return soft_token(
         logits,
         embed,
-        rows,
-        terminal_ids=terminal_ids,
         hidden=hidden,
         lm_head=lm_head,
-        need_lse=need_lse,
-        need_entropy=need_entropy,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        **options,
     )
 
 
@@ -135,26 +209,12 @@ def gumbel_noise(
     Raises:
         ValueError: position, uid or stream outside 0 .. 2^32 - 1.
     """
+    check_integers("ids", ids)
     keys = [
         torch.as_tensor(key, dtype=torch.int64, device=ids.device)
         for key in (seed, position, uid, stream)
     ]
-    if ids.is_cpu:
-        check_counter_words(*keys[1:])
-    kernels = cpu_extension() if ids.is_cpu else None
-    if kernels is None or ids.dim() == 0:
-        return reference.gumbel_noise(ids, *keys)
-    ids = ids.to(torch.int32).contiguous()
-    keys = [key.expand(ids.shape[:-1]).contiguous() for key in keys]
-    out = torch.empty(ids.shape, dtype=torch.float32)
-    kernels.gumbel_noise(
-        out.data_ptr(),
-        ids.data_ptr(),
-        *(key.data_ptr() for key in keys),
-        keys[0].numel(),
-        ids.shape[-1],
-    )
-    return out
+    return torch.ops.softgrpo_kernels.gumbel_noise(ids, *keys)
 
 
 def soft_embedding(ids: Tensor, weights: Tensor, embed: Tensor) -> Tensor:
@@ -171,169 +231,53 @@ def soft_embedding(ids: Tensor, weights: Tensor, embed: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit, an id outside the table.
     """
-    if ids.shape != weights.shape or embed.dim() != 2:
+    if ids.shape != weights.shape or ids.dim() == 0 or embed.dim() != 2:
         raise ValueError(
             f"need ids and weights of one shape [..., K] and embed [V, H], got {list(ids.shape)}, "
             f"{list(weights.shape)}, {list(embed.shape)}"
         )
-    if ids.is_cpu and ids.numel() and ids.max() >= embed.shape[0]:
-        raise ValueError(f"id {int(ids.max())}: embed has {embed.shape[0]} rows")
-    return _SoftEmbedding.apply(ids, weights, embed)
+    check_integers("ids", ids)
+    check_device("embed", embed, ids.device)
+    return torch.ops.softgrpo_kernels.soft_embedding(ids, weights, embed)
 
 
-class _SoftEmbedding(torch.autograd.Function):
-    """dw_j = <d, E[id_j]>; dE[id_j] += w_j d."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, ids: Tensor, weights: Tensor, embed: Tensor) -> Tensor:
-        ctx.save_for_backward(ids, weights, embed)
-        kernels = _kernels("auto", [embed])
-        if kernels is None:
-            return reference.soft_embedding(ids, weights, embed)
-        table = _unit_stride(embed)
-        ids, weights = ids.to(torch.int32).contiguous(), weights.float().contiguous()
-        out = embed.new_empty((*ids.shape[:-1], embed.shape[1]))
-        kernels.soft_embedding(
-            out.data_ptr(),
-            ids.data_ptr(),
-            weights.data_ptr(),
-            ids.numel() // max(1, ids.shape[-1]),
-            ids.shape[-1],
-            table.data_ptr(),
-            table.stride(0),
-            table.shape[1],
-            _DTYPES[table.dtype],
-        )
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ids, weights, embed = ctx.saved_tensors  # type: ignore[attr-defined]
-        wide = torch.float64 if embed.dtype == torch.float64 else torch.float32
-        live, tokens, grad = ids >= 0, ids.long().clamp(min=0), grad.to(wide)
-        d_weights = d_embed = None
-        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            products = (embed[tokens].to(wide) * grad.unsqueeze(-2)).sum(-1)
-            d_weights = torch.where(live, products, 0.0).to(weights.dtype)
-        if ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
-            terms = weights.to(wide).unsqueeze(-1) * grad.unsqueeze(-2)
-            d_embed = torch.zeros_like(embed, dtype=wide)
-            d_embed.index_put_((tokens[live],), terms[live], accumulate=True)
-            d_embed = d_embed.to(embed.dtype)
-        return None, d_weights, d_embed
-
-
-def _kernels(backend: str, tables: list[Tensor]) -> ModuleType | None:
-    """The C++ kernels where they are to be used; None: the reference."""
-    if backend not in ("auto", "reference", "cpu"):
-        raise ValueError(f"backend must be auto, reference or cpu, not {backend!r}")
-    if backend == "reference":
-        return None
-    able = all(x.is_cpu and x.dtype in _DTYPES for x in tables)
-    kernels = cpu_extension() if able else None
-    if backend == "cpu" and kernels is None:
-        raise ValueError(
-            "backend 'cpu' needs the compiled extension and CPU tensors of float32, bfloat16 or "
-            "float16"
-        )
-    return kernels
-
-
-def _soft_token_cpu(
-    kernels: ModuleType,
-    logits: Tensor,
-    embed: Tensor | None,
-    rows: RowParameters,
-    *,
-    terminal_ids: Tensor | None,
-    hidden: Tensor | None,
-    lm_head: Tensor | None,
-    need_lse: bool,
-    need_entropy: bool,
-) -> SoftToken:
-    """Fills the outputs through pointers; what they point into lives until the return."""
-    batch, k_max = logits.shape[0], rows.k_max
-    logits = _unit_stride(logits)
-    embed, hidden, lm_head = (
-        None if x is None else _unit_stride(x) for x in (embed, hidden, lm_head)
-    )
-    if terminal_ids is not None:
-        terminal_ids = terminal_ids.to(torch.int32).contiguous()
-
-    def new(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty((batch, *shape), dtype=dtype)
-
-    out = SoftToken(
-        ids=new(torch.int32, k_max),
-        gprime=new(torch.float32, k_max),
-        weights=new(torch.float32, k_max),
-        logp=new(torch.float32, k_max),
-        n=new(torch.int32),
-        token=new(torch.int32),
-        token_logp=new(torch.float32),
-        kind=new(torch.uint8),
-        embed=None if embed is None else new(embed.dtype, embed.shape[1]),
-        lse=new(torch.float32) if need_lse else None,
-        entropy=new(torch.float32) if need_entropy else None,
-        valid=new(torch.bool),
-    )
-    kernels.soft_token(
-        rows=batch,
-        vocabulary=logits.shape[1],
-        k_max=k_max,
-        floats=rows.floats.data_ptr(),
-        ints=rows.ints.data_ptr(),
-        logits=logits.data_ptr(),
-        logits_dtype=_DTYPES[logits.dtype],
-        logits_stride=logits.stride(0),
-        terminal_ids=_address(terminal_ids),
-        terminal_width=0 if terminal_ids is None else terminal_ids.shape[1],
-        hidden=_address(hidden),
-        hidden_stride=0 if hidden is None else hidden.stride(0),
-        **_table("lm_head", lm_head),
-        **_table("embed", embed),
-        **{f"out_{field.name}": _address(getattr(out, field.name)) for field in fields(out)},
-    )
-    return out
-
-
-def _table(name: str, table: Tensor | None) -> dict[str, int]:
-    address, stride, width, dtype = (0, 0, 0, 0)
-    if table is not None:
-        address, stride, width = table.data_ptr(), table.stride(0), table.shape[1]
-        dtype = _DTYPES[table.dtype]
-    values = {"": address, "_stride": stride, "_width": width, "_dtype": dtype}
-    return {name + suffix: value for suffix, value in values.items()}
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """x itself when its last axis is contiguous (rows may lie apart), else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _check_tables(
-    logits: Tensor,
-    embed: Tensor | None,
-    hidden: Tensor | None,
-    lm_head: Tensor | None,
-    terminal_ids: Tensor | None,
-) -> None:
+def _check_tables(logits: Tensor, embed: Tensor | None, terminal_ids: Tensor | None) -> None:
     if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
         raise ValueError(f"logits must be floating [B, V], not {logits.dtype} {list(logits.shape)}")
     rows, vocabulary = logits.shape
-    if embed is not None and (embed.dim() != 2 or embed.shape[0] < vocabulary):
-        raise ValueError(f"embed must be [V = {vocabulary}, H], not {list(embed.shape)}")
-    if terminal_ids is not None and (terminal_ids.dim() != 2 or terminal_ids.shape[0] != rows):
-        raise ValueError(f"terminal_ids must be [{rows}, E], not {list(terminal_ids.shape)}")
+    if embed is not None:
+        if embed.dim() != 2 or embed.shape[0] < vocabulary or not embed.is_floating_point():
+            raise ValueError(
+                f"embed must be floating [V = {vocabulary}, H], not {embed.dtype} "
+                f"{list(embed.shape)}"
+            )
+        check_device("embed", embed, logits.device)
+    if terminal_ids is not None:
+        if terminal_ids.dim() != 2 or terminal_ids.shape[0] != rows:
+            raise ValueError(f"terminal_ids must be [{rows}, E], not {list(terminal_ids.shape)}")
+        check_integers("terminal_ids", terminal_ids)
+        check_device("terminal_ids", terminal_ids, logits.device)
+
+
+def _check_head(
+    logits: Tensor,
+    hidden: Tensor | None,
+    lm_head: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    order: str,
+) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     if (hidden is None) != (lm_head is None):
         raise ValueError("hidden and lm_head go together: give both or neither")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0, not {softcap}")
     if hidden is None or lm_head is None:
         return
+    rows, vocabulary = logits.shape
+    if order == "joint":
+        raise ValueError("order 'joint' takes the logits as they are: leave out hidden and lm_head")
     if hidden.dtype != lm_head.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, lm_head {lm_head.dtype}: cast one of them")
     if hidden.shape != (rows, lm_head.shape[1]) or lm_head.shape[0] < vocabulary:
@@ -341,3 +285,8 @@ def _check_tables(
             f"need hidden [{rows}, H] and lm_head [{vocabulary}, H], got {list(hidden.shape)} and "
             f"{list(lm_head.shape)}"
         )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] < vocabulary):
+        raise ValueError(f"bias must be [V = {vocabulary}], not {list(bias.shape)}")
+    for name, tensor in (("hidden", hidden), ("lm_head", lm_head), ("bias", bias)):
+        if tensor is not None:
+            check_device(name, tensor, logits.device)

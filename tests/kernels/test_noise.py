@@ -1,6 +1,8 @@
 """Noise: the bits, their accuracy, their distribution, what they depend on."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,21 +10,17 @@ from scipy import stats
 
 from softgrpo_kernels import gumbel_noise, reference
 from softgrpo_kernels.extension import cpu_extension
-from softgrpo_kernels.reference.noise import gumbel_from_words, portable_log
+from softgrpo_kernels.reference.noise import (
+    gumbel_from_words,
+    log_gamma_noise,
+    normal_noise,
+    portable_log,
+)
 
-IDS = torch.tensor([0, 1, 2, 17, 49151, 151935], dtype=torch.int32)
-# (seed, position, uid, stream): noise of IDS. A negative and a 64-bit seed, the largest uid.
-GOLDEN = {
-    (0, 0, 0, 0): (
-        "0x1.5984aap-1 -0x1.46cb14p+0 0x1.f70eaap+1 0x1.395e60p-1 0x1.0b981ap-1 -0x1.5bacacp+0"
-    ),
-    (-5, 100, 2**32 - 1, 1): (
-        "0x1.b339e4p-3 0x1.b23640p+0 0x1.5afeb2p-4 0x1.10733cp+1 -0x1.1dfd0cp+0 0x1.3c9168p+0"
-    ),
-    (2**40 + 3, 7, 12, 0): (
-        "-0x1.316564p-3 0x1.990ef2p-6 -0x1.04ca00p-3 0x1.12622cp+1 0x1.6e94b6p-1 0x1.6e3376p-2"
-    ),
-}
+GOLDEN = json.loads((Path(__file__).parent / "golden_noise.json").read_text())
+IDS = torch.tensor(GOLDEN["ids"], dtype=torch.int32)
+SHAPES = torch.tensor(GOLDEN["gamma_shapes"])
+KEY_NAMES = ("seed", "position", "uid", "stream")
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +51,21 @@ def test_philox_known_answer():
     assert [int(w) for w in words] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
-@pytest.mark.parametrize("key", GOLDEN)
-def test_golden_bits(noise, key):
-    expected = torch.tensor([float.fromhex(x) for x in GOLDEN[key].split()], dtype=torch.float32)
-    assert torch.equal(noise(IDS, *key), expected)
+def bits(values):
+    return torch.tensor([float.fromhex(x) for x in values], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("row", GOLDEN["rows"])
+def test_golden_bits(noise, row):
+    assert torch.equal(noise(IDS, *(row[name] for name in KEY_NAMES)), bits(row["gumbel"]))
+
+
+@pytest.mark.parametrize("row", GOLDEN["rows"])
+def test_golden_bits_of_the_other_kinds(row):
+    keys = [torch.tensor(row[name]) for name in KEY_NAMES]
+    assert torch.equal(reference.gumbel_noise(IDS, *keys, 3), bits(row["gumbel_of_draw_3"]))
+    assert torch.equal(normal_noise(IDS, *keys), bits(row["normal"]))
+    assert torch.equal(log_gamma_noise(IDS, SHAPES, *keys), bits(row["log_gamma"]))
 
 
 def test_all_back_ends_give_the_same_bits(noise):
@@ -129,3 +138,20 @@ def test_keys_broadcast_against_rows():
 def test_words_outside_32_bits_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
         gumbel_noise(IDS, **{"seed": 0, "position": 0, "uid": 0, name: value})
+
+
+def test_normal_noise_is_normal():
+    keys = (torch.tensor(x) for x in (3, 4, 5, 0))
+    x = normal_noise(torch.arange(1_000_000), *keys).double().numpy()
+    assert stats.kstest(x, "norm").pvalue > 1e-4
+    for level in (3.0, 4.0):
+        assert stats.binomtest(int((x > level).sum()), x.size, stats.norm.sf(level)).pvalue > 1e-4
+        assert stats.binomtest(int((x < -level).sum()), x.size, stats.norm.sf(level)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("shape", [0.02, 0.7, 1.0, 6.0, 300.0])
+def test_gamma_noise_is_gamma(shape):
+    keys = (torch.tensor(x) for x in (3, 4, 5, 0))
+    ids = torch.arange(200_000)
+    x = log_gamma_noise(ids, torch.full((200_000,), shape), *keys).double().exp().numpy()
+    assert stats.kstest(x, stats.gamma(shape).cdf).pvalue > 1e-4

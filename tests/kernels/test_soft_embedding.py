@@ -82,7 +82,7 @@ def test_gradients():
 
 def test_bad_input_is_named():
     table = torch.randn(5, 4)
-    with pytest.raises(ValueError, match="id 5: embed has 5 rows"):
+    with pytest.raises(ValueError, match="ids: 5 is no row of embed, which has 5"):
         soft_embedding(torch.tensor([[5]]), torch.ones(1, 1), table)
     with pytest.raises(ValueError, match="one shape"):
         soft_embedding(torch.tensor([[1]]), torch.ones(1, 2), table)

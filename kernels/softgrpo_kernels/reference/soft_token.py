@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from softgrpo_kernels.reference.noise import gumbel_noise
+from softgrpo_kernels.reference.perturb import perturb
 from softgrpo_kernels.reference.soft_embedding import soft_embedding, soft_weights
-from softgrpo_kernels.rows import GREEDY, SKIP, SOFT, RowParameters, SoftToken
+from softgrpo_kernels.rows import GREEDY, SKIP, SOFT, LMHead, RowParameters, SoftToken
 
 
 def soft_token(
     logits: Tensor,
     embed: Tensor | None,
     rows: RowParameters,
+    out: SoftToken,
     *,
     terminal_ids: Tensor | None = None,
-    hidden: Tensor | None = None,
-    lm_head: Tensor | None = None,
-    need_lse: bool = False,
-    need_entropy: bool = False,
-) -> SoftToken:
-    """Arguments and results: `softgrpo_kernels.soft_token`, with the row parameters packed."""
+    head: LMHead | None = None,
+    joint: bool = False,
+) -> None:
+    """Fills `out`; meaning: `softgrpo_kernels.soft_token`, with the row parameters packed."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     z_BV = logits.to(wide)
     skipped = rows.mode == SKIP
     finite = (z_BV < torch.inf).all(-1) & (z_BV > -torch.inf).any(-1)
-    valid = finite | skipped
     sampled = finite & ~skipped
     z_BV = torch.where(sampled[:, None], z_BV, 0.0)
 
+    out.fill_padding()
+    out.valid.copy_(finite | skipped)
+    out.kind.copy_(sampled & (rows.mode == SOFT))
     ids, z_BK = _top_candidates(z_BV, min(rows.k_max, logits.shape[1]))
-    out = SoftToken.padding(logits.shape[0], rows.k_max, logits.device, wide)
-    out = replace(out, valid=valid, kind=(sampled & (rows.mode == SOFT)).to(torch.uint8))
-    _sample_listed(out, ids, z_BK, rows, sampled, hidden, lm_head)
+    _sample_listed(out, ids, z_BK, z_BV, rows, sampled, head, joint)
     _sample_greedy(out, ids, z_BV, sampled & (rows.mode == GREEDY))
     for row in (sampled & rows.unlisted).nonzero().flatten().tolist():
-        _sample_unlisted(out, z_BV[row], rows, row)
+        _sample_unlisted(out, z_BV[row], rows, row, joint)
 
-    out = replace(out, n=(out.ids >= 0).sum(-1, dtype=torch.int32), token=out.ids[:, 0].clone())
+    out.n.copy_((out.ids >= 0).sum(-1))
+    out.token.copy_(out.ids[:, 0])
     out.token_logp.copy_(out.logp[:, 0])
     if terminal_ids is not None:
         ended = ((terminal_ids == out.token[:, None]) & (terminal_ids >= 0)).any(-1)
         out.kind.masked_fill_(ended, 0)
-    out = replace(out, weights=soft_weights(out.gprime, out.kind, rows.tau))
-    if embed is not None:
-        out = replace(out, embed=soft_embedding(out.ids, out.weights, embed))
-    if need_lse or need_entropy:
-        lse, entropy = _statistics(z_BV, rows, sampled)
-        out = replace(out, lse=lse if need_lse else None, entropy=entropy if need_entropy else None)
-    return out
+    out.weights.copy_(soft_weights(out.gprime, out.kind, rows.tau))
+    if embed is not None and out.embed is not None:
+        out.embed.copy_(soft_embedding(out.ids, out.weights, embed))
+    if out.lse is not None or out.entropy is not None:
+        _write_statistics(out, z_BV, rows, sampled)
 
 
 def _top_candidates(z_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -69,34 +66,32 @@ def _sample_listed(
     out: SoftToken,
     ids: Tensor,
     z_BK: Tensor,
+    z_BV: Tensor,
     rows: RowParameters,
     sampled: Tensor,
-    hidden: Tensor | None,
-    lm_head: Tensor | None,
+    head: LMHead | None,
+    joint: bool,
 ) -> None:
     """Rows whose candidates are recorded: steps 1 to 5 and the order of the slots."""
     slots = torch.arange(ids.shape[1], device=ids.device)
     # A token masked out by -inf is no candidate.
     live = (sampled & rows.listed)[:, None] & (slots < rows.top_k[:, None]) & (z_BK > -torch.inf)
-    if hidden is not None and lm_head is not None:
-        z_BK = (hidden[:, None].to(z_BK.dtype) * lm_head[ids].to(z_BK.dtype)).sum(-1)
+    if head is not None:
+        z_BK = head.logits_of(ids, z_BK.dtype)
     a_BK = (z_BK / rows.temperature[:, None]).masked_fill(~live, -torch.inf)
     ids, a_BK, live = _sorted(a_BK, ids, live)
 
-    soft = (rows.mode == SOFT)[:, None]
-    eps = torch.where(soft, rows.eps[:, None], 0.0).double()
-    kept, logp_64 = _renormalise(a_BK, live, rows.top_p, rows.min_p)
+    mass = _mass(z_BV / rows.temperature[:, None]) if joint else None
+    kept, logp_64 = _renormalise(a_BK, live, rows.top_p, rows.min_p, mass)
     # eps: every candidate stays, those that top-p cut with p = 0.
+    eps = torch.where((rows.mode == SOFT)[:, None], rows.eps[:, None], 0.0).double()
     with_eps = torch.log(torch.where(kept, logp_64.exp(), 0.0) + eps)
     used = torch.where(eps > 0, live, kept)
     logp = torch.where(eps > 0, with_eps, logp_64).to(a_BK.dtype)
 
-    noise = gumbel_noise(ids, rows.seed, rows.position, rows.uid, rows.stream).to(a_BK.dtype)
-    clamped = noise.clamp(rows.clamp_low[:, None], rows.clamp_high[:, None])
-    noise = torch.where(soft, rows.noise_scale[:, None] * clamped, noise)
-    gprime = (logp + noise).masked_fill(~used, -torch.inf)
-    ids, gprime, logp, used = _sorted(gprime, ids, logp, used)
-    width = ids.shape[1]
+    gprime = perturb(logp, ids, used, rows)
+    ids, gprime, logp = _sorted(gprime, ids, logp)
+    width, used = ids.shape[1], gprime > -torch.inf
     out.ids[:, :width] = torch.where(used, ids, -1).int()
     out.gprime[:, :width] = gprime
     out.logp[:, :width] = torch.where(used, logp, -torch.inf)
@@ -112,14 +107,17 @@ def _sample_greedy(out: SoftToken, ids: Tensor, z_BV: Tensor, greedy: Tensor) ->
     out.logp[greedy, 0] = logp.to(out.logp.dtype)
 
 
-def _sample_unlisted(out: SoftToken, z_V: Tensor, rows: RowParameters, row: int) -> None:
+def _sample_unlisted(
+    out: SoftToken, z_V: Tensor, rows: RowParameters, row: int, joint: bool
+) -> None:
     """Gumbel-max over the whole vocabulary, or its nucleus: only the token is recorded."""
     a_V, order = (z_V / rows.temperature[row]).sort(descending=True, stable=True)
-    live = a_V > -torch.inf
+    live, mass = a_V > -torch.inf, _mass(a_V[None]) if joint else None
     top_k = int(rows.top_k[row])
     if top_k > 0:
         live[top_k:] = False
-    kept, logp = _renormalise(a_V[None], live[None], rows.top_p[row, None], rows.min_p[row, None])
+    limits = rows.top_p[row, None], rows.min_p[row, None]
+    kept, logp = _renormalise(a_V[None], live[None], *limits, mass)
     ids, logp = order[kept[0]], logp[0][kept[0]]
     keys = (x[row] for x in (rows.seed, rows.position, rows.uid, rows.stream))
     noise = gumbel_noise(ids, *keys).to(a_V.dtype)
@@ -132,15 +130,24 @@ def _sample_unlisted(out: SoftToken, z_V: Tensor, rows: RowParameters, row: int)
     out.gprime[row, 0] = out.logp[row, 0] + noise[winner]
 
 
-def _renormalise(a_BK: Tensor, live: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
+def _mass(a_BV: Tensor) -> Tensor:
+    """[B, 1] fp64: total probability in units of the most probable token's."""
+    a_BV = a_BV.double()
+    return torch.exp(a_BV - a_BV.amax(-1, keepdim=True)).sum(-1, keepdim=True)
+
+
+def _renormalise(
+    a_BK: Tensor, live: Tensor, top_p: Tensor, min_p: Tensor, mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Top-p and min-p within the live slots of a descending row: kept [B, K], log p [B, K] fp64.
 
-    A slot is kept while the mass before it is < top_p and its p is >= min_p times the largest.
+    A slot is kept while the mass before it is < top_p of `mass` (None: of all live slots) and its
+    p is >= min_p times the largest.
     """
     # fp64, so that no boundary depends on the order of a sum.
     top = a_BK[:, :1].double()
     ratio = torch.where(live, torch.exp(a_BK.double() - top), 0.0)
-    total = ratio.sum(-1, keepdim=True)
+    total = ratio.sum(-1, keepdim=True) if mass is None else mass
     before = ratio.cumsum(-1).roll(1, -1)
     before[:, 0] = 0.0
     inside = (before / total < top_p[:, None]) | (top_p[:, None] >= 1)
@@ -159,11 +166,13 @@ def _sorted(values: Tensor, ids: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.gather(-1, order) for x in (ids, values, *others))
 
 
-def _statistics(z_BV: Tensor, rows: RowParameters, sampled: Tensor) -> tuple[Tensor, Tensor]:
+def _write_statistics(out: SoftToken, z_BV: Tensor, rows: RowParameters, sampled: Tensor) -> None:
     """Log-sum-exp and entropy of the full vocabulary at the row's temperature (greedy: 1)."""
     temperature = torch.where(rows.mode == GREEDY, 1.0, rows.temperature)
     logp_BV = (z_BV / temperature[:, None]).double()
     lse = logp_BV.logsumexp(-1)
     logp_BV = logp_BV - lse[:, None]
     entropy = -torch.where(logp_BV > -torch.inf, logp_BV.exp() * logp_BV, 0.0).sum(-1)
-    return tuple(x.masked_fill(~sampled, torch.nan).to(z_BV.dtype) for x in (lse, entropy))  # type: ignore[return-value]
+    for place, value in ((out.lse, lse), (out.entropy, entropy)):
+        if place is not None:
+            place.copy_(value.masked_fill(~sampled, torch.nan))
