@@ -4,6 +4,7 @@
 #include "soft_token.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <limits>
 
@@ -68,15 +69,13 @@ class RowSampler {
     if (args_.entropy) args_.entropy[b_] = std::numeric_limits<float>::quiet_NaN();
   }
 
-  // Appends the elements of one tile with values of at least `low` (and above -inf) to the list.
+  // Appends the tokens of one tile with logits of at least `low` (and above -inf) to the list.
   void append_tile(int64_t tile, float low) {
     const int64_t begin = tile * kTile;
-    const int64_t count = std::min(kTile, args_.vocabulary - begin);
-    float values[kTile];
-    SOFTGRPO_BEST(convert_logits<T>)(values, z_ + begin, count);
-    for (int64_t i = 0; i < count; ++i)
-      if (values[i] >= low && values[i] > -HUGE_VALF)
-        scratch_.list.push_back({values[i], static_cast<int32_t>(begin + i)});
+    const int64_t end = std::min(begin + kTile, args_.vocabulary);
+    Candidate found[kTile];
+    const int64_t count = SOFTGRPO_BEST(find_at_least<T>)(found, z_, begin, end, low);
+    scratch_.list.insert(scratch_.list.end(), found, found + count);
   }
 
   // The first k tokens of the row, unsorted, values not yet divided by the temperature.

@@ -217,8 +217,19 @@ class RowParameters:
 
     def check(self) -> None:
         """Raises ValueError for a parameter out of its range; reads the tables: CPU only."""
-        if not self.mode.numel():
-            return
+        if self.mode.numel() and not self._within_all_bounds():
+            self._check_each()
+
+    def _within_all_bounds(self) -> bool:
+        """True where no row, whatever its mode, can be wrong: one pass over the tables."""
+        low, high = (x.tolist() for x in torch.aminmax(self.floats, dim=1))
+        fine = low[0] > 0 and low[2] >= 0 and high[2] <= 1 and low[3] > 0
+        low, high = (x.tolist() for x in torch.aminmax(self.ints, dim=1))
+        fine &= low[0] >= 1 and high[0] <= self.k_max
+        fine &= all(x >= 0 for x in low[2:]) and all(x <= 0xFFFFFFFF for x in high[2:5])
+        return fine and high[5] <= SKIP and high[6] == GUMBEL
+
+    def _check_each(self) -> None:
         if self.mode.min() < GREEDY or self.mode.max() > SKIP:
             raise ValueError("mode must be 0 (greedy), 1 (discrete), 2 (soft) or 3 (skip)")
         soft, sampled = self.mode == SOFT, (self.mode == SOFT) | (self.mode == DISCRETE)
