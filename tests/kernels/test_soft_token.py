@@ -184,11 +184,11 @@ def draw_many(p, draws, **settings):
 
 @pytest.mark.parametrize("mode", [DISCRETE, SOFT])
 def test_the_best_candidate_is_an_exact_sample(mode):
-    assert chi_square(draw_many(P, 400_000, top_k=5, k_max=5, mode=mode), P) > 1e-4
+    assert chi_square(draw_many(P, 1_000_000, top_k=5, k_max=5, mode=mode), P) > 1e-4
 
 
 def test_the_clamped_noise_of_the_released_code_fails_the_same_test():
-    counts = draw_many(P, 400_000, top_k=5, k_max=5, noise_clamp=(-1.5, 3.0))
+    counts = draw_many(P, 1_000_000, top_k=5, k_max=5, noise_clamp=(-1.5, 3.0))
     assert chi_square(counts, P) < 1e-100
 
 
