@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 K_MAX = 64  # most candidates that the kernels record for one position
 
+# Kinds of noise, in the order of softgrpo_kernels.rows.NOISES.
+NOISES = ("gumbel", "none", "dirichlet", "gaussian", "multiplex")
+
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
@@ -64,18 +67,19 @@ class SamplingParams:
 class SoftParams:
     """How soft positions are drawn (ALGORITHM.md section 1).
 
-    tau: temperature of the Gumbel-Softmax. noise_scale: factor on the noise. noise_clip: bounds of
-    the noise, and eps: floor added to the probabilities, which keeps all top_k slots live; both
-    are of the `official` objective. end_of_thinking: "auto" is the tokenizer's </think> if it has
-    one; a token, its id, or None for never. max_soft_tokens: budget, after which the end of
-    thinking is forced.
+    tau: temperature of the Gumbel-Softmax. noise, noise_scale: the method, as in
+    `softgrpo_kernels.soft_token`; dirichlet, gaussian and multiplex go with tau 1. noise_clip:
+    bounds of the Gumbel noise, and eps: floor added to the probabilities, which keeps all top_k
+    slots live; both are of the `official` objective. end_of_thinking: "auto" is the tokenizer's
+    </think> if it has one; a token, its id, or None for never. max_soft_tokens: budget, after
+    which the end of thinking is forced.
     """
 
     top_k: int = 5
     top_p: float = 0.95
     temperature: float = 1.0
     tau: float = 0.1
-    noise: Literal["gumbel", "none"] = "gumbel"
+    noise: Literal["gumbel", "none", "dirichlet", "gaussian", "multiplex"] = "gumbel"
     noise_scale: float = 1.0
     noise_clip: tuple[float, float] | None = None
     eps: float = 0.0
@@ -89,8 +93,11 @@ class SoftParams:
             0 < self.temperature < math.inf, "soft temperature", self.temperature, "finite and > 0"
         )
         _require(0 < self.tau < math.inf, "tau", self.tau, "finite and > 0")
-        _require(self.noise in ("gumbel", "none"), "noise", self.noise, "gumbel or none")
-        _require(self.noise_scale > 0, "noise_scale", self.noise_scale, "> 0")
+        _require(self.noise in NOISES, "noise", self.noise, " or ".join(NOISES))
+        _require(0 < self.noise_scale < math.inf, "noise_scale", self.noise_scale, "> 0")
+        if self.noise == "multiplex":
+            draws = self.noise_scale
+            _require(draws in range(1, K_MAX + 1), "noise_scale", draws, f"1, 2 .. {K_MAX} draws")
         _require(0 <= self.eps < 1, "eps", self.eps, ">= 0 and < 1")
         if self.noise_clip is not None:
             low, high = self.noise_clip

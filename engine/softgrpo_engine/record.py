@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softgrpo_engine.params import NOISES
 from softgrpo_engine.sequence import Sequence
 from softgrpo_engine.soft_tokens import SoftTokens
 from softgrpo_kernels import soft_weights
@@ -24,7 +25,7 @@ _FLOATS = (
     "noise_high",
     "eps",
 )
-_INTEGERS = ("top_k", "soft_top_k", "seed", "uid", "stream", "discrete_mode")
+_INTEGERS = ("top_k", "soft_top_k", "seed", "uid", "stream", "discrete_mode", "noise")
 
 
 class Record:
@@ -73,7 +74,6 @@ class Record:
         assert sequence.row is not None
         params, soft = sequence.params, sequence.soft
         low, high = (soft and soft.noise_clip) or (-torch.inf, torch.inf)
-        scale = 0.0 if soft is None or soft.noise == "none" else soft.noise_scale
         floats = {
             "temperature": params.temperature or 1.0,
             "top_p": params.top_p,
@@ -81,7 +81,7 @@ class Record:
             "soft_temperature": soft.temperature if soft else 1.0,
             "soft_top_p": soft.top_p if soft else 1.0,
             "tau": soft.tau if soft else 1.0,
-            "noise_scale": scale,
+            "noise_scale": soft.noise_scale if soft else 1.0,
             "noise_low": low,
             "noise_high": high,
             "eps": soft.eps if soft else 0.0,
@@ -94,6 +94,7 @@ class Record:
             "uid": sequence.uid,
             "stream": sequence.stream,
             "discrete_mode": GREEDY if params.temperature == 0 else DISCRETE,
+            "noise": NOISES.index(soft.noise) if soft else 0,
         }
         row = sequence.row
         self.floats[:, row] = torch.tensor([floats[name] for name in _FLOATS])

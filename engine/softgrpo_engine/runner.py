@@ -144,6 +144,7 @@ class Runner:
             top_p=torch.where(soft, parameters["soft_top_p"], parameters["top_p"]),
             min_p=torch.where(soft, 0.0, parameters["min_p"]),
             gumbel_tau=parameters["tau"],
+            noise=parameters["noise"],
             noise_scale=parameters["noise_scale"],
             noise_clamp=clamp,
             eps=parameters["eps"],

@@ -1,0 +1,64 @@
+"""The family of soft-thinking methods, as parameters of one engine."""
+
+import pytest
+import torch
+
+from softgrpo_engine import SamplingParams, SoftParams
+from softgrpo_engine.params import NOISES
+from softgrpo_kernels import rows
+
+METHODS = {
+    "none": SoftParams(noise="none", tau=1.0, end_of_thinking=None),
+    "dirichlet": SoftParams(noise="dirichlet", noise_scale=4.0, tau=1.0, end_of_thinking=None),
+    "gaussian": SoftParams(noise="gaussian", noise_scale=0.1, tau=1.0, end_of_thinking=None),
+    "multiplex": SoftParams(noise="multiplex", noise_scale=3, tau=1.0, end_of_thinking=None),
+}
+
+
+def test_names_are_those_of_the_kernels():
+    assert NOISES == rows.NOISES
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_reproducible_and_its_record_gives_the_weights(make_llm, prompts, method):
+    params = SamplingParams(max_tokens=8, ignore_eos=True, n=3, seed=5)
+    soft = METHODS[method]
+    first, again = (
+        make_llm().generate(prompts[0], params, soft, progress=False)[0].samples for _ in range(2)
+    )
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.soft.ids, b.soft.ids)
+        assert torch.equal(a.soft.gprime, b.soft.gprime)
+    # Weights are softmax(g'), tau 1: for these methods g' is their logarithm up to a constant.
+    live = first[0].soft.ids >= 0
+    weights = torch.where(live, first[0].soft.gprime.exp(), 0.0)
+    if method == "multiplex":
+        torch.testing.assert_close(weights * 3, (weights * 3).round(), atol=1e-5, rtol=0)
+    if method != "gaussian":
+        torch.testing.assert_close(weights.sum(-1), torch.ones(8))
+    if method == "none":
+        assert torch.equal(first[0].soft.gprime, first[1].soft.gprime)
+    else:
+        assert not torch.equal(first[0].soft.gprime, first[1].soft.gprime)
+
+
+def test_what_a_sample_draws_does_not_depend_on_its_neighbour(make_llm, prompts):
+    params = SamplingParams(max_tokens=6, ignore_eos=True, seed=5)
+    llm = make_llm()
+    for soft in METHODS.values():
+        alone = llm.generate(prompts[0], params, soft, progress=False)[0].samples[0]
+        other = llm.generate([prompts[1], prompts[0]], params, soft, progress=False)[1].samples[0]
+        assert alone.token_ids == other.token_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise": "uniform"}, "noise"),
+        ({"noise": "multiplex", "noise_scale": 2.5}, "draws"),
+        ({"noise": "multiplex", "noise_scale": 100}, "draws"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SoftParams(**settings)
