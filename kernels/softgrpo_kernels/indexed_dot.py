@@ -207,17 +207,14 @@ for _op in (indexed_dot, indexed_dot_backward_hidden, indexed_dot_backward_dense
     LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("softgrpo_kernels::indexed_dot")
 def _fake_dot(hidden: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     return hidden.new_empty(ids.shape, dtype=wide_dtype(hidden.dtype))
 
 
-@torch.library.register_fake("softgrpo_kernels::indexed_dot_backward_hidden")
 def _fake_hidden(grad: Tensor, table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     return table.new_empty((ids.shape[0], table.shape[1]), dtype=dtype)
 
 
-@torch.library.register_fake("softgrpo_kernels::indexed_dot_backward_dense")
 def _fake_dense(grad: Tensor, hidden: Tensor, ids: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return hidden.new_empty((rows, hidden.shape[1]), dtype=dtype)
 
@@ -225,3 +222,9 @@ def _fake_dense(grad: Tensor, hidden: Tensor, ids: Tensor, rows: int, dtype: tor
 torch.library.register_autograd(
     "softgrpo_kernels::indexed_dot", _differentiate, setup_context=_save_inputs
 )
+for _name, _fake in (
+    ("indexed_dot", _fake_dot),
+    ("indexed_dot_backward_hidden", _fake_hidden),
+    ("indexed_dot_backward_dense", _fake_dense),
+):
+    torch.library.register_fake(f"softgrpo_kernels::{_name}", _fake)
