@@ -204,7 +204,7 @@ def test_gradients_do_not_depend_on_the_threads():
 
 
 def test_bad_input_is_named():
-    hidden, head, ids, n, gprime = problem()
+    hidden, head, ids, *_ = problem()
     with pytest.raises(ValueError, match="ids must be token ids below 40"):
         linear_candidate_logprob(hidden, head, ids + V)
     with pytest.raises(ValueError, match="label must be token ids"):
