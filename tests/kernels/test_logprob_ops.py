@@ -1,0 +1,117 @@
+"""The log-prob ops in the dispatcher and under torch.compile, and the memory they take."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+from softgrpo_kernels import linear_candidate_logprob, linear_soft_logprob, linear_token_logprob
+
+V, H, K = 40, 8, 5
+OPS = torch.ops.softgrpo_kernels
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def problem(rows, dtype=torch.float32):
+    hidden = torch.randn(rows, H, dtype=dtype, requires_grad=True)
+    head = torch.randn(V, H, dtype=dtype, requires_grad=True)
+    bias = torch.randn(V, dtype=dtype, requires_grad=True)
+    ids = torch.stack([torch.randperm(V)[:K] for _ in range(rows)])
+    return hidden, head, bias, ids, torch.randint(0, V, (rows,))
+
+
+# fp32: C++; fp64: plain PyTorch. Without labels: candidates only. Without slots: tokens only.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("part", ["both", "candidates", "tokens"])
+def test_linear_logprob_passes_opcheck(part, dtype):
+    hidden, head, bias, ids, label = problem(6, dtype)
+    label[::2] = -1
+    ids, label = ids[:, : 0 if part == "tokens" else K], None if part == "candidates" else label
+    temperature = torch.linspace(0.5, 2, 6, dtype=dtype)
+    arguments = (hidden, head, bias, ids, label, temperature, 3.0, 0.7, True)
+    torch.library.opcheck(OPS.linear_logprob.default, arguments)
+    with torch.no_grad():
+        dots, logp, lse, entropy = OPS.linear_logprob(*arguments)
+    grads = (dots + 1, logp + 1, None, entropy + 1, lse, entropy, [True, True, True])
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    torch.library.opcheck(OPS.linear_logprob_backward.default, (*grads, *detached))
+
+
+def score(hidden, head, bias, ids, label):
+    gprime = ids.to(hidden.dtype) / V - 1
+    kind = (torch.arange(ids.shape[0]) % 2).to(torch.uint8)
+    logp, entropy = linear_soft_logprob(
+        hidden, head, ids, gprime, kind + 2, kind, label,
+        temperature=0.8, bias=bias, softcap=4.0, need_entropy=True,
+    )  # fmt: skip
+    q = linear_candidate_logprob(hidden, head, ids, bias=bias)
+    token = linear_token_logprob(hidden, head, label)
+    return (logp + 0.1 * entropy + token + q[:, 0] * 0.5).sum()
+
+
+def test_compiles_whole_with_a_dynamic_number_of_rows():
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    compiled = torch.compile(score, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (6, 9, 14):
+        inputs = problem(rows)
+        ours = torch.autograd.grad(compiled(*inputs), inputs[:3])
+        theirs = torch.autograd.grad(score(*inputs), inputs[:3])
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 2  # one forward, one backward for all sizes
+
+
+_PEAK = """
+import resource, sys
+import torch
+from softgrpo_kernels import linear_soft_logprob, token_logprob
+token_logprob._CHUNK_ELEMENTS = 1 << 20
+torch.set_num_threads(1)
+vocabulary, way = int(sys.argv[1]), sys.argv[2]
+rows, width, k = 512, 64, 5
+head = torch.randn(vocabulary, width, requires_grad=True)
+head.grad = torch.ones_like(head) if way == "accumulate" else None
+hidden = torch.randn(rows, width, requires_grad=True)
+def run(rows):
+    ids = torch.randint(0, vocabulary, (rows, k))
+    label = torch.randint(0, vocabulary, (rows,))
+    kind = (torch.arange(rows) % 2).to(torch.uint8) if way == "accumulate" else label * 0 + 1
+    logp = linear_soft_logprob(
+        hidden[:rows], head, ids, torch.zeros(rows, k), kind * 0 + k, kind, label, grad_weight=way
+    )
+    logp.sum().backward()
+run(2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(rows)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("way", ["accumulate", "rows"])
+def test_memory_does_not_grow_with_the_vocabulary(way):
+    """KiB on top of the tensors given. Of 256k tokens, dW would be 64 MiB and the logits of the
+    discrete rows 256 MiB; they work in slices of 4 MiB here, of which a few live at a time."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PEAK, str(vocabulary), way], stdout=subprocess.PIPE, text=True
+        )
+        for vocabulary in (16_384, 262_144)
+    ]
+    small, large = (int(run.communicate()[0]) for run in runs)
+    budget = 4 << 10 if way == "rows" else 40 << 10
+    assert max(small, large) < budget, (small, large)
+    print(way, small, large)
