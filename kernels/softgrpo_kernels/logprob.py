@@ -126,6 +126,44 @@ def linear_token_logprob(
     return (logp, entropy) if need_entropy else logp
 
 
+@overload
+def linear_soft_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    gprime: Tensor,
+    n: Tensor,
+    row_kind: Tensor,
+    label: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    objective: str = ...,
+    noise_scale: float = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    need_entropy: Literal[False] = ...,
+    grad_weight: GradWeight = ...,
+) -> Tensor: ...
+@overload
+def linear_soft_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    gprime: Tensor,
+    n: Tensor,
+    row_kind: Tensor,
+    label: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    objective: str = ...,
+    noise_scale: float = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    need_entropy: Literal[True],
+    grad_weight: GradWeight = ...,
+) -> tuple[Tensor, Tensor]: ...
 def linear_soft_logprob(
     hidden: Tensor,
     lm_head: Tensor,
