@@ -195,6 +195,11 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_hidden, d_table, None
 
 
+def differentiable_once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The derivative of a backward op; without one autograd would go on with a warning only."""
+    raise RuntimeError("softgrpo_kernels: log-probabilities are differentiable once")
+
+
 LIBRARY.define("indexed_dot(Tensor hidden, Tensor table, Tensor ids) -> Tensor")
 LIBRARY.define(
     "indexed_dot_backward_hidden(Tensor grad, Tensor table, Tensor ids, ScalarType dtype) -> Tensor"
@@ -228,3 +233,5 @@ for _name, _fake in (
     ("indexed_dot_backward_dense", _fake_dense),
 ):
     torch.library.register_fake(f"softgrpo_kernels::{_name}", _fake)
+for _name in ("indexed_dot_backward_hidden", "indexed_dot_backward_dense"):
+    torch.library.register_autograd(f"softgrpo_kernels::{_name}", differentiable_once)

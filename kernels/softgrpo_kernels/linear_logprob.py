@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softgrpo_kernels.indexed_dot import (
     LIBRARY,
+    differentiable_once,
     indexed_dot,
     indexed_dot_add_to_table,
     indexed_dot_backward_hidden,
@@ -263,3 +264,4 @@ torch.library.register_fake("softgrpo_kernels::linear_logprob_backward", _fake_b
 torch.library.register_autograd(
     "softgrpo_kernels::linear_logprob", _differentiate_op, setup_context=_save
 )
+torch.library.register_autograd("softgrpo_kernels::linear_logprob_backward", differentiable_once)

@@ -44,6 +44,18 @@ def test_linear_logprob_passes_opcheck(part, dtype):
     torch.library.opcheck(OPS.linear_logprob_backward.default, (*grads, *detached))
 
 
+@pytest.mark.parametrize("way", ["dense", "accumulate"])
+def test_a_second_derivative_is_refused(way):
+    hidden, head, _, ids, label = problem(4)
+    for out in (
+        linear_candidate_logprob(hidden, head, ids, grad_weight=way)[:, 0],
+        linear_token_logprob(hidden, head, label, grad_weight=way),
+    ):
+        (first,) = torch.autograd.grad(out.square().sum(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"differentiable once|once_differentiable"):
+            first.sum().backward()
+
+
 def score(hidden, head, bias, ids, label):
     gprime = ids.to(hidden.dtype) / V - 1
     kind = (torch.arange(ids.shape[0]) % 2).to(torch.uint8)
