@@ -5,10 +5,12 @@
 namespace softgrpo {
 void bind_sampling(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
+void bind_logprob(pybind11::module_& m);
 }  // namespace softgrpo
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ CPU kernels of softgrpo_kernels";
   softgrpo::bind_sampling(m);
   softgrpo::bind_decoder(m);
+  softgrpo::bind_logprob(m);
 }

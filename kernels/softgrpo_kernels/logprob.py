@@ -2,49 +2,66 @@
 
 Nothing of the size of the vocabulary is kept per row for the backward pass. All arithmetic is fp32
 (fp64 for fp64 tensors) whatever the dtype of hidden and lm_head.
+
+What the functions share:
+    Logits are those of the model, a = softcap tanh(logit_scale (x . W + bias) / softcap) / T, each
+    part left out by default. bias: [V] or None, differentiable. softcap: > 0 or None (Gemma's
+    final_logit_softcapping). logit_scale: number (Cohere). temperature: number or [N], > 0.
+    grad_weight: what backward does for lm_head. "dense": an ordinary gradient. "rows": a coalesced
+    sparse gradient with the rows in use only; every row must be soft. "accumulate": adds straight
+    into lm_head.grad, without a temporary of its size, and autograd sees no gradient: hooks do not
+    run; lm_head must be a leaf. The last two are for eager mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
+from softgrpo_kernels.linear_logprob import SpecialWeightGradient, check_ids
+from softgrpo_kernels.reference.indexed_dot import wide_dtype
 from softgrpo_kernels.reference.soft_density import soft_density
 
-# Elements of the largest temporary (fp32: 64 MiB).
-_CHUNK_ELEMENTS = 1 << 24
+GradWeight = Literal["dense", "rows", "accumulate"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def linear_candidate_logprob(
-    hidden: Tensor, lm_head: Tensor, ids: Tensor, *, temperature: float | Tensor = 1.0
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    grad_weight: GradWeight = "dense",
 ) -> Tensor:
-    """Log-softmax over each row's candidates: log q_i = a_i - LSE_j(a_j), a = x . W[id] / T.
+    """Log-softmax over each row's candidates: log q_i = a_i - LSE_j(a_j), a the logit / T.
 
     The softmax over the vocabulary, renormalised over the candidates, is the same number: K dot
     products replace V.
 
     Args:
         hidden: [N, H]; lm_head: [V, H] in the same dtype.
-        ids: [N, K], candidate token ids; unused slots < 0.
-        temperature: number or [N].
+        ids: int [N, K], candidate token ids; unused slots < 0.
+        temperature, bias, softcap, logit_scale, grad_weight: see the module.
 
     Returns:
-        [N, K] float32 (float64 for float64), -inf in unused slots. Differentiable in hidden and
-        lm_head (rows that are nobody's candidate get exactly 0).
+        [N, K] float32 (float64 for float64), -inf in unused slots. Differentiable in hidden, bias
+        and lm_head (rows that are nobody's candidate get exactly 0).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an id outside the vocabulary.
+        ValueError: shapes, dtypes or devices that do not fit, an id outside the vocabulary.
     """
-    _check(hidden, lm_head)
-    if ids.dim() != 2 or ids.shape[0] != hidden.shape[0]:
-        raise ValueError(f"ids must be [{hidden.shape[0]}, K], not {list(ids.shape)}")
-    _check_ids(ids, lm_head, "ids")
-    temperature_N1 = _temperature(temperature, hidden)
-    return _CandidateLogprob.apply(hidden, lm_head, ids.long(), temperature_N1)
+    head = _Head(hidden, lm_head, temperature, bias, softcap, logit_scale, grad_weight)
+    _check_integers("ids", ids, (hidden.shape[0], None), hidden)
+    dots, *_ = head.run(ids, None, need_entropy=False)
+    return head.candidate_logprob(dots, ids)
 
 
 @overload
@@ -54,7 +71,11 @@ def linear_token_logprob(
     label: Tensor,
     *,
     temperature: float | Tensor = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
     need_entropy: Literal[False] = ...,
+    grad_weight: GradWeight = ...,
 ) -> Tensor: ...
 @overload
 def linear_token_logprob(
@@ -63,7 +84,11 @@ def linear_token_logprob(
     label: Tensor,
     *,
     temperature: float | Tensor = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
     need_entropy: Literal[True],
+    grad_weight: GradWeight = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_token_logprob(
     hidden: Tensor,
@@ -71,31 +96,74 @@ def linear_token_logprob(
     label: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     need_entropy: bool = False,
+    grad_weight: GradWeight = "dense",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(x W^T / T)[label] over the whole vocabulary, in slices of it.
+    """log softmax(a)[label] over the whole vocabulary, in slices of it.
 
     Args:
         hidden: [N, H]; lm_head: [V, H] in the same dtype.
         label: int [N], token ids.
-        temperature: number or [N].
+        temperature, bias, softcap, logit_scale, grad_weight: see the module; not "rows".
 
     Returns:
         [N] float32 (float64 for float64); with need_entropy also the entropy [N] in nats. Both
-        differentiable in hidden and lm_head; backward computes the logits again.
+        differentiable in hidden, lm_head and bias; backward computes the logits again.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a label outside the vocabulary.
+        ValueError: shapes, dtypes or devices that do not fit, a label outside the vocabulary.
     """
-    _check(hidden, lm_head)
-    if label.shape != hidden.shape[:1]:
-        raise ValueError(f"label must be [{hidden.shape[0]}], not {list(label.shape)}")
-    _check_ids(label, lm_head, "label", lowest=0)
-    temperature_N1 = _temperature(temperature, hidden)
-    logp, entropy = _TokenLogprob.apply(hidden, lm_head, label.long(), temperature_N1, need_entropy)
+    head = _Head(hidden, lm_head, temperature, bias, softcap, logit_scale, grad_weight)
+    _check_integers("label", label, (hidden.shape[0],), hidden)
+    if grad_weight == "rows":
+        raise ValueError('grad_weight="rows" needs soft rows; here every row of lm_head is used')
+    _check_labels(label, lm_head)
+    ids = label.new_empty((label.shape[0], 0))
+    _, logp, _, entropy = head.run(ids, label, need_entropy=need_entropy)
     return (logp, entropy) if need_entropy else logp
 
 
+@overload
+def linear_soft_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    gprime: Tensor,
+    n: Tensor,
+    row_kind: Tensor,
+    label: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    objective: str = ...,
+    noise_scale: float = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    need_entropy: Literal[False] = ...,
+    grad_weight: GradWeight = ...,
+) -> Tensor: ...
+@overload
+def linear_soft_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    gprime: Tensor,
+    n: Tensor,
+    row_kind: Tensor,
+    label: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    objective: str = ...,
+    noise_scale: float = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    need_entropy: Literal[True],
+    grad_weight: GradWeight = ...,
+) -> tuple[Tensor, Tensor]: ...
 def linear_soft_logprob(
     hidden: Tensor,
     lm_head: Tensor,
@@ -108,7 +176,12 @@ def linear_soft_logprob(
     temperature: float | Tensor = 1.0,
     objective: str = "exact",
     noise_scale: float = 1.0,
-) -> Tensor:
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    need_entropy: bool = False,
+    grad_weight: GradWeight = "dense",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-density of every position: soft rows over their candidates, others over all tokens.
 
     Args:
@@ -117,181 +190,112 @@ def linear_soft_logprob(
         n: int [N], slots in use.
         row_kind: uint8 [N], 1 soft, 0 discrete.
         label: int [N], token ids, read in discrete rows.
-        temperature: number or [N].
         objective, noise_scale: see `soft_density`; read in soft rows.
+        need_entropy: the whole vocabulary's entropy of every row, soft ones too; it makes all rows
+            as expensive as discrete ones.
+        temperature, bias, softcap, logit_scale, grad_weight: see the module.
 
     Returns:
-        [N] float32 (float64 for float64), differentiable in hidden and lm_head.
+        [N] float32 (float64 for float64); with need_entropy also the entropy [N] in nats. Both
+        differentiable in hidden, lm_head and bias.
 
     Raises:
         ValueError: see `linear_candidate_logprob`, `linear_token_logprob`, `soft_density`.
     """
-    if gprime.shape != ids.shape or not (n.shape == row_kind.shape == label.shape == ids.shape[:1]):
+    head = _Head(hidden, lm_head, temperature, bias, softcap, logit_scale, grad_weight)
+    _check_integers("ids", ids, (hidden.shape[0], None), hidden)
+    if gprime.shape != ids.shape or not gprime.is_floating_point():
         raise ValueError(
-            f"need ids and gprime [N, K], n, row_kind and label [N]; got {list(ids.shape)}, "
-            f"{list(gprime.shape)}, {list(n.shape)}, {list(row_kind.shape)}, {list(label.shape)}"
+            f"gprime must be floating point {list(ids.shape)} like ids, not {gprime.dtype} "
+            f"{list(gprime.shape)}"
         )
-    temperature_N = _temperature(temperature, hidden)[:, 0]
-    soft, hard = ((row_kind == kind).nonzero()[:, 0] for kind in (1, 0))
-    live = torch.arange(ids.shape[1], device=ids.device) < n[soft, None]
-    logq = linear_candidate_logprob(
-        hidden[soft], lm_head, ids[soft].masked_fill(~live, -1), temperature=temperature_N[soft]
+    for name, value in (("n", n), ("row_kind", row_kind), ("label", label)):
+        _check_integers(name, value, (hidden.shape[0],), hidden)
+    soft, ids, label = row_kind == 1, ids.long(), label.long()
+    if grad_weight == "rows" and (need_entropy or not bool(soft.all())):
+        raise ValueError(
+            'grad_weight="rows" needs every row to be soft (row_kind 1) and no entropy; use "dense"'
+        )
+    _check_labels(torch.where(soft, 0, label), lm_head)
+    live = (torch.arange(ids.shape[1], device=ids.device) < n[:, None]) & soft[:, None]
+    ids = ids.masked_fill(~live, -1)
+    gprime = gprime.masked_fill(~live, -torch.inf)
+    dots, token_logp, _, entropy = head.run(
+        ids, torch.where(soft, 0 if need_entropy else -1, label), need_entropy=need_entropy
     )
-    recorded = gprime[soft].masked_fill(~live, -torch.inf)
-    density = soft_density(logq, recorded, objective=objective, noise_scale=noise_scale)
-    token = linear_token_logprob(
-        hidden[hard], lm_head, label[hard], temperature=temperature_N[hard]
+    density = soft_density(
+        head.candidate_logprob(dots, ids), gprime, objective=objective, noise_scale=noise_scale
     )
-    result = density.new_zeros(hidden.shape[0])
-    return result.index_put((soft,), density).index_put((hard,), token)
+    logp = torch.where(soft, density, token_logp)
+    return (logp, entropy) if need_entropy else logp
 
 
-class _CandidateLogprob(torch.autograd.Function):
-    """dz_j = (g_j - q_j sum_i g_i) / T; dX = sum_j dz_j W[id_j]; dW[id_j] += dz_j x."""
+class _Head:
+    """The checked arguments that make logits of hidden states."""
 
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, hidden: Tensor, lm_head: Tensor, ids: Tensor, temperature: Tensor
-    ) -> Tensor:
-        wide = temperature.dtype
-        logits = torch.empty(ids.shape, dtype=wide, device=ids.device)
-        for rows in _row_chunks(ids.shape[0], ids.shape[1] * hidden.shape[1]):
-            weight_NKH = lm_head[ids[rows].clamp(min=0)].to(wide)
-            logits[rows] = torch.bmm(weight_NKH, hidden[rows].to(wide)[..., None])[..., 0]
-        live = ids >= 0
-        # Rows without candidates have no softmax.
-        scaled = (logits / temperature).masked_fill(~live, -torch.inf)
-        scaled = scaled.masked_fill(~live.any(-1, keepdim=True), 0.0)
-        logq = scaled.log_softmax(-1).masked_fill(~live, -torch.inf)
-        ctx.save_for_backward(hidden, lm_head, ids, temperature, logq)
-        return logq
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, lm_head, ids, temperature, logq = ctx.saved_tensors  # type: ignore[attr-defined]
-        wide = temperature.dtype
-        grad = torch.where(ids >= 0, grad.to(wide), 0.0)
-        dz_NK = (grad - logq.exp() * grad.sum(-1, keepdim=True)) / temperature
-        need_hidden, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(lm_head, dtype=wide) if need_weight else None
-        for rows in _row_chunks(ids.shape[0], ids.shape[1] * hidden.shape[1]):
-            tokens = ids[rows].clamp(min=0)
-            if d_hidden is not None:
-                weight_NKH = lm_head[tokens].to(wide)
-                d_hidden[rows] = torch.bmm(dz_NK[rows, None], weight_NKH)[:, 0].to(hidden.dtype)
-            if d_weight is not None:
-                terms_NKH = dz_NK[rows, :, None] * hidden[rows, None].to(wide)
-                live = ids[rows] >= 0
-                _add_rows(d_weight, tokens[live], terms_NKH[live])
-        return d_hidden, None if d_weight is None else d_weight.to(lm_head.dtype), None, None
-
-
-class _TokenLogprob(torch.autograd.Function):
-    """Forward keeps log-sum-exp and entropy [N] only.
-
-    d logp / d a_j = 1[j = label] - p_j; d entropy / d a_j = -p_j (log p_j + entropy).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
+    def __init__(
+        self,
         hidden: Tensor,
         lm_head: Tensor,
-        label: Tensor,
-        temperature: Tensor,
-        need_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        wide = temperature.dtype
-        x_NH = hidden.to(wide) / temperature
-        top = torch.full_like(temperature, -torch.inf)
-        mass, weighted = torch.zeros_like(top), torch.zeros_like(top)
-        chosen = torch.zeros_like(top)
-        for begin, weight_CH in _vocabulary_slices(lm_head, len(label), wide):
-            a_NC = x_NH @ weight_CH.mT
-            new_top = torch.maximum(top, a_NC.amax(-1, keepdim=True))
-            # Moving the reference point: exp(a - top) a stays exact in a, only the factor changes.
-            rescale = torch.exp(top - new_top)
-            ratio_NC = torch.exp_(a_NC - new_top)
-            mass = mass * rescale + ratio_NC.sum(-1, keepdim=True)
-            if need_entropy:
-                weighted = weighted * rescale + (ratio_NC * a_NC).sum(-1, keepdim=True)
-            top = new_top
-            slot = label[:, None] - begin
-            inside = (slot >= 0) & (slot < weight_CH.shape[0])
-            picked = a_NC.gather(1, slot.clamp(0, weight_CH.shape[0] - 1))
-            chosen = torch.where(inside, picked, chosen)
-        lse = top + mass.log()
-        entropy = lse - weighted / mass
-        ctx.need_entropy = need_entropy  # type: ignore[attr-defined]
-        ctx.save_for_backward(hidden, lm_head, label, temperature, lse, entropy)
-        return (chosen - lse)[:, 0], entropy[:, 0]
+        temperature: float | Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        grad_weight: str,
+    ) -> None:
+        _check(hidden, lm_head, bias, softcap)
+        if grad_weight not in ("dense", "rows", "accumulate"):
+            raise ValueError(f"grad_weight must be dense, rows or accumulate, not {grad_weight!r}")
+        if grad_weight == "accumulate" and not lm_head.is_leaf:
+            raise ValueError(
+                'grad_weight="accumulate" needs lm_head to be a leaf, it has a grad_fn'
+            )
+        self.hidden, self.lm_head, self.bias = hidden, lm_head, bias
+        self.temperature_N = _temperature(temperature, hidden)
+        self.softcap, self.logit_scale, self.grad_weight = softcap, logit_scale, grad_weight
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad_logp: Tensor, grad_entropy: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        hidden, lm_head, label, temperature, lse, entropy = ctx.saved_tensors  # type: ignore[attr-defined]
-        need_hidden, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        wide = temperature.dtype
-        x_NH = hidden.to(wide) / temperature
-        grad_logp, grad_entropy = grad_logp.to(wide)[:, None], grad_entropy.to(wide)[:, None]
-        d_hidden = torch.zeros_like(x_NH) if need_hidden else None
-        d_weight = torch.empty_like(lm_head) if need_weight else None
-        for begin, weight_CH in _vocabulary_slices(lm_head, len(label), wide):
-            width = weight_CH.shape[0]
-            logp_NC = (x_NH @ weight_CH.mT).sub_(lse)
-            slope: Tensor = -grad_logp
-            if ctx.need_entropy:  # type: ignore[attr-defined]
-                slope = slope - grad_entropy * (logp_NC + entropy)
-            da_NC = logp_NC.exp_().mul_(slope)
-            slot = label[:, None] - begin
-            inside = (slot >= 0) & (slot < width)
-            da_NC.scatter_add_(1, slot.clamp(0, width - 1), torch.where(inside, grad_logp, 0.0))
-            if d_hidden is not None:
-                d_hidden += da_NC @ weight_CH
-            if d_weight is not None:
-                d_weight[begin : begin + width] = (da_NC.mT @ x_NH).to(lm_head.dtype)
-        if d_hidden is not None:
-            d_hidden = (d_hidden / temperature).to(hidden.dtype)
-        return d_hidden, d_weight, None, None, None
+    def run(
+        self, ids: Tensor, label: Tensor | None, *, need_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `linear_logprob.linear_logprob`."""
+        arguments = (
+            self.hidden, self.lm_head, self.bias, ids, label, self.temperature_N,
+            self.softcap, self.logit_scale, need_entropy,
+        )  # fmt: skip
+        if self.grad_weight == "dense":
+            return torch.ops.softgrpo_kernels.linear_logprob(*arguments)
+        return SpecialWeightGradient.apply(self.grad_weight, *arguments)
 
-
-def _row_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_ELEMENTS // max(1, elements_per_row))
-    return (slice(begin, begin + step) for begin in range(0, rows, step))
-
-
-def _vocabulary_slices(
-    lm_head: Tensor, rows: int, dtype: torch.dtype
-) -> Iterator[tuple[int, Tensor]]:
-    """(first token, weights [C, H]) over the vocabulary; each slice is converted once."""
-    step = max(256, _CHUNK_ELEMENTS // max(1, rows, lm_head.shape[1]))
-    for begin in range(0, lm_head.shape[0], step):
-        yield begin, lm_head[begin : begin + step].to(dtype)
-
-
-def _add_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
-    """table[index] += rows in the order of the index."""
-    if table.is_cpu:
-        table.index_add_(0, index, rows)
-    else:
-        # Sorts the index first; index_add_ would add by atomics, in any order.
-        table.index_put_((index,), rows, accumulate=True)
+    def candidate_logprob(self, dots_NK: Tensor, ids: Tensor) -> Tensor:
+        """log q [N, K] of the dot products, -inf in unused slots."""
+        logits = dots_NK
+        if self.bias is not None:
+            # Its backward adds in the order of the index, that of bias[ids] does not.
+            tokens = ids.long().clamp(min=0).flatten()
+            logits = logits + self.bias.to(logits.dtype).index_select(0, tokens).view(ids.shape)
+        logits = logits * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        live = ids >= 0
+        scaled = (logits / self.temperature_N[:, None]).masked_fill(~live, -torch.inf)
+        # Rows without candidates have no softmax.
+        scaled = scaled.masked_fill(~live.any(-1, keepdim=True), 0.0)
+        return scaled.log_softmax(-1).masked_fill(~live, -torch.inf)
 
 
 def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor:
-    """[N, 1] in the dtype of the computation."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    value = torch.as_tensor(temperature, dtype=wide, device=hidden.device)
-    if value.is_cpu and value.numel() and not bool((value > 0).all()):
+    """[N] in the dtype of the computation."""
+    value = torch.as_tensor(temperature, dtype=wide_dtype(hidden.dtype), device=hidden.device)
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != hidden.shape[0]):
+        raise ValueError(
+            f"temperature must be a number or [{hidden.shape[0]}], not {list(value.shape)}"
+        )
+    if _may_look_at(value) and not bool((value > 0).all()):
         raise ValueError("temperature must be > 0")
-    return value.expand(hidden.shape[0])[:, None]
+    return value.detach().expand(hidden.shape[0])
 
 
-def _check(hidden: Tensor, lm_head: Tensor) -> None:
+def _check(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float | None) -> None:
     if hidden.dim() != 2 or lm_head.dim() != 2 or hidden.shape[1] != lm_head.shape[1]:
         raise ValueError(
             f"need hidden [N, H] and lm_head [V, H], got {list(hidden.shape)} and "
@@ -299,14 +303,43 @@ def _check(hidden: Tensor, lm_head: Tensor) -> None:
         )
     if hidden.dtype != lm_head.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, lm_head {lm_head.dtype}: cast one of them")
-
-
-def _check_ids(ids: Tensor, lm_head: Tensor, name: str, lowest: int | None = None) -> None:
-    # On a device the comparison would wait for it; indexing reports it there.
-    if not ids.is_cpu or not ids.numel():
-        return
-    if ids.max() >= lm_head.shape[0] or (lowest is not None and ids.min() < lowest):
+    if hidden.dtype not in _DTYPES:
+        raise ValueError(f"hidden and lm_head must be floating point, not {hidden.dtype}")
+    if hidden.device != lm_head.device:
+        raise ValueError(f"hidden is on {hidden.device}, lm_head on {lm_head.device}")
+    if bias is not None and (bias.shape != lm_head.shape[:1] or not bias.is_floating_point()):
         raise ValueError(
-            f"{name} must be token ids below {lm_head.shape[0]}, got {int(ids.min())} .. "
-            f"{int(ids.max())}"
+            f"bias must be floating point [{lm_head.shape[0]}], not {bias.dtype} {list(bias.shape)}"
         )
+    if bias is not None and bias.device != lm_head.device:
+        raise ValueError(f"bias is on {bias.device}, lm_head on {lm_head.device}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0 or None, not {softcap}")
+
+
+def _check_integers(
+    name: str, value: Tensor, shape: tuple[int | None, ...], hidden: Tensor
+) -> None:
+    wanted = [
+        have if want is None else want for have, want in zip(value.shape, shape, strict=False)
+    ]
+    if value.dim() != len(shape) or list(value.shape) != wanted:
+        text = ", ".join("K" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must be [{text}], not {list(value.shape)}")
+    if value.dtype not in _INTEGERS:
+        raise ValueError(f"{name} must be integers, not {value.dtype}")
+    if value.device != hidden.device:
+        raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
+
+
+def _check_labels(label: Tensor, lm_head: Tensor) -> None:
+    if not _may_look_at(label) or not label.numel():
+        return
+    if int(label.min()) < 0:
+        raise ValueError(f"label must be token ids, not {int(label.min())}")
+    check_ids("label", label, lm_head)
+
+
+def _may_look_at(value: Tensor) -> bool:
+    """Whether a check of values costs nothing: not on a device, not while tracing."""
+    return value.is_cpu and not torch.compiler.is_compiling()
