@@ -86,13 +86,9 @@ def indexed_dot_backward_table(grad: Tensor, hidden: Tensor, ids: Tensor) -> tup
     """The rows of the table's gradient that are not zero: sum of grad_ij hidden_i.
 
     Returns:
-        rows: int64 [U], ascending, unique. On CUDA U = N * K, the rest of `rows` is -1.
-        values: [U, H] fp32 (fp64 for fp64), summed in order of i, then j; 0 where rows is -1.
+        rows: int64 [U], ascending, unique. On a device this waits for it.
+        values: [U, H] fp32 (fp64 for fp64), summed in order of i, then j.
     """
-    if hidden.is_cuda and hidden.dtype in _DTYPES:
-        from softgrpo_kernels.gpu import indexed_dot as gpu
-
-        return gpu.indexed_dot_backward_table(grad, hidden, ids)
     kernels = _cpu_kernels(hidden)
     if kernels is None:
         return reference.indexed_dot_backward_table(grad, hidden, ids)
@@ -105,21 +101,17 @@ def indexed_dot_backward_table(grad: Tensor, hidden: Tensor, ids: Tensor) -> tup
 
 def indexed_dot_add_to_table(table_grad: Tensor, grad: Tensor, hidden: Tensor, ids: Tensor) -> None:
     """table_grad[ids_ij] += grad_ij hidden_i in place, one rounding of (old + the row's sum)."""
+    if hidden.is_cuda and hidden.dtype in _DTYPES:
+        from softgrpo_kernels.gpu import indexed_dot as gpu
+
+        return gpu.indexed_dot_add_to_table(table_grad, grad, hidden, ids)
     kernels = _cpu_kernels(hidden)
     if kernels is not None and table_grad.dtype in _DTYPES and table_grad.stride(-1) == 1:
         keys, _ = _sorted_pairs(kernels, ids)
-        _segment_sums(kernels, table_grad, None, keys, grad, hidden, ids)
-        return
+        return _segment_sums(kernels, table_grad, None, keys, grad, hidden, ids)
     rows, values = indexed_dot_backward_table(grad, hidden, ids)
-    if not table_grad.is_cuda:
-        table_grad[rows] = (table_grad[rows].to(values.dtype) + values).to(table_grad.dtype)
-        return
-    # Every row but -1 occurs once and the values of -1 are zero: atomics find no order to choose.
-    # The difference, not the value, is rounded: old + (new - old) is new where that is exact.
-    at = rows.clamp(min=0)
-    old = table_grad[at].to(values.dtype)
-    change = torch.where((rows >= 0)[:, None], (old + values).to(table_grad.dtype) - old, 0.0)
-    table_grad.index_add_(0, at, change.to(table_grad.dtype))
+    table_grad[rows] = (table_grad[rows].to(values.dtype) + values).to(table_grad.dtype)
+    return None
 
 
 def indexed_dot_backward_dense(

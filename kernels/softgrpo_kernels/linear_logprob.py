@@ -199,10 +199,6 @@ class SpecialWeightGradient(torch.autograd.Function):
 
 
 def _sparse_rows(rows: Tensor, values: Tensor, like: Tensor) -> Tensor:
-    if rows.is_cuda:
-        # Padding; the selection waits for the device.
-        used = rows >= 0
-        rows, values = rows[used], values[used]
     return torch.sparse_coo_tensor(
         rows[None], values, like.shape, is_coalesced=True, check_invariants=False
     )

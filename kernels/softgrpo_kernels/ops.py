@@ -19,14 +19,13 @@ from torch import Tensor
 
 from softgrpo_kernels import cpu, reference
 from softgrpo_kernels.extension import cpu_extension
+from softgrpo_kernels.indexed_dot import LIBRARY
 from softgrpo_kernels.rows import (
     LMHead,
     RowParameters,
     SoftToken,
     check_counter_words,
 )
-
-LIBRARY = torch.library.Library("softgrpo_kernels", "FRAGMENT")
 
 LIBRARY.define(
     "soft_token(Tensor logits, Tensor? embed, Tensor floats, Tensor ints, Tensor? terminal_ids, "
@@ -39,10 +38,6 @@ LIBRARY.define(
     "gumbel_noise(Tensor ids, Tensor seed, Tensor position, Tensor uid, Tensor stream) -> Tensor"
 )
 LIBRARY.define("soft_embedding(Tensor ids, Tensor weights, Tensor embed) -> Tensor")
-LIBRARY.define(
-    "soft_embedding_backward(Tensor grad, Tensor ids, Tensor weights, Tensor embed) "
-    "-> (Tensor, Tensor)"
-)
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
@@ -142,29 +137,23 @@ def soft_embedding(ids: Tensor, weights: Tensor, embed: Tensor) -> Tensor:
     return reference.soft_embedding(ids, weights, embed)
 
 
-def soft_embedding_backward(
-    grad: Tensor, ids: Tensor, weights: Tensor, embed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dw_j = <d, E[id_j]>; dE[id_j] += w_j d."""
-    wide = torch.float64 if embed.dtype == torch.float64 else torch.float32
-    live, tokens, grad = ids >= 0, ids.long().clamp(min=0), grad.to(wide)
-    products = (embed[tokens].to(wide) * grad.unsqueeze(-2)).sum(-1)
-    d_weights = torch.where(live, products, 0.0).to(weights.dtype)
-    terms = weights.to(wide).unsqueeze(-1) * grad.unsqueeze(-2)
-    d_embed = torch.zeros_like(embed, dtype=wide)
-    d_embed.index_put_((tokens[live],), terms[live], accumulate=True)
-    return d_weights, d_embed.to(embed.dtype)
-
-
 def _save_soft_embedding(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _differentiate_soft_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dw_j = <d, E[id_j]>; dE[id_j] += w_j d."""
     ids, weights, embed = ctx.saved_tensors
-    d_weights, d_embed = torch.ops.softgrpo_kernels.soft_embedding_backward(
-        grad, ids, weights, embed
-    )
+    kernels = torch.ops.softgrpo_kernels
+    grad_NH, ids_NK = grad.reshape(-1, embed.shape[1]), ids.reshape(-1, ids.shape[-1])
+    d_weights = d_embed = None
+    if ctx.needs_input_grad[1]:
+        dots_NK = kernels.indexed_dot(grad_NH, embed, ids_NK)
+        d_weights = dots_NK.reshape(weights.shape).to(weights.dtype)
+    if ctx.needs_input_grad[2]:
+        d_embed = kernels.indexed_dot_backward_dense(
+            weights.reshape(ids_NK.shape), grad_NH, ids_NK, embed.shape[0], embed.dtype
+        )
     return None, d_weights, d_embed
 
 
@@ -179,19 +168,12 @@ def _fake_soft_embedding(ids: Tensor, weights: Tensor, embed: Tensor) -> Tensor:
     return embed.new_empty((*ids.shape[:-1], embed.shape[1]))
 
 
-def _fake_soft_embedding_backward(
-    grad: Tensor, ids: Tensor, weights: Tensor, embed: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weights), torch.empty_like(embed)
-
-
-for _op in (soft_token, gumbel_noise, soft_embedding, soft_embedding_backward):
+for _op in (soft_token, gumbel_noise, soft_embedding):
     LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")
 for _name, _fake in (
     ("soft_token", _fake_soft_token),
     ("gumbel_noise", _fake_gumbel_noise),
     ("soft_embedding", _fake_soft_embedding),
-    ("soft_embedding_backward", _fake_soft_embedding_backward),
 ):
     torch.library.register_fake(f"softgrpo_kernels::{_name}", _fake)
 torch.library.register_autograd(
