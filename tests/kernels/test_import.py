@@ -37,7 +37,8 @@ def run(code, **environment):
 ONLY_TORCH = """
 import sys
 ALLOWED = {
-    "torch", "torchgen", "functorch", "filelock", "fsspec", "jinja2", "markupsafe", "networkx", "setuptools",
+    "torch", "torchgen", "functorch",
+    "filelock", "fsspec", "jinja2", "markupsafe", "networkx", "setuptools",
     "sympy", "mpmath", "typing_extensions", "softgrpo_kernels",
     *sys.stdlib_module_names,
 }

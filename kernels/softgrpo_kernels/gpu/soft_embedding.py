@@ -38,14 +38,20 @@ def soft_embedding(
     ids: Tensor, weights: Tensor, embed: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """sum_j weights[.., j] embed[ids[.., j]]: [..., H] in `dtype`, embed's by default."""
+    out = embed.new_empty((*ids.shape[:-1], embed.shape[1]), dtype=dtype or embed.dtype)
+    mix_into(out, ids, weights, embed)
+    return out
+
+
+def mix_into(out: Tensor, ids: Tensor, weights: Tensor, embed: Tensor) -> None:
+    """`soft_embedding` into a contiguous tensor [..., H]."""
+    if not out.numel():
+        return
     table = embed if embed.stride(-1) == 1 else embed.contiguous()
     ids, weights = ids.to(torch.int32).contiguous(), weights.float().contiguous()
     slots, width = ids.shape[-1], table.shape[1]
-    out = table.new_empty((*ids.shape[:-1], width), dtype=dtype or table.dtype)
-    if out.numel():
-        grid = (out.numel() // width, triton.cdiv(width, BLOCK_H))
-        soft_embedding_kernel[grid](
-            out, ids, weights, table, table.stride(0), slots, width, BLOCK_H=BLOCK_H,
-            enable_fp_fusion=False,
-        )  # fmt: skip
-    return out
+    grid = (out.numel() // width, triton.cdiv(width, BLOCK_H))
+    soft_embedding_kernel[grid](
+        out, ids, weights, table, table.stride(0), slots, width, BLOCK_H=BLOCK_H,
+        enable_fp_fusion=False,
+    )  # fmt: skip

@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from softgrpo_kernels import reference
-
-pytest.importorskip("triton")
 from softgrpo_kernels.gpu import indexed_dot as gpu
 from softgrpo_kernels.gpu.soft_embedding import soft_embedding
 

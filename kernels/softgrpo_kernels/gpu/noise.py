@@ -1,0 +1,139 @@
+"""Noise as device functions: the bits of `softgrpo_kernels.reference.noise`.
+
+Kernels that call these are compiled with `enable_fp_fusion=False`, so that a product and a sum stay
+two roundings.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softgrpo_kernels.reference.noise import GAMMA_ATTEMPTS
+
+BLOCK = 256
+_GAMMA_ATTEMPTS = tl.constexpr(GAMMA_ATTEMPTS)
+
+
+@triton.jit
+def _philox(ids, seed, position, uid, stream):
+    """The words of every id, a block; the others are integers of one row."""
+    c0 = ids.to(tl.uint32)
+    zero = c0 * 0
+    return tl.philox(
+        seed, c0, zero + position.to(tl.uint32), zero + uid.to(tl.uint32),
+        zero + stream.to(tl.uint32),
+    )  # fmt: skip
+
+
+@triton.jit
+def _portable_log(x):
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    q = f * 0.0 + -0.07821005582809448
+    q = q * f + 0.13003969192504883
+    q = q * f + -0.13209381699562073
+    q = q * f + 0.141636461019516
+    q = q * f + -0.16611094772815704
+    q = q * f + 0.20003004372119904
+    q = q * f + -0.2500152587890625
+    q = q * f + 0.3333330750465393
+    q = q * f + -0.49999988079071045
+    return exponent.to(tl.float32) * 0.6931471824645996 + ((f * f) * q + f)
+
+
+@triton.jit
+def _upper_bits(word):
+    return (word >> 9).to(tl.int32).to(tl.float32)
+
+
+@triton.jit
+def _open_unit(word):
+    return (_upper_bits(word) + 0.5) * 1.1920928955078125e-07
+
+
+@triton.jit
+def _exponential(r0, r1):
+    v = (_upper_bits(r0) + _open_unit(r1)) * 1.1920928955078125e-07
+    v = tl.minimum(v, 0.9999999403953552)
+    u = 1.0 - v
+    return 0.0 - (_portable_log(u) + ((1.0 - u) - v))
+
+
+@triton.jit
+def gumbel(ids, seed, position, uid, stream):
+    """Standard Gumbel noise of a block of ids."""
+    r0, r1, _, _ = _philox(ids, seed, position, uid, stream)
+    return 0.0 - _portable_log(_exponential(r0, r1))
+
+
+@triton.jit
+def _normal_of(r0, r1, r2):
+    s = 0.25 - tl.abs(_open_unit(r2) - 0.5)
+    square = s * s
+    q = s * 0.0 + -14.381392478942871
+    q = q * square + 42.00779724121094
+    q = q * square + -76.70417022705078
+    q = q * square + 81.605224609375
+    q = q * square + -41.34170150756836
+    q = q * square + 6.2831854820251465
+    return tl.sqrt_rn(2.0 * _exponential(r0, r1)) * (0.0 - q * s)
+
+
+@triton.jit
+def normal(ids, seed, position, uid, stream):
+    """Standard normal noise of a block of ids."""
+    r0, r1, r2, _ = _philox(ids, seed, position, uid, stream)
+    return _normal_of(r0, r1, r2)
+
+
+@triton.jit
+def log_gamma(ids, shape, seed, position, uid, stream):
+    """Logarithms of Gamma(shape, 1) numbers of a block of ids."""
+    d = shape + 0.6666666865348816
+    c = tl.div_rn(d * 0.0 + 1.0, tl.sqrt_rn(9.0 * d))
+    log_v = d * 0.0
+    accepted = d < 0.0
+    for attempt in range(_GAMMA_ATTEMPTS):
+        r0, r1, r2, r3 = _philox(ids, seed, position, uid, stream + (attempt << 16))
+        x = _normal_of(r0, r1, r2)
+        root = 1.0 + c * x
+        v = root * root * root
+        positive = v > 0.0
+        new_log_v = _portable_log(tl.where(positive, v, 1.0))
+        bound = 0.5 * x * x + (d - d * v + d * new_log_v)
+        good = positive & (_portable_log(_open_unit(r3)) < bound) & (accepted == 0)
+        log_v = tl.where(good, new_log_v, log_v)
+        accepted = accepted | good
+    r0, r1, _, _ = _philox(ids, seed, position, uid, stream + (_GAMMA_ATTEMPTS << 16))
+    return _portable_log(d) + log_v - tl.div_rn(_exponential(r0, r1), shape)
+
+
+@triton.jit
+def gumbel_noise_kernel(out, ids, seed, position, uid, stream, slots, BLOCK: tl.constexpr):
+    """Program (i, b): block b of row i."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(ids + row * slots + slot, mask=slot < slots, other=-1)
+    noise = gumbel(
+        token, tl.load(seed + row), tl.load(position + row), tl.load(uid + row),
+        tl.load(stream + row),
+    )  # fmt: skip
+    tl.store(out + row * slots + slot, tl.where(token >= 0, noise, 0.0), mask=slot < slots)
+
+
+def gumbel_noise(
+    ids: Tensor, seed: Tensor, position: Tensor, uid: Tensor, stream: Tensor
+) -> Tensor:
+    """Noise fp32 of ids [..., K]; the keys, int64, broadcast against ids[..., 0]."""
+    ids = ids.to(torch.int32).contiguous()
+    keys = [key.expand(ids.shape[:-1]).contiguous() for key in (seed, position, uid, stream)]
+    out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
+    if out.numel():
+        slots = ids.shape[-1]
+        grid = (ids.numel() // slots, triton.cdiv(slots, BLOCK))
+        gumbel_noise_kernel[grid](out, ids, *keys, slots, BLOCK=BLOCK, enable_fp_fusion=False)
+    return out

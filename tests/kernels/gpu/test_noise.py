@@ -1,0 +1,74 @@
+"""The device functions of the noise: the bits of the reference and of the golden file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from softgrpo_kernels import reference
+from softgrpo_kernels.gpu import noise as gpu
+from softgrpo_kernels.reference.noise import log_gamma_noise, normal_noise
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden_noise.json").read_text())
+KEYS = ("seed", "position", "uid", "stream")
+
+
+@triton.jit
+def draw_kernel(out, ids, shapes, seed, position, uid, stream, KIND: tl.constexpr):
+    i = tl.arange(0, 8)
+    keys = (tl.load(seed), tl.load(position), tl.load(uid), tl.load(stream))
+    token = tl.load(ids + i)
+    if KIND == "normal":
+        value = gpu.normal(token, keys[0], keys[1], keys[2], keys[3])
+    else:
+        value = gpu.log_gamma(token, tl.load(shapes + i), keys[0], keys[1], keys[2], keys[3])
+    tl.store(out + i, value)
+
+
+def draw(kind, ids, shapes, keys):
+    out = torch.empty(8, device=ids.device)
+    keys = [torch.tensor([key], device=ids.device) for key in keys]
+    draw_kernel[(1,)](out, ids, shapes, *keys, KIND=kind, enable_fp_fusion=False)
+    return out
+
+
+@pytest.mark.parametrize("row", GOLDEN["rows"])
+def test_golden_bits(device, row):
+    ids = torch.tensor(GOLDEN["ids"], dtype=torch.int32, device=device)
+    keys = [torch.tensor(row[name], device=device) for name in KEYS]
+    expected = torch.tensor([float.fromhex(x) for x in row["gumbel"]])
+    assert torch.equal(gpu.gumbel_noise(ids, *keys).cpu(), expected)
+
+
+def test_gumbel_has_the_bits_of_the_reference(device):
+    ids = torch.randint(-3, 300_000, (6, 700), dtype=torch.int32, device=device)
+    keys = torch.randint(0, 2**32, (4, 6), device=device)
+    keys[0] -= 2**31
+    out = gpu.gumbel_noise(ids, *keys)
+    assert torch.equal(out, reference.gumbel_noise(ids, *keys))
+
+
+@pytest.mark.parametrize("row", GOLDEN["rows"])
+def test_golden_bits_of_the_other_kinds(device, row):
+    ids, shapes = torch.zeros(8, dtype=torch.int32), torch.ones(8)
+    ids[:6], shapes[:6] = torch.tensor(GOLDEN["ids"]), torch.tensor(GOLDEN["gamma_shapes"])
+    keys = [row[name] for name in KEYS]
+    for kind in ("normal", "log_gamma"):
+        expected = torch.tensor([float.fromhex(x) for x in row[kind]])
+        assert torch.equal(draw(kind, ids.to(device), shapes.to(device), keys)[:6].cpu(), expected)
+
+
+def test_other_kinds_have_the_bits_of_the_reference(device):
+    for position in range(20):
+        ids = torch.randint(0, 300_000, (8,), dtype=torch.int32)
+        shapes = torch.randn(8).mul(2).exp()
+        keys = (2**40 + 3, position, 12, 1)
+        tensors = [torch.tensor(key) for key in keys]
+        on_device = (ids.to(device), shapes.to(device))
+        assert torch.equal(draw("normal", *on_device, keys).cpu(), normal_noise(ids, *tensors))
+        assert torch.equal(
+            draw("log_gamma", *on_device, keys).cpu(), log_gamma_noise(ids, shapes, *tensors)
+        )
