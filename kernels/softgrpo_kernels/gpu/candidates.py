@@ -87,6 +87,29 @@ def head_logits(
 
 
 @triton.jit
+def cut(a, live, slot, top_p, min_p, eps, mass, JOINT: tl.constexpr):
+    """(log p, slots in use) of a descending row after top-p, min-p and eps.
+
+    Masses are added up in fp64; exponentials are fp32, so that a prefix within 1e-6 of top_p may
+    fall on either side of it.
+    """
+    best = tl.max(tl.where(live, a, -float("inf")), axis=0)
+    ratio = tl.where(live, tl.exp(a - best), 0.0)
+    before = tl.cumsum(ratio.to(tl.float64), axis=0) - ratio.to(tl.float64)
+    share = tl.sum(ratio.to(tl.float64), axis=0)
+    if JOINT:
+        share = mass.to(tl.float64)
+    kept = before / share < tl.where(top_p >= 1.0, float("inf"), top_p)
+    kept = live & ((kept & (ratio >= min_p)) | (slot == 0))
+    logp = a - best - tl.log(tl.sum(tl.where(kept, ratio, 0.0), axis=0))
+    used = kept
+    if eps > 0.0:
+        used = live
+        logp = tl.log(tl.where(kept, tl.exp(logp), 0.0) + eps)
+    return tl.where(used, logp, 0.0), used
+
+
+@triton.jit
 def _multiplex(logp, token, used, draws, seed, position, uid, stream):
     """log(count / draws) of independent draws from p; -inf where nothing was drawn."""
     count = logp * 0.0
@@ -95,8 +118,8 @@ def _multiplex(logp, token, used, draws, seed, position, uid, stream):
         keys = tl.where(used, key_of(value, token), NOTHING)
         count += (keys == tl.max(keys, axis=0)).to(tl.float32)
     drawn = count > 0.0
-    share = tl.where(drawn, count, 1.0).to(tl.float64) / draws.to(tl.float64)
-    return tl.where(drawn, tl.log(share).to(tl.float32), -float("inf"))
+    share = tl.div_rn(tl.where(drawn, count, 1.0), count * 0.0 + draws)
+    return tl.where(drawn, tl.log(share), -float("inf"))
 
 
 @triton.jit
@@ -110,16 +133,14 @@ def perturb(
         clamped = scale * tl.minimum(tl.maximum(g, clamp_low), clamp_high)
         value = logp + tl.where(soft, clamped, g)
     if soft & (noise == _DIRICHLET):
-        p = tl.exp(logp.to(tl.float64)).to(tl.float32)
-        shape = tl.where(used, tl.maximum(scale * p, _MIN_SHAPE), 1.0)
-        log_g = log_gamma(token, shape, seed, position, uid, stream).to(tl.float64)
+        shape = tl.where(used, tl.maximum(scale * tl.exp(logp), _MIN_SHAPE), 1.0)
+        log_g = log_gamma(token, shape, seed, position, uid, stream)
         top = tl.max(tl.where(used, log_g, -float("inf")), axis=0)
         mass = tl.sum(tl.where(used, tl.exp(log_g - top), 0.0), axis=0)
-        value = (log_g - (top + tl.log(mass))).to(tl.float32)
+        value = log_g - top - tl.log(mass)
     if soft & (noise == _GAUSSIAN):
         noisy = scale * normal(token, seed, position, uid, stream)
-        x = tl.exp(logp.to(tl.float64)) + noisy.to(tl.float64)
-        value = tl.log(tl.maximum(x, _MIN_WEIGHT)).to(tl.float32)
+        value = tl.log(tl.maximum(tl.exp(logp) + noisy, _MIN_WEIGHT))
     if soft & (noise == _MULTIPLEX):
         value = _multiplex(logp, token, used, scale.to(tl.int32), seed, position, uid, stream)
     return tl.where(used, value, -float("inf"))

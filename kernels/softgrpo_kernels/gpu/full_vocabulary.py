@@ -1,7 +1,7 @@
 """Discrete rows over the whole vocabulary, or over a part of it that no list of slots holds.
 
-The token is the argmax of a + noise, a = z / T, over the kept tokens (Gumbel-max). What is kept is a
-prefix of the order (a descending, id ascending), so it is a value and, among the tokens that tie
+The token is the argmax of a + noise, a = z / T, over the kept tokens (Gumbel-max). What is kept is
+a prefix of the order (a descending, id ascending), so it is a value and, among the tokens that tie
 with it, a last id. Three steps find the prefix and draw:
 
     collect  tokens that may be kept go into a short list, by a bound from the chunk statistics
@@ -149,8 +149,10 @@ def _load_source(
 ):
     """a and token ids of one block of the list, or of the row itself; -inf past the end."""
     i = start + tl.arange(0, BLOCK)
-    short = from_list & (i < size)
-    z = tl.load(logits + i, mask=(from_list == 0) & (i < vocabulary), other=-float("inf"))
+    # (The interpreter cannot combine a block of truth values with a single one.)
+    short = i < tl.where(from_list, size, 0)
+    row = i < tl.where(from_list, 0, vocabulary)
+    z = tl.load(logits + i, mask=row, other=-float("inf"))
     a = tl.load(listed_a + i, mask=short, other=-float("inf"))
     ids = tl.load(listed_id + i, mask=short, other=_MAX_ID)
     a = tl.where(from_list, a, tl.div_rn(z.to(tl.float32), temperature))
@@ -304,7 +306,7 @@ def cut_kernel(
         exact = top.to(tl.float64) + tl.log(min_p.to(tl.float64))
         near = exact.to(tl.float32)
         least = _key(near) + (near.to(tl.float64) < exact).to(tl.int32)
-        free = tl.where(least > key, _MAX_ID.to(tl.int64), free)
+        free = tl.where(least > key, 2147483647, free)
         key = tl.maximum(key, least)
 
     number, mass = _above(
@@ -315,7 +317,7 @@ def cut_kernel(
         maxima,
     )  # fmt: skip
     low = tl.full((), -1, tl.int64)
-    high = vocabulary.to(tl.int64) - 1
+    high = tl.full((), -1, tl.int64) + vocabulary
     if (free < tied) & (free > 0):
         while high - low > 1:
             middle = (low + high) >> 1

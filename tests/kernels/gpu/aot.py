@@ -167,7 +167,7 @@ def _read_cuda(asm: dict[str, Any]) -> Facts:
         # Plain, asynchronous to shared memory, and by the tensor memory accelerator.
         "wide_loads": count(r"LDG\S*\.(128|256)\b|LDGSTS\S*\.128\b|UTMALDG"),
         "narrow_loads": count(r"LDG\S*\.[US](8|16)\b"),
-        "fused": len(re.findall(r"\bfma\.", asm["ptx"])),
+        "fused": len(re.findall(r"\bfma\.\S*f32", asm["ptx"])),
         # FFMA, FFMA2, FHFMA; HFMA2 also moves constants.
         "fma": count(r"F\w*FMA|DFMA"),
         "divisions": len(re.findall(r"\b(?:div|sqrt|rcp)\.\S*f(?:32|64)", asm["ptx"])),

@@ -2,9 +2,13 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # gpu_cases
 
 if importlib.util.find_spec("triton") is None:  # not every platform has one
     collect_ignore_glob = ["test_*.py"]

@@ -1,0 +1,106 @@
+"""The sampling kernels as a decode launches them: 152k and 128k tokens, 8 to 64 slots."""
+
+from aot import Spec
+
+GPU = "softgrpo_kernels.gpu"
+KEYS = {"seed": "*i64", "position": "*i64", "uid": "*i64", "stream": "*i64"}
+
+
+def statistics(dtype, entropy):
+    return Spec(
+        f"statistics {dtype}{' entropy' if entropy else ''}",
+        f"{GPU}.statistics:statistics_kernel",
+        {
+            "tile_max": "*fp32", "chunk_sums": "*fp32", "logits": f"*{dtype}", "floats": "*fp32",
+            "ints": "*i64", "stride": "i32", "vocabulary": "i32", "chunks": "i32", "batch": "i32",
+        },
+        {"ENTROPY": entropy},
+        divisible=("stride", "vocabulary"),
+        num_warps=8,
+        fp_fusion=True,
+        wide_loads=2 if dtype == "bf16" else 4,
+    )  # fmt: skip
+
+
+def select(dtype, k):
+    return Spec(
+        f"select {dtype} k {k}",
+        f"{GPU}.soft_token:select_kernel",
+        {
+            "out_keys": "*i64", "logits": f"*{dtype}", "tile_max": "*fp32", "ints": "*i64",
+            **dict.fromkeys(("stride", "vocabulary", "tiles", "batch", "k_max"), "i32"),
+        },
+        {"K": k, "TILES": 2048, "TILE": 128},
+        divisible=("stride", "vocabulary"),
+        num_warps=8,
+        fp_fusion=True,
+    )  # fmt: skip
+
+
+def draw(k, *, head=False, every=False):
+    absent = dict.fromkeys(("bias", *(() if head else ("hidden", "weight"))))
+    absent |= {} if every else dict.fromkeys(("terminal_ids", "out_lse", "out_entropy"))
+    signature = {
+        "keys": "*i64", "chunk_sums": "*fp32", "floats": "*fp32", "ints": "*i64",
+        "terminal_ids": "*i32", "hidden": "*bf16", "weight": "*bf16", "softcap": "fp32",
+        "logit_scale": "fp32", "out_ids": "*i32", "out_gprime": "*fp32", "out_weights": "*fp32",
+        "out_logp": "*fp32", "out_n": "*i32", "out_token": "*i32", "out_token_logp": "*fp32",
+        "out_kind": "*u8", "out_lse": "*fp32", "out_entropy": "*fp32", "out_valid": "*u8",
+        **dict.fromkeys(
+            ("chunks", "batch", "terminal_width", "hidden_stride", "weight_stride", "width",
+             "k_max"), "i32",
+        ),
+    }  # fmt: skip
+    return Spec(
+        f"draw k {k}{' head' if head else ''}{' every output' if every else ''}",
+        f"{GPU}.soft_token:draw_kernel",
+        {name: kind for name, kind in signature.items() if name not in absent},
+        {
+            "K": k, "CHUNKS": 64, "TERMINALS": 2 if every else 0, "HEAD": head, "BIAS": False,
+            "SOFTCAP": False, "JOINT": every, "LSE": every, "ENTROPY": every, **absent,
+        },
+        divisible=("weight_stride", "hidden_stride", "width"),
+        num_warps=4 if head else 2,
+    )  # fmt: skip
+
+
+def noise(kind):
+    """The device functions that the draw kernel inlines beside a library's exp and log."""
+    return Spec(
+        f"{kind} noise",
+        "test_noise:draw_kernel",
+        {"out": "*fp32", "ids": "*i32", "shapes": "*fp32", **KEYS},
+        {"KIND": kind},
+        no_fma=True,
+    )
+
+
+SPECS = [
+    noise("normal"),
+    noise("log_gamma"),
+    statistics("bf16", False),
+    statistics("fp32", True),
+    *(select("bf16", k) for k in (8, 64)),
+    select("fp32", 32),
+    draw(8),
+    draw(32, head=True),
+    draw(64, every=True),
+    Spec(
+        "gumbel noise",
+        f"{GPU}.noise:gumbel_noise_kernel",
+        {"out": "*fp32", "ids": "*i32", **KEYS, "slots": "i32"},
+        {"BLOCK": 256},
+        no_fma=True,
+    ),
+    Spec(
+        "soft embedding",
+        f"{GPU}.soft_embedding:soft_embedding_kernel",
+        {
+            "out": "*bf16", "ids": "*i32", "weights": "*fp32", "table": "*bf16",
+            "table_stride": "i32", "slots": "i32", "width": "i32",
+        },
+        {"BLOCK_H": 512},
+        divisible=("table_stride", "width"),
+        no_fma=True,
+    ),
+]  # fmt: skip

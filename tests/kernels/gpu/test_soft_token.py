@@ -1,0 +1,99 @@
+"""The Triton soft step against the reference, on small rows (the interpreter is slow)."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from gpu_cases import compare, logits_of
+
+from softgrpo_kernels import SoftToken, soft_token
+
+GREEDY, DISCRETE, SOFT, SKIP = range(4)
+STYLES = ["plain", "equal", "integers", "signed zeros", "masked", "one", "negative"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_candidates(device, style):
+    """Fewer tokens than slots, one tile, several tiles; rows at odd distances."""
+    for vocabulary, dtype in ((5, torch.float32), (129, torch.bfloat16), (1000, torch.float16)):
+        logits = logits_of(style, 2, vocabulary + 3, dtype)[:, 3:]
+        embed = torch.randn(vocabulary, 9).to(dtype)
+        compare(device, logits, embed, k_max=8, top_k=7, top_p=0.913, temperature=0.7)
+
+
+def test_a_vocabulary_of_several_chunks(device):
+    logits = logits_of("integers", 1, 9001, torch.bfloat16)
+    compare(device, logits, torch.randn(9001, 8), k_max=16, top_k=16, top_p=0.97)
+
+
+def every_mode():
+    return {
+        "mode": torch.tensor([GREEDY, DISCRETE, SOFT, SKIP, SOFT, SOFT]),
+        "top_k": torch.tensor([0, 7, 5, 0, 8, 8]),
+        "top_p": torch.tensor([1, 0.9, 0.95, 1, 1, 0.8]),
+        "min_p": torch.tensor([0, 0, 0, 0, 0.01, 0]),
+        "temperature": torch.tensor([0, 0.7, 1, 0, 1.3, 1]),
+        "gumbel_tau": torch.tensor([0.1, 0.1, 0.1, 0.1, 1, 1]),
+        "eps": torch.tensor([0, 0, 1e-6, 0, 0, 0]),
+        "noise_scale": torch.tensor([1, 1, 0.5, 1, 2, 1]),
+        "noise_clamp": torch.tensor([[-1.5, 3.0]]).expand(6, 2),
+        "seed": 2**41 + 5,
+        "position": torch.arange(6),
+        "uid": torch.arange(6) + 2**32 - 6,
+    }
+
+
+@pytest.mark.parametrize("order", ["top_k_first", "joint"])
+def test_every_mode_in_one_batch(device, order):
+    logits = logits_of("plain", 6, 300)
+    settings = every_mode()
+    free = soft_token(logits, **settings, k_max=8, order=order)
+    terminal = torch.full((6, 2), -1)
+    terminal[4, 1] = free.token[4]
+    out = compare(
+        device, logits, torch.randn(300, 9), k_max=8, order=order, terminal_ids=terminal, **settings
+    )
+    assert out.kind.tolist() == [0, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("noise", ["none", "dirichlet", "gaussian", "multiplex"])
+def test_every_kind_of_noise(device, noise):
+    scale = {"dirichlet": 4.0, "gaussian": 0.1}.get(noise, 3.0)
+    compare(
+        device, logits_of("plain", 3, 200), torch.randn(200, 9), k_max=8, top_k=8, noise=noise,
+        noise_scale=scale, gumbel_tau=1.0, position=torch.arange(3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "logit_scale": 0.5}])
+def test_candidates_are_scored_again_by_the_head(device, options):
+    hidden, head = torch.randn(2, 70), torch.randn(300, 70)
+    bias = torch.randn(300) if options else None
+    compare(
+        device, hidden @ head.T, torch.randn(300, 9), k_max=8, top_k=6, temperature=9.0,
+        hidden=hidden, lm_head=head, bias=bias, **options,
+    )  # fmt: skip
+
+
+def test_bad_rows_are_marked(device):
+    logits = logits_of("plain", 5, 300)
+    logits[0, 299], logits[1, 0], logits[2], logits[3] = (
+        torch.nan, torch.inf, -torch.inf, torch.nan,
+    )  # fmt: skip
+    mode = torch.tensor([SOFT, DISCRETE, SOFT, SKIP, SOFT])
+    out = compare(device, logits, torch.randn(300, 4), k_max=4, top_k=4, mode=mode)
+    assert out.valid.tolist() == [False] * 3 + [True] * 2
+
+
+def test_a_row_does_not_depend_on_its_batch(device):
+    logits, settings = logits_of("integers", 6, 300).to(device), every_mode()
+    settings = {k: v.to(device) if torch.is_tensor(v) else v for k, v in settings.items()}
+    settings["seed"] = torch.full((6,), 3, device=device)
+    options = {"need_lse": True, "k_max": 8, "backend": "triton"}
+    together = soft_token(logits, **settings, **options)
+    order = torch.randperm(6, device=device)
+    moved = soft_token(logits[order], **{k: v[order] for k, v in settings.items()}, **options)
+    for field in fields(SoftToken):
+        a, b = getattr(together, field.name), getattr(moved, field.name)
+        if a is not None:
+            assert torch.equal(a[order].nan_to_num(-7), b.nan_to_num(-7)), field.name
