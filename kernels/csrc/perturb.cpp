@@ -9,7 +9,7 @@
 namespace softgrpo {
 namespace {
 
-enum Noise { kGumbel = 0, kNone = 1, kDirichlet = 2, kGaussian = 3, kMultiplex = 4 };
+enum Noise : int64_t { kGumbel = 0, kNone = 1, kDirichlet = 2, kGaussian = 3, kMultiplex = 4 };
 
 constexpr float kMinShape = 1e-30f;
 constexpr double kMinWeight = 1e-6;
@@ -88,7 +88,7 @@ int64_t multiplex_slots(Slot* slots, int64_t count, const Row& row) {
 }  // namespace
 
 int64_t perturb(Slot* slots, int64_t count, const Row& row) {
-  const int64_t kind = row.mode == kSoft ? row.noise : kGumbel;
+  const int64_t kind = row.mode == kSoft ? row.noise : int64_t{kGumbel};
   if (kind == kGumbel) gumbel_slots(slots, count, row);
   if (kind == kNone)
     for (int64_t j = 0; j < count; ++j) slots[j].perturbed.value = slots[j].logp;

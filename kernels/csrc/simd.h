@@ -7,6 +7,9 @@
 #if defined(__x86_64__)
 #define SOFTGRPO_X86 1
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#define SOFTGRPO_NEON 1
+#include <arm_neon.h>
 #endif
 
 namespace softgrpo {

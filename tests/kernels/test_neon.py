@@ -50,7 +50,7 @@ def objects(tmp_path_factory):
     def compile_one(source):
         out = folder / f"{source.stem}.o"
         shell(
-            PREFIX + "g++", "-std=c++17", *options, "-Werror", "-Wno-error=extra", "-fopenmp",
+            PREFIX + "g++", "-std=c++17", *options, "-Werror", "-fopenmp",
             f"-I{csrc}", "-c", source, "-o", out,
         )  # fmt: skip
         return out

@@ -140,7 +140,9 @@ def perturb(
         value = log_g - top - tl.log(mass)
     if soft & (noise == _GAUSSIAN):
         noisy = scale * normal(token, seed, position, uid, stream)
-        value = tl.log(tl.maximum(tl.exp(logp) + noisy, _MIN_WEIGHT))
+        # fp64: where p + noise nearly cancels, their logarithm shows every bit.
+        x = tl.exp(logp.to(tl.float64)) + noisy.to(tl.float64)
+        value = tl.log(tl.maximum(x, _MIN_WEIGHT)).to(tl.float32)
     if soft & (noise == _MULTIPLEX):
         value = _multiplex(logp, token, used, scale.to(tl.int32), seed, position, uid, stream)
     return tl.where(used, value, -float("inf"))

@@ -137,8 +137,8 @@ def draw_kernel(
         soft = soft & (end != first)
     if soft:
         # fp64 and one rounding, as `soft_weights`: the trainer's weights to the bit.
-        power = tl.div_rn(value, tl.load(floats + 3 * batch + row))
-        power = tl.exp((power - tl.max(power, axis=0)).to(tl.float64))
+        power = tl.div_rn(value, tl.load(floats + 3 * batch + row)).to(tl.float64)
+        power = tl.exp(power - tl.max(power, axis=0))
         power = tl.where(token >= 0, power, 0.0)
         weights = (power / tl.sum(power, axis=0)).to(tl.float32)
     elif n > 0:
@@ -204,7 +204,8 @@ def sample_from_statistics(
     keys = torch.empty((batch, k), dtype=torch.int64, device=logits.device)
     select_kernel[(batch,)](
         keys, logits, logits.stride(0), vocabulary, tile_max, tiles, rows.ints, batch, rows.k_max,
-        K=k, TILES=max(triton.next_power_of_2(tiles), k), TILE=TILE, num_warps=8,
+        K=k, TILES=max(triton.next_power_of_2(tiles), k), TILE=TILE,
+        num_warps=4 if k <= 16 else 8,
     )  # fmt: skip
     draw_kernel[(batch,)](
         keys, chunk_sums, chunks, rows.floats, rows.ints, batch, terminal_ids, ends,
@@ -217,7 +218,7 @@ def sample_from_statistics(
         K=k, CHUNKS=triton.next_power_of_2(chunks), TERMINALS=ends, HEAD=head is not None,
         BIAS=bias is not None, SOFTCAP=head is not None and head.softcap is not None, JOINT=joint,
         LSE=out.lse is not None, ENTROPY=out.entropy is not None,
-        num_warps=4 if head else 2, enable_fp_fusion=False,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     sample_full_vocabulary(logits, None, rows, out, chunk_sums, joint=joint)
     if embed is not None and out.embed is not None:

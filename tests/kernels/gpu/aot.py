@@ -204,7 +204,8 @@ def _read_hip(asm: dict[str, Any]) -> Facts:
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # Scalar registers spill into lanes of vector registers, not into memory: the stack tells.
+        "spills": number("vgpr_spill_count"),
         "wide_loads": count(r"(global|buffer|flat)_load_(dwordx4|b128)"),
         "narrow_loads": count(
             r"(global|buffer|flat)_load_([us]byte|[us]short|short|[ui](8|16)|d16)"

@@ -32,8 +32,9 @@ def select(dtype, k):
         },
         {"K": k, "TILES": 2048, "TILE": 128},
         divisible=("stride", "vocabulary"),
-        num_warps=8,
+        num_warps=4 if k <= 16 else 8,
         fp_fusion=True,
+        wide_loads=1,
     )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def draw(k, *, head=False, every=False):
             "SOFTCAP": False, "JOINT": every, "LSE": every, "ENTROPY": every, **absent,
         },
         divisible=("weight_stride", "hidden_stride", "width"),
-        num_warps=4 if head else 2,
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_cases import compare, logits_of
 
-from softgrpo_kernels import SoftToken, soft_token
+from softgrpo_kernels import SoftToken, soft_token, soft_weights
 
 GREEDY, DISCRETE, SOFT, SKIP = range(4)
 STYLES = ["plain", "equal", "integers", "signed zeros", "masked", "one", "negative"]
@@ -75,6 +75,13 @@ def test_candidates_are_scored_again_by_the_head(device, options):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("tau", [0.1, 0.7])
+def test_weights_are_those_that_the_trainer_computes_from_the_record(device, tau):
+    logits, embed = logits_of("plain", 6, 300), torch.randn(300, 8)
+    out = compare(device, logits, embed, k_max=8, top_k=8, gumbel_tau=tau, position=torch.arange(6))
+    assert torch.equal(out.weights, soft_weights(out.gprime, out.kind, tau))
+
+
 def test_bad_rows_are_marked(device):
     logits = logits_of("plain", 5, 300)
     logits[0, 299], logits[1, 0], logits[2], logits[3] = (
@@ -97,3 +104,11 @@ def test_a_row_does_not_depend_on_its_batch(device):
         a, b = getattr(together, field.name), getattr(moved, field.name)
         if a is not None:
             assert torch.equal(a[order].nan_to_num(-7), b.nan_to_num(-7)), field.name
+    alone = soft_token(logits[4:5], **{k: v[4:5] for k, v in settings.items()}, **options)
+    assert torch.equal(alone.gprime[0], together.gprime[4])
+    assert torch.equal(alone.weights[0], together.weights[4])
+
+
+def test_no_rows(device):
+    out = soft_token(torch.empty(0, 7, device=device), top_k=2, backend="triton")
+    assert out.ids.shape == (0, 32)
