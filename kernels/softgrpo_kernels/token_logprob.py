@@ -48,12 +48,16 @@ def token_logprob(
     hidden: Tensor, lm_head: Tensor, label: Tensor, logit_map: LogitMap, *, need_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability of label, log-sum-exp, entropy), each [N]; entropy is 0 if not needed."""
+    if hidden.is_cuda and hidden.dtype != torch.float64:
+        from softgrpo_kernels.gpu import token_logprob as gpu
+
+        return gpu.token_logprob(hidden, lm_head, label, logit_map, need_entropy=need_entropy)
     wide = logit_map.temperature.dtype
     x_NH = hidden.to(wide)
     top = torch.full_like(logit_map.temperature, -torch.inf)
     mass, weighted = torch.zeros_like(top), torch.zeros_like(top)
     chosen = torch.zeros_like(top)
-    for tokens, weight_CH in _vocabulary_slices(lm_head, len(label), wide):
+    for tokens, weight_CH in vocabulary_slices(lm_head, len(label), wide):
         a_NC = logit_map.apply_(x_NH @ weight_CH.mT, tokens)
         slot, inside = _slot(label, tokens, len(weight_CH))
         chosen = torch.where(inside, a_NC.gather(1, slot), chosen)
@@ -96,12 +100,19 @@ def token_logprob_backward(
     d logp / d a_j = 1[j = label] - p_j; d entropy / d a_j = -p_j (log p_j + entropy);
     d lse / d a_j = p_j.
     """
+    if hidden.is_cuda and hidden.dtype != torch.float64:
+        from softgrpo_kernels.gpu import token_logprob as gpu
+
+        return gpu.token_logprob_backward(
+            grads, hidden, lm_head, label, logit_map, lse, entropy,
+            need_hidden=need_hidden, d_weight=d_weight, d_bias=d_bias,
+        )  # fmt: skip
     wide = logit_map.temperature.dtype
     x_NH = hidden.to(wide)
     lse, entropy = lse[:, None], entropy[:, None]
     chosen, common = grads.logp[:, None], (grads.lse - grads.logp)[:, None]
     d_hidden = torch.zeros_like(x_NH) if need_hidden else None
-    for tokens, weight_CH in _vocabulary_slices(lm_head, len(label), wide):
+    for tokens, weight_CH in vocabulary_slices(lm_head, len(label), wide):
         a_NC = logit_map.apply_(x_NH @ weight_CH.mT, tokens)
         slope = logit_map.slope(a_NC)
         logp_NC = a_NC.sub_(lse)
@@ -135,7 +146,7 @@ def _slot(label: Tensor, tokens: slice, width: int) -> tuple[Tensor, Tensor]:
     return slot.clamp(0, width - 1), (slot >= 0) & (slot < width)
 
 
-def _vocabulary_slices(
+def vocabulary_slices(
     lm_head: Tensor, rows: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """(tokens, their weights [C, H]) over the vocabulary; each slice is converted once."""

@@ -34,7 +34,7 @@ def select(dtype, k):
         divisible=("stride", "vocabulary"),
         num_warps=4 if k <= 16 else 8,
         fp_fusion=True,
-        wide_loads=1,
+        wide_loads=1 if k > 8 else 0,
     )  # fmt: skip
 
 
