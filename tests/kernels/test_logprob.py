@@ -132,7 +132,7 @@ def test_token_logprob_is_the_log_softmax(temperature):
 
 
 def test_token_logprob_passes_gradcheck(monkeypatch):
-    monkeypatch.setattr(token_logprob, "_vocabulary_slices", slices_of_seven)
+    monkeypatch.setattr(token_logprob, "vocabulary_slices", slices_of_seven)
     hidden, head, *_ = problem(rows=3)
     label = torch.tensor([0, V - 1, 6])
     assert torch.autograd.gradcheck(
@@ -151,7 +151,7 @@ def test_token_logprob_in_slices_equals_one_piece(monkeypatch):
     hidden, head, *_ = problem()
     label = torch.randint(0, V, (N,))
     whole = linear_token_logprob(hidden, head, label, need_entropy=True)
-    monkeypatch.setattr(token_logprob, "_vocabulary_slices", slices_of_seven)
+    monkeypatch.setattr(token_logprob, "vocabulary_slices", slices_of_seven)
     cut = linear_token_logprob(hidden, head, label, need_entropy=True)
     for a, b in zip(whole, cut, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
