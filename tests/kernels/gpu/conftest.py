@@ -1,7 +1,6 @@
-"""The Triton kernels: on the device where there is one, else under the interpreter."""
+"""The Triton kernels: on the device where there is one, else under the interpreter (tests/conftest.py)."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -12,10 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # gpu_cases
 
 if importlib.util.find_spec("triton") is None:  # not every platform has one
     collect_ignore_glob = ["test_*.py"]
-
-if not torch.cuda.is_available():
-    # Read when a kernel is defined, so before the first import of one.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

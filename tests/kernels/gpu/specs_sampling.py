@@ -18,7 +18,7 @@ def statistics(dtype, entropy):
         divisible=("stride", "vocabulary"),
         num_warps=8,
         fp_fusion=True,
-        wide_loads=2 if dtype == "bf16" else 4,
+        wide_loads=1 if dtype == "bf16" else 2,
     )  # fmt: skip
 
 
