@@ -1,4 +1,4 @@
-"""The Triton kernels: on the device where there is one, else under the interpreter (tests/conftest.py)."""
+"""The Triton kernels: on the device where there is one, else under the interpreter."""
 
 import importlib.util
 import sys
