@@ -137,16 +137,9 @@ def _row_statistics(chunk, chunks, row, PADDED: tl.constexpr):
 
 @triton.jit
 def _load_source(
-    logits,
-    vocabulary,
-    listed_a,
-    listed_id,
-    from_list,
-    size,
-    temperature,
-    start,
+    logits, vocabulary, listed_a, listed_id, from_list, size, temperature, start,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """a and token ids of one block of the list, or of the row itself; -inf past the end."""
     i = start + tl.arange(0, BLOCK)
     # (The interpreter cannot combine a block of truth values with a single one.)
