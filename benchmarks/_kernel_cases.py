@@ -58,7 +58,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     yield noise_case(device, rows)
     for n in (16,) if quick else (512, 4096):
         for k in (5, 30):
-            yield soft_logprob_case(device, n, k, vocabularies[0])
+            yield from soft_logprob_cases(device, n, k, vocabularies[0])
     for n in (16,) if quick else (512,):
         yield token_logprob_case(device, n, vocabularies[0])
 
@@ -138,8 +138,8 @@ def noise_case(device: torch.device, rows: int) -> Case:
     )
 
 
-def soft_logprob_case(device: torch.device, n: int, k: int, vocabulary: int) -> Case:
-    """Log-density of soft rows, forward and backward; dW is added to an fp32 gradient."""
+def soft_logprob_cases(device: torch.device, n: int, k: int, vocabulary: int) -> Iterator[Case]:
+    """Log-density of soft rows, forward alone and with backward."""
     hidden, head = _head(device, n, vocabulary)
     ids = torch.rand(n, vocabulary, device=device).topk(k).indices.int()
     gprime = torch.randn(n, k, device=device)
@@ -151,9 +151,9 @@ def soft_logprob_case(device: torch.device, n: int, k: int, vocabulary: int) -> 
             hidden, head, ids, gprime, full, kind, ids[:, 0], grad_weight=grad_weight
         )
 
-    def forward(i: int) -> Tensor:
+    def forward(logp: Callable[[], Tensor], i: int) -> Tensor:
         with torch.no_grad():
-            return ours("dense")
+            return logp()
 
     def backward(logp: Callable[[], Tensor], i: int) -> None:
         hidden.grad = None
@@ -161,22 +161,30 @@ def soft_logprob_case(device: torch.device, n: int, k: int, vocabulary: int) -> 
             head.grad = torch.zeros_like(head)
         logp().sum().backward()
 
+    naive = partial(naive_soft_logprob, hidden, head, ids, gprime)
+    chunked = partial(chunked_soft_logprob, hidden, head, ids, gprime)
+    shape = {"N": n, "k": k, "V": vocabulary, "H": 576, "dtype": "bfloat16"}
     gathered = n * k * 576 * 2
-    return Case(
+    yield Case(
         "linear_soft_logprob",
-        {"N": n, "k": k, "V": vocabulary, "H": 576, "dtype": "bfloat16"},
-        # Forward: the gathered rows. Backward: again, and dW rows read and written.
+        {"pass": "forward", **shape},
+        gathered,
+        {
+            "softgrpo": partial(forward, partial(ours, "dense")),
+            "torch: log_softmax over V": partial(forward, naive),
+            "torch: the same in chunks": partial(forward, chunked),
+        },
+    )
+    yield Case(
+        "linear_soft_logprob",
+        {"pass": "forward and backward", **shape},
+        # The gathered rows twice; as many rows of dW, read and written.
         4 * gathered,
         {
             "softgrpo": partial(backward, partial(ours, "accumulate")),
             "softgrpo, dense dW": partial(backward, partial(ours, "dense")),
-            "softgrpo, forward only": forward,
-            "torch: log_softmax over V": partial(
-                backward, partial(naive_soft_logprob, hidden, head, ids, gprime)
-            ),
-            "torch: the same in chunks": partial(
-                backward, partial(chunked_soft_logprob, hidden, head, ids, gprime)
-            ),
+            "torch: log_softmax over V": partial(backward, naive),
+            "torch: the same in chunks": partial(backward, chunked),
         },
     )
 
