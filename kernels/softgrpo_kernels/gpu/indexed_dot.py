@@ -89,26 +89,25 @@ def piece_sums_kernel(
 
 @triton.jit
 def join_pieces_kernel(
-    table_grad, heads, tails, tokens, table_stride, count, width,
+    table_grad, heads, tails, tokens, ends, table_stride, count, width,
     UNUSED: tl.constexpr, PIECE: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, b): the token that begins in piece i and goes on: its pieces, in their order."""
+    """Program (i, b): the token that begins in piece i and goes on: its pieces, in their order.
+
+    ends: for every piece, where the pairs of its last token end.
+    """
     piece = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = h < width
     begin = piece * PIECE
     last = begin + PIECE - 1
     token = tl.load(tokens + last, mask=last < count, other=UNUSED)
-    goes_on = tl.load(tokens + last + 1, mask=last + 1 < count, other=-1) == token
     before = tl.load(tokens + begin - 1, mask=begin > 0, other=-1)
-    began_earlier = before == token
-    if goes_on & (began_earlier == 0) & (token != UNUSED):
+    end = tl.load(ends + piece)
+    if (end > last + 1) & (before != token) & (token != UNUSED):
+        inside = h < width
         sum_H = tl.load(tails + piece * width + h, mask=inside, other=0.0)
-        while goes_on:
-            piece += 1
-            last += PIECE
-            sum_H += tl.load(heads + piece * width + h, mask=inside, other=0.0)
-            goes_on = tl.load(tokens + last + 1, mask=last + 1 < count, other=-1) == token
+        for later in range(piece + 1, (end - 1) // PIECE + 1):
+            sum_H += tl.load(heads + later * width + h, mask=inside, other=0.0)
         place = table_grad + token.to(tl.int64) * table_stride + h
         old_H = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         tl.store(place, rounded(old_H + sum_H, table_grad.dtype.element_ty), mask=inside)
@@ -154,8 +153,10 @@ def indexed_dot_add_to_table(table_grad: Tensor, grad: Tensor, hidden: Tensor, i
         table_grad, heads, tails, tokens, pairs, grad, hidden, table_grad.stride(0),
         hidden.stride(0), count, ids.shape[1], width, **blocks,
     )  # fmt: skip
+    ends = torch.searchsorted(tokens, tokens[PIECE - 1 :: PIECE].contiguous(), right=True)
+    ends = torch.nn.functional.pad(ends, (0, grid[0] - len(ends)), value=0)
     join_pieces_kernel[grid](
-        table_grad, heads, tails, tokens, table_grad.stride(0), count, width, **blocks
+        table_grad, heads, tails, tokens, ends, table_grad.stride(0), count, width, **blocks
     )
 
 

@@ -24,7 +24,7 @@ def sums(dtype):
         Spec(
             f"join pieces {dtype}",
             f"{GPU}:join_pieces_kernel",
-            {**pieces, **sizes},
+            {**pieces, "ends": "*i64", **sizes},
             BLOCKS,
             divisible=("table_stride", "width"),
             fp_fusion=True,
