@@ -36,7 +36,6 @@ _MAX_ID = tl.constexpr(2**31 - 1)
 
 def sample_full_vocabulary(
     logits: Tensor,
-    embed: Tensor | None,
     rows: RowParameters,
     out: SoftToken,
     chunk: Tensor,
@@ -47,7 +46,6 @@ def sample_full_vocabulary(
 
     Args:
         logits: [B, V] float32, bfloat16 or float16, last axis contiguous; V < 2^19.
-        embed: [V, H], or None.
         out: filled with padding (and `valid`) where a row is to be written.
         chunk: fp32 [B, cdiv(V, 4096), 4], the statistics of the row at its temperature.
         joint: top-p counts the mass of the whole vocabulary even where top_k is set.
@@ -77,12 +75,10 @@ def sample_full_vocabulary(
     draw_kernel[(SPLITS.value, batch)](
         *row_arguments, *source, cut, best, best_id, num_warps=8, **options
     )
-    width = 0 if embed is None else embed.shape[1]
     record_kernel[(batch,)](
         *row_arguments, logits, logits.stride(0), best, best_id, lse,
         out.ids, out.gprime, out.weights, out.logp, out.n, out.token, out.token_logp,
-        embed, 0 if embed is None else embed.stride(0), width, out.embed,
-        triton.next_power_of_2(max(width, 1)), num_warps=4, **options,
+        num_warps=4, **options,
     )  # fmt: skip
 
 
@@ -368,7 +364,6 @@ def draw_kernel(
 def record_kernel(
     floats, ints, valid, batch, k_max, logits, stride, best, best_id, lse,
     out_ids, out_gprime, out_weights, out_logp, out_n, out_token, out_token_logp,
-    embed, embed_stride, width, out_embed, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if not _is_mine(floats, ints, valid, batch, k_max, row):
@@ -390,7 +385,3 @@ def record_kernel(
     tl.store(out_n + row, 1)
     tl.store(out_token + row, token)
     tl.store(out_token_logp + row, logp)
-    if embed is not None:
-        h = tl.arange(0, BLOCK_H)
-        x = tl.load(embed + token.to(tl.int64) * embed_stride + h, mask=h < width)
-        tl.store(out_embed + row.to(tl.int64) * width + h, x, mask=h < width)

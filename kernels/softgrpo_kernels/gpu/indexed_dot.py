@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softgrpo_kernels.gpu.rounding import rounded
-from softgrpo_kernels.gpu.soft_embedding import soft_embedding
+from softgrpo_kernels.gpu.soft_embedding import soft_embedding, unit_stride
 
 BLOCK_H = 256
 BLOCK_K = 8
@@ -115,7 +115,7 @@ def join_pieces_kernel(
 
 def indexed_dot(hidden: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """z_ij = <hidden_i, table[ids_ij]>: [N, K] fp32, 0 where ids < 0."""
-    hidden, table = _unit_stride(hidden), _unit_stride(table)
+    hidden, table = unit_stride(hidden), unit_stride(table)
     ids = ids.to(torch.int32).contiguous()
     out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     if out.numel():
@@ -142,7 +142,7 @@ def indexed_dot_add_to_table(table_grad: Tensor, grad: Tensor, hidden: Tensor, i
     """
     if not ids.numel():
         return
-    hidden, grad = _unit_stride(hidden), grad.float().contiguous()
+    hidden, grad = unit_stride(hidden), grad.float().contiguous()
     flat = ids.to(torch.int32).flatten()
     tokens, pairs = torch.where(flat < 0, _UNUSED, flat).sort(stable=True)
     width, count = hidden.shape[1], flat.numel()
@@ -158,7 +158,3 @@ def indexed_dot_add_to_table(table_grad: Tensor, grad: Tensor, hidden: Tensor, i
     join_pieces_kernel[grid](
         table_grad, heads, tails, tokens, ends, table_grad.stride(0), count, width, **blocks
     )
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

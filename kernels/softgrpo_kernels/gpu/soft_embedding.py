@@ -47,7 +47,7 @@ def mix_into(out: Tensor, ids: Tensor, weights: Tensor, embed: Tensor) -> None:
     """`soft_embedding` into a contiguous tensor [..., H]."""
     if not out.numel():
         return
-    table = embed if embed.stride(-1) == 1 else embed.contiguous()
+    table = unit_stride(embed)
     ids, weights = ids.to(torch.int32).contiguous(), weights.float().contiguous()
     slots, width = ids.shape[-1], table.shape[1]
     grid = (out.numel() // width, triton.cdiv(width, BLOCK_H))
@@ -55,3 +55,8 @@ def mix_into(out: Tensor, ids: Tensor, weights: Tensor, embed: Tensor) -> None:
         out, ids, weights, table, table.stride(0), slots, width, BLOCK_H=BLOCK_H,
         enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x itself when its last axis is contiguous (rows may lie apart), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

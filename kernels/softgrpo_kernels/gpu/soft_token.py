@@ -23,7 +23,7 @@ from softgrpo_kernels.gpu.candidates import (
     value_of,
 )
 from softgrpo_kernels.gpu.full_vocabulary import sample_full_vocabulary
-from softgrpo_kernels.gpu.soft_embedding import mix_into
+from softgrpo_kernels.gpu.soft_embedding import mix_into, unit_stride
 from softgrpo_kernels.gpu.statistics import TILE, vocabulary_statistics
 from softgrpo_kernels.rows import DISCRETE, GREEDY, SKIP, SOFT, LMHead, RowParameters, SoftToken
 
@@ -173,7 +173,7 @@ def soft_token(
     """Fills `out`; arguments as in the reference, float32, bfloat16 or float16."""
     if not logits.shape[0]:
         return
-    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    logits = unit_stride(logits)
     tile_max, chunk_sums = vocabulary_statistics(logits, rows, need_entropy=out.entropy is not None)
     sample_from_statistics(
         logits, tile_max, chunk_sums, embed, rows, out, terminal_ids, head, joint
@@ -199,7 +199,8 @@ def sample_from_statistics(
         terminal_ids = terminal_ids.to(torch.int32).contiguous()
     hidden = weight = bias = None
     if head is not None:
-        hidden, weight, bias = head.hidden, head.weight, head.bias
+        hidden, weight = unit_stride(head.hidden), unit_stride(head.weight)
+        bias = None if head.bias is None else head.bias.contiguous()
     k = triton.next_power_of_2(max(rows.k_max, 2))
     keys = torch.empty((batch, k), dtype=torch.int64, device=logits.device)
     select_kernel[(batch,)](
@@ -220,6 +221,6 @@ def sample_from_statistics(
         LSE=out.lse is not None, ENTROPY=out.entropy is not None,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    sample_full_vocabulary(logits, None, rows, out, chunk_sums, joint=joint)
+    sample_full_vocabulary(logits, rows, out, chunk_sums, joint=joint)
     if embed is not None and out.embed is not None:
         mix_into(out.embed, out.ids, out.weights, embed)

@@ -1,4 +1,4 @@
-"""Rows of logits, and the comparison of the Triton soft step with the reference."""
+"""The comparison of the Triton soft step with the reference."""
 
 import torch
 
@@ -6,24 +6,6 @@ from softgrpo_kernels import SoftToken, soft_token
 
 EXACT = ("ids", "n", "token", "kind", "valid")
 FLOATS = ("gprime", "weights", "logp", "token_logp", "lse", "entropy")
-
-
-def logits_of(style, rows, vocabulary, dtype=torch.float32):
-    x = 3 * torch.randn(rows, vocabulary)
-    if style == "equal":
-        x[:] = 1.5
-    elif style == "integers":  # many ties
-        x = x.round()
-    elif style == "signed zeros":  # all tied, though the bits differ
-        x = torch.where(x > 0, 0.0, -0.0)
-    elif style == "masked":
-        x[torch.rand(rows, vocabulary) < 0.9] = -torch.inf
-        x[:, -1] = 0.5
-    elif style == "one":
-        x[:, :-1] = -torch.inf
-    elif style == "negative":  # a zero out of nowhere would win
-        x -= 100
-    return x.to(dtype)
 
 
 def poisoned(logits, k_max, embed):

@@ -26,4 +26,15 @@ SPECS = [
         "draw from the vocabulary", f"{GPU}:draw_kernel",
         {**ROW, **SOURCE, "cut": "*i32", **DRAWN}, divisible=DIVISIBLE, num_warps=8, no_fma=True,
     ),
+    Spec(
+        "record", f"{GPU}:record_kernel",
+        {
+            **ROW, "logits": "*bf16", "stride": "i32", **DRAWN, "lse": "*fp64",
+            **dict.fromkeys(("out_ids", "out_n", "out_token"), "*i32"),
+            **dict.fromkeys(
+                ("out_gprime", "out_weights", "out_logp", "out_token_logp"), "*fp32"
+            ),
+        },
+        divisible=("stride",), num_warps=4, no_fma=True,
+    ),
 ]  # fmt: skip

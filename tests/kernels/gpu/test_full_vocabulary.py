@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from gpu_cases import compare, logits_of
+from gpu_cases import compare
+from logit_styles import logits_of
 
 from softgrpo_kernels import soft_token
 

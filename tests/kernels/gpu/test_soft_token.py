@@ -4,7 +4,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from gpu_cases import compare, logits_of
+from gpu_cases import compare
+from logit_styles import logits_of
 
 from softgrpo_kernels import SoftToken, soft_token, soft_weights
 
@@ -67,7 +68,8 @@ def test_every_kind_of_noise(device, noise):
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "logit_scale": 0.5}])
 def test_candidates_are_scored_again_by_the_head(device, options):
-    hidden, head = torch.randn(2, 70), torch.randn(300, 70)
+    # Tables whose rows are not contiguous, as a transposed weight is.
+    hidden, head = torch.randn(70, 2).T, torch.randn(70, 300).T
     bias = torch.randn(300) if options else None
     compare(
         device, hidden @ head.T, torch.randn(300, 9), k_max=8, top_k=6, temperature=9.0,
