@@ -28,7 +28,7 @@ from softgrpo_kernels.rows import (
 )
 
 LIBRARY.define(
-    "soft_token(Tensor logits, Tensor? embed, Tensor floats, Tensor ints, Tensor? terminal_ids, "
+    "soft_token(Tensor? logits, Tensor? embed, Tensor floats, Tensor ints, Tensor? terminal_ids, "
     "Tensor? hidden, Tensor? lm_head, Tensor? bias, float? softcap, float logit_scale, bool joint, "
     "Tensor(a!) ids, Tensor(b!) gprime, Tensor(c!) weights, Tensor(d!) logp, Tensor(e!) n, "
     "Tensor(f!) token, Tensor(g!) token_logp, Tensor(h!) kind, Tensor(i!)? embedded, "
@@ -73,7 +73,7 @@ def _extension() -> ModuleType:
 
 
 def soft_token(
-    logits: Tensor,
+    logits: Tensor | None,
     embed: Tensor | None,
     floats: Tensor,
     ints: Tensor,
@@ -90,13 +90,16 @@ def soft_token(
     """`outputs` are the fields of a SoftToken; the rest as in `softgrpo_kernels.soft_token`."""
     out = SoftToken(*outputs)
     rows = RowParameters(floats, ints, out.ids.shape[1])
-    if logits.is_cpu:
+    if floats.is_cpu:
         rows.check()
     head = None
     if hidden is not None and lm_head is not None:
         head = LMHead(hidden, lm_head, bias, softcap, logit_scale)
     tables = (x.dtype for x in (logits, embed, lm_head) if x is not None)
-    backend = backend_of(backend, logits.device, *tables)
+    backend = backend_of(backend, floats.device, *tables)
+    if logits is None and backend != "triton":  # which has a kernel for the two together
+        assert head is not None
+        logits = head.logits()
     run: Callable[..., None] = reference.soft_token
     if backend == "cpu":
         run = partial(cpu.soft_token, _extension())

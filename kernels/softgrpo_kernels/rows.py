@@ -60,11 +60,12 @@ class SoftToken:
 
     @staticmethod
     def layout(
-        logits: Tensor, k_max: int, embed: Tensor | None, need_lse: bool, need_entropy: bool
+        source: Tensor, k_max: int, embed: Tensor | None, need_lse: bool, need_entropy: bool
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
-        """(dtype, shape) of every field for these logits; None where it is not wanted."""
-        rows = logits.shape[0]
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        """(dtype, shape) of every field for these logits [B, V] or hidden states [B, H]; None
+        where it is not wanted."""
+        rows = source.shape[0]
+        wide = torch.float64 if source.dtype == torch.float64 else torch.float32
         return {
             "ids": (torch.int32, (rows, k_max)),
             "gprime": (wide, (rows, k_max)),
@@ -131,15 +132,21 @@ class LMHead:
     softcap: float | None = None
     logit_scale: float = 1.0
 
+    def logits(self) -> Tensor:
+        """All logits [B, V] in the dtype of the hidden states."""
+        return self._mapped(torch.nn.functional.linear(self.hidden, self.weight, self.bias))
+
     def logits_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Logits of tokens [B, K], multiplied and added in this dtype."""
         z_BK = (self.hidden[:, None].to(dtype) * self.weight[ids].to(dtype)).sum(-1)
-        if self.bias is not None:
-            z_BK = z_BK + self.bias[ids].to(dtype)
-        z_BK = z_BK * self.logit_scale
+        return self._mapped(z_BK if self.bias is None else z_BK + self.bias[ids].to(dtype))
+
+    def _mapped(self, z: Tensor) -> Tensor:
+        if self.logit_scale != 1.0:
+            z = z * self.logit_scale
         if self.softcap is None:
-            return z_BK
-        return torch.tanh(z_BK / self.softcap) * self.softcap
+            return z
+        return torch.tanh(z / self.softcap) * self.softcap
 
 
 @dataclass(frozen=True)

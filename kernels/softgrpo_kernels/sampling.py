@@ -24,7 +24,7 @@ from softgrpo_kernels.rows import (
 
 @torch.no_grad()
 def soft_token(
-    logits: Tensor,
+    logits: Tensor | None,
     embed: Tensor | None = None,
     *,
     temperature: Number = 1.0,
@@ -68,7 +68,7 @@ def soft_token(
 
     Args:
         logits: [B, V] float32, bfloat16 or float16; any row stride. float64: reference only, and
-            float64 results.
+            float64 results. None: from hidden and lm_head, as in `soft_token_from_hidden`.
         embed: [V, H] input embeddings, or None: no mixture is made.
         temperature: T > 0 in sampled rows.
         top_k: 1 .. k_max in soft rows. Discrete rows: any, <= 0 is the whole vocabulary.
@@ -91,8 +91,9 @@ def soft_token(
             (kind 0, one-hot weights) and keeps its candidates.
         k_max: slots per row, at most 64.
         hidden, lm_head: [B, H'], [V, H'] in one dtype. Given, the logits only select the top_k; the
-            candidates' logits are then computed again as fp32 dot products, with bias [V], softcap
-            and logit_scale as in `soft_token_from_hidden`.
+            candidates' logits are then computed again as fp32 dot products.
+        bias, softcap, logit_scale: of that head, bias [V] or None:
+            z = softcap tanh(logit_scale (W x + bias) / softcap).
         order: "top_k_first": top_p is a share of the top_k's mass. "joint": of the vocabulary's.
         need_lse, need_entropy: also return those of the whole vocabulary.
         out: room for the result, contiguous; it is returned. None: it is allocated.
@@ -103,11 +104,12 @@ def soft_token(
         ValueError: shapes, dtypes or parameters that do not fit. Bad logits raise nothing: see
             `SoftToken.valid`.
     """
-    _check_tables(logits, embed, terminal_ids)
-    _check_head(logits, hidden, lm_head, bias, softcap, order)
+    source, vocabulary = _check_source(logits, hidden, lm_head)
+    _check_tables(source, vocabulary, embed, terminal_ids)
+    _check_head(source, vocabulary, hidden, lm_head, bias, softcap, order)
     rows = RowParameters.pack(
-        logits.shape[0],
-        logits.device,
+        source.shape[0],
+        source.device,
         k_max,
         temperature=temperature,
         top_k=top_k,
@@ -124,11 +126,11 @@ def soft_token(
         mode=mode,
         noise=noise,
     )
-    layout = SoftToken.layout(logits, k_max, embed, need_lse, need_entropy)
+    layout = SoftToken.layout(source, k_max, embed, need_lse, need_entropy)
     if out is None:
-        out = SoftToken(**{name: _new(spec, logits.device) for name, spec in layout.items()})  # type: ignore[arg-type]
+        out = SoftToken(**{name: _new(spec, source.device) for name, spec in layout.items()})  # type: ignore[arg-type]
     else:
-        out.check_room(layout, logits.device)
+        out.check_room(layout, source.device)
     run: Callable[..., None] = torch.ops.softgrpo_kernels.soft_token
     if backend != "auto":
         run = partial(ops.soft_token, backend=backend)
@@ -149,45 +151,22 @@ def soft_token_from_hidden(
     hidden: Tensor,
     lm_head: Tensor,
     embed: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     **options: Any,
 ) -> SoftToken:
     """`soft_token` from the last hidden states: the LM head and the sampling in one call.
 
     The logits are rounded to hidden's dtype; they select the candidates, whose logits are then
-    computed again as fp32 dot products.
+    computed again as fp32 dot products. On CUDA and for at most 128 rows one kernel reads the
+    weight and leaves the logits with their statistics, so that they are never read back whole.
 
     Args:
-        hidden: [B, H]; lm_head: [V, H] in the same dtype; bias: [V] or None.
-        softcap, logit_scale: z = softcap tanh(logit_scale (W x + bias) / softcap).
-        options: the other arguments of `soft_token`.
+        hidden: [B, H]; lm_head: [V, H] in the same dtype.
+        options: the other arguments of `soft_token`; bias, softcap and logit_scale among them.
 
     Raises:
         ValueError: see `soft_token`.
     """
-    if hidden.dim() != 2 or lm_head.dim() != 2 or hidden.shape[1] != lm_head.shape[1]:
-        raise ValueError(
-            f"need hidden [B, H] and lm_head [V, H], got {list(hidden.shape)} and "
-            f"{list(lm_head.shape)}"
-        )
-    logits = torch.nn.functional.linear(hidden, lm_head, bias)
-    if logit_scale != 1.0:
-        logits = logits * logit_scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return soft_token(
-        logits,
-        embed,
-        hidden=hidden,
-        lm_head=lm_head,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        **options,
-    )
+    return soft_token(None, embed, hidden=hidden, lm_head=lm_head, **options)
 
 
 def gumbel_noise(
@@ -241,26 +220,48 @@ def soft_embedding(ids: Tensor, weights: Tensor, embed: Tensor) -> Tensor:
     return torch.ops.softgrpo_kernels.soft_embedding(ids, weights, embed)
 
 
-def _check_tables(logits: Tensor, embed: Tensor | None, terminal_ids: Tensor | None) -> None:
-    if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
-        raise ValueError(f"logits must be floating [B, V], not {logits.dtype} {list(logits.shape)}")
-    rows, vocabulary = logits.shape
+def _check_source(
+    logits: Tensor | None, hidden: Tensor | None, lm_head: Tensor | None
+) -> tuple[Tensor, int]:
+    """The tensor whose rows are sampled, [B, V] or [B, H], and V."""
+    if logits is not None:
+        if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
+            raise ValueError(
+                f"logits must be floating [B, V], not {logits.dtype} {list(logits.shape)}"
+            )
+        return logits, logits.shape[1]
+    if hidden is None or lm_head is None:
+        raise ValueError("give logits, or hidden and lm_head to compute them from")
+    if hidden.dim() != 2 or lm_head.dim() != 2 or hidden.shape[1] != lm_head.shape[1]:
+        raise ValueError(
+            f"need hidden [B, H] and lm_head [V, H], got {list(hidden.shape)} and "
+            f"{list(lm_head.shape)}"
+        )
+    return hidden, lm_head.shape[0]
+
+
+def _check_tables(
+    source: Tensor, vocabulary: int, embed: Tensor | None, terminal_ids: Tensor | None
+) -> None:
     if embed is not None:
         if embed.dim() != 2 or embed.shape[0] < vocabulary or not embed.is_floating_point():
             raise ValueError(
                 f"embed must be floating [V = {vocabulary}, H], not {embed.dtype} "
                 f"{list(embed.shape)}"
             )
-        check_device("embed", embed, logits.device)
+        check_device("embed", embed, source.device)
     if terminal_ids is not None:
-        if terminal_ids.dim() != 2 or terminal_ids.shape[0] != rows:
-            raise ValueError(f"terminal_ids must be [{rows}, E], not {list(terminal_ids.shape)}")
+        if terminal_ids.dim() != 2 or terminal_ids.shape[0] != source.shape[0]:
+            raise ValueError(
+                f"terminal_ids must be [{source.shape[0]}, E], not {list(terminal_ids.shape)}"
+            )
         check_integers("terminal_ids", terminal_ids)
-        check_device("terminal_ids", terminal_ids, logits.device)
+        check_device("terminal_ids", terminal_ids, source.device)
 
 
 def _check_head(
-    logits: Tensor,
+    source: Tensor,
+    vocabulary: int,
     hidden: Tensor | None,
     lm_head: Tensor | None,
     bias: Tensor | None,
@@ -275,7 +276,7 @@ def _check_head(
         raise ValueError(f"softcap must be > 0, not {softcap}")
     if hidden is None or lm_head is None:
         return
-    rows, vocabulary = logits.shape
+    rows = source.shape[0]
     if order == "joint":
         raise ValueError("order 'joint' takes the logits as they are: leave out hidden and lm_head")
     if hidden.dtype != lm_head.dtype:
@@ -289,4 +290,4 @@ def _check_head(
         raise ValueError(f"bias must be [V = {vocabulary}], not {list(bias.shape)}")
     for name, tensor in (("hidden", hidden), ("lm_head", lm_head), ("bias", bias)):
         if tensor is not None:
-            check_device(name, tensor, logits.device)
+            check_device(name, tensor, source.device)

@@ -23,6 +23,7 @@ from softgrpo_kernels.gpu.candidates import (
     value_of,
 )
 from softgrpo_kernels.gpu.full_vocabulary import sample_full_vocabulary
+from softgrpo_kernels.gpu.lm_head import MOST_ROWS, lm_head_statistics
 from softgrpo_kernels.gpu.soft_embedding import mix_into, unit_stride
 from softgrpo_kernels.gpu.statistics import TILE, vocabulary_statistics
 from softgrpo_kernels.rows import DISCRETE, GREEDY, SKIP, SOFT, LMHead, RowParameters, SoftToken
@@ -161,7 +162,7 @@ def draw_kernel(
 
 
 def soft_token(
-    logits: Tensor,
+    logits: Tensor | None,
     embed: Tensor | None,
     rows: RowParameters,
     out: SoftToken,
@@ -170,17 +171,26 @@ def soft_token(
     head: LMHead | None = None,
     joint: bool = False,
 ) -> None:
-    """Fills `out`; arguments as in the reference, float32, bfloat16 or float16."""
-    if not logits.shape[0]:
+    """Fills `out`; arguments as in the reference, float32, bfloat16 or float16. Without logits
+    they are computed from the head."""
+    batch, need_entropy = len(out.token), out.entropy is not None
+    if not batch:
         return
-    logits = unit_stride(logits)
-    tile_max, chunk_sums = vocabulary_statistics(logits, rows, need_entropy=out.entropy is not None)
-    sample_from_statistics(
+    if logits is None and batch <= MOST_ROWS:
+        assert head is not None
+        logits, tile_max, chunk_sums = lm_head_statistics(head, rows, need_entropy=need_entropy)
+    else:
+        if logits is None:
+            assert head is not None
+            logits = head.logits()
+        logits = unit_stride(logits)
+        tile_max, chunk_sums = vocabulary_statistics(logits, rows, need_entropy=need_entropy)
+    _sample_from_statistics(
         logits, tile_max, chunk_sums, embed, rows, out, terminal_ids, head, joint
     )
 
 
-def sample_from_statistics(
+def _sample_from_statistics(
     logits: Tensor,
     tile_max: Tensor,
     chunk_sums: Tensor,
