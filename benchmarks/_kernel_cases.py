@@ -24,6 +24,7 @@ from softgrpo_kernels import (
     linear_token_logprob,
     soft_embedding,
     soft_token,
+    soft_token_from_hidden,
 )
 
 # Inputs rotate through this much memory (16 copies at most), as they would in a decode.
@@ -52,6 +53,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
             for batch in batches:
                 for k in (5, 30):
                     yield soft_token_case(device, batch, vocabulary, dtype, k)
+    for batch in batches:
+        yield from_hidden_case(device, batch, vocabularies[0])
     rows = 64 if quick else 4096
     for k in (5, 30):
         yield soft_embedding_case(device, rows, k)
@@ -98,6 +101,28 @@ def soft_token_case(
         {"B": batch, "V": vocabulary, "k": k, "dtype": _name(dtype)},
         size + 2 * batch * width * dtype.itemsize,
         {name: partial(turn, run) for name, run in runs.items()},
+    )
+
+
+def from_hidden_case(device: torch.device, batch: int, vocabulary: int) -> Case:
+    """The LM head and the step: what reading the weight once costs at least."""
+    width = 576
+    hidden = torch.randn(batch, width, device=device).bfloat16()
+    head = torch.randn(vocabulary, width, device=device).bfloat16()
+    options: dict[str, Any] = {"top_k": 5, "top_p": 0.95, "gumbel_tau": 0.1}
+    linear = torch.nn.functional.linear
+    return Case(
+        "soft_token_from_hidden",
+        {"B": batch, "V": vocabulary, "k": 5, "H": width, "dtype": "bfloat16"},
+        2 * width * (vocabulary + batch),
+        {
+            "softgrpo": lambda i: soft_token_from_hidden(hidden, head, head, **options),
+            "torch: linear, then soft_token": lambda i: soft_token(
+                linear(hidden, head), head, hidden=hidden, lm_head=head, **options
+            ),
+            "torch: linear alone": lambda i: linear(hidden, head),
+        },
+        flops=2 * batch * width * vocabulary,
     )
 
 
