@@ -117,7 +117,7 @@ def from_hidden_case(device: torch.device, batch: int, vocabulary: int) -> Case:
         2 * width * (vocabulary + batch),
         {
             "softgrpo": lambda i: soft_token_from_hidden(hidden, head, head, **options),
-            "torch: linear, then soft_token": lambda i: soft_token(
+            "linear, then soft_token": lambda i: soft_token(
                 linear(hidden, head), head, hidden=hidden, lm_head=head, **options
             ),
             "torch: linear alone": lambda i: linear(hidden, head),
