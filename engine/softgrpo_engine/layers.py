@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from softgrpo_engine.attention import Attention
 from softgrpo_engine.config import DecoderConfig
 from softgrpo_engine.packed_linear import PackedLinear
-from softgrpo_kernels import rms_norm, silu_mul
+from softgrpo_kernels import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -38,27 +38,34 @@ class RMSNorm(nn.Module):
 
 
 class FusedProjection:
-    """Linear layers that read the same input, computed as one GEMM once packed.
+    """Linear layers that read the same input, computed as one GEMM once packed; with silu_mul, the
+    two of SwiGLU: ``silu(first) * second``.
 
     Holds no parameters: the layers stay where Hugging Face names them, and are looked up at each
     call, so that replacing one (LoRA, FSDP, ``functional_call``) is seen here.
     """
 
-    def __init__(self, owner: nn.Module, *names: str) -> None:
+    def __init__(self, owner: nn.Module, *names: str, silu_mul: bool = False) -> None:
         self._owner = owner
         self._names = names
+        self._silu_mul = silu_mul
         self._packed: PackedLinear | None = None
 
-    def pack(self) -> None:
+    def pack(self, batch_invariant: bool) -> None:
         layers = [getattr(self._owner, name) for name in self._names]
         weight = torch.cat([layer.weight for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        self._packed = PackedLinear(weight, bias)
+        self._packed = PackedLinear(
+            weight, bias, silu_mul=self._silu_mul, batch_invariant=batch_invariant
+        )
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         if self._packed is not None and not self._owner.training:
             return self._packed(x_TH)
         outputs = [getattr(self._owner, name)(x_TH) for name in self._names]
+        if self._silu_mul:
+            gate, up = outputs
+            return F.silu(gate) * up
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
@@ -104,15 +111,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
         self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
-        self.gate_up = FusedProjection(self, "gate_proj", "up_proj")
+        self.activated = FusedProjection(self, "gate_proj", "up_proj", silu_mul=True)
         self.down = FusedProjection(self, "down_proj")
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        gate_up = self.gate_up(x_TH)
-        if not self.training:
-            return self.down(silu_mul(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activated(x_TH))
 
 
 class DecoderLayer(nn.Module):

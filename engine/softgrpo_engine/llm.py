@@ -41,6 +41,8 @@ class LLM:
     need, at most a quarter of the free memory. max_model_len: tokens of prompt and answer, by
     default what the model was made for. max_batch_size: samples in progress at once.
     max_batch_tokens: positions computed in one step; longer prompts are computed in chunks.
+    batch_invariant: a sample has the same bits whatever it shares a batch with, on any CPU; where
+    the CPU has a matrix unit for bfloat16 that is so in any case.
     """
 
     def __init__(
@@ -58,11 +60,6 @@ class LLM:
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r} is not allowed: must be bfloat16 or float32")
-        if batch_invariant:
-            raise ValueError(
-                "batch_invariant=True is not available yet: logits may depend on the batch by the "
-                "rounding of the GEMM; noise and sampling never do"
-            )
         for name, value in (("size", max_batch_size), ("tokens", max_batch_tokens)):
             if value < 1:
                 raise ValueError(f"max_batch_{name}={value} is not allowed: must be >= 1")
@@ -75,7 +72,8 @@ class LLM:
             self.model_path = resolve_model(str(model))
             decoder = load_decoder(self.model_path, _DTYPES[dtype], device)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(self.model_path))
-        decoder.pack()
+        self.batch_invariant = batch_invariant
+        decoder.pack(batch_invariant=batch_invariant)
         self.tokenizer = tokenizer
         self.config = decoder.config
         self.max_model_len = max_model_len or self.config.max_position_embeddings
@@ -206,7 +204,7 @@ class LLM:
         if self.scheduler.has_work:
             raise RuntimeError("update_weights while samples are in progress: finish or abort them")
         load_weights(self.runner.decoder, iter(named_tensors))
-        self.runner.decoder.pack()
+        self.runner.decoder.pack(batch_invariant=self.batch_invariant)
         self.pool.clear()
         self.weight_version = version
 

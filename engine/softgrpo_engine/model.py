@@ -75,14 +75,18 @@ class Decoder(nn.Module):
             return self._packed_head(hidden_RH)
         return F.linear(hidden_RH, self.lm_head_weight)
 
-    def pack(self) -> None:
-        """Lays the weights out for inference. Call it after loading and after every update."""
+    def pack(self, *, batch_invariant: bool = False) -> None:
+        """Lays the weights out for inference. Call it after loading and after every update.
+
+        batch_invariant: every product by a kernel whose rows do not depend on the batch; a
+        ValueError where there is none.
+        """
         self.eval()
         for module in self.modules():
             for projection in vars(module).values():
                 if isinstance(projection, FusedProjection):
-                    projection.pack()
-        self._packed_head = PackedLinear(self.lm_head_weight)
+                    projection.pack(batch_invariant)
+        self._packed_head = PackedLinear(self.lm_head_weight, batch_invariant=batch_invariant)
 
 
 def rope_parameters(config: DecoderConfig) -> tuple[Tensor, float]:

@@ -1,4 +1,4 @@
-"""A linear layer for inference, its weight laid out once for the machine's GEMM."""
+"""A linear layer for inference, its weight laid out once for the machine's fastest product."""
 
 from __future__ import annotations
 
@@ -6,30 +6,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softgrpo_kernels import matrix_unit, pack_weight, packed_linear, silu_mul
+
 
 class PackedLinear:
-    """``x @ weight.T + bias`` with a weight prepacked by oneDNN where that is available.
+    """``x @ weight.T + bias``, or SwiGLU's ``silu(gate) * up`` of it.
 
-    On CPU the prepacked bf16 GEMM is 1.3 to 4 times faster than ``F.linear`` at decode batch sizes.
-    float32 gains little and stays with ``F.linear``: bit for bit what the trainer computes. The two
-    operators are the ones Inductor uses for frozen weights; they are private to PyTorch, so their
-    absence, and dtypes or devices they do not take, mean plain ``F.linear``.
+    On a CPU with a bf16 matrix unit (AMX, AVX512-BF16) it is our own kernel: faster than oneDNN at
+    decode batch sizes, and its rows do not depend on the batch. Other CPUs take oneDNN's prepacked
+    bf16 product, 1.3 to 4 times faster than ``F.linear`` there; its two operators are the ones
+    Inductor uses for frozen weights, private to PyTorch, so their absence means ``F.linear``. So
+    does float32: bit for bit what the trainer computes. ``batch_invariant`` asks for our kernel
+    whatever the machine; on a GPU there is none.
 
-    weight [N, K], bias [N] or None; x [T, K] -> [T, N].
+    weight [N, K], bias [N] or None; x [T, K] -> [T, N], or [T, N / 2] with silu_mul, where the rows
+    of the weight are those of gate, then of up.
     """
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
-        self._bias = bias_N
-        self._packed = _prepacked(weight_NK)
-        self._weight = weight_NK if self._packed is None else None
+    def __init__(
+        self,
+        weight_NK: Tensor,
+        bias_N: Tensor | None = None,
+        *,
+        silu_mul: bool = False,
+        batch_invariant: bool = False,
+    ) -> None:
+        self._bias, self._silu_mul = bias_N, silu_mul
+        self._ours = self._onednn = self._weight = None
+        if batch_invariant or (weight_NK.dtype == torch.bfloat16 and matrix_unit()):
+            self._ours = pack_weight(weight_NK, bias_N, silu_mul=silu_mul)
+            if batch_invariant and not self._ours.is_compiled:
+                raise ValueError(
+                    "batch_invariant=True needs the C++ kernels, float32 or bfloat16 weights on "
+                    f"the CPU and even sizes, not {weight_NK.dtype} {list(weight_NK.shape)} on "
+                    f"{weight_NK.device}"
+                )
+        else:
+            self._onednn = _prepacked(weight_NK)
+            self._weight = weight_NK if self._onednn is None else None
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(
-                x_TK, self._packed, self._bias, "none", [], ""
+        if self._ours is not None:
+            return packed_linear(x_TK, self._ours)
+        if self._onednn is not None:
+            product = torch.ops.mkldnn._linear_pointwise(
+                x_TK, self._onednn, self._bias, "none", [], ""
             )
-        assert self._weight is not None
-        return F.linear(x_TK, self._weight, self._bias)
+        else:
+            assert self._weight is not None
+            product = F.linear(x_TK, self._weight, self._bias)
+        return silu_mul(product) if self._silu_mul else product
 
 
 def _prepacked(weight_NK: Tensor) -> Tensor | None:

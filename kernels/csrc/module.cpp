@@ -6,6 +6,7 @@ namespace softgrpo {
 void bind_sampling(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
 void bind_logprob(pybind11::module_& m);
+void bind_linear_layers(pybind11::module_& m);
 }  // namespace softgrpo
 
 PYBIND11_MODULE(_cpu, m) {
@@ -13,4 +14,5 @@ PYBIND11_MODULE(_cpu, m) {
   softgrpo::bind_sampling(m);
   softgrpo::bind_decoder(m);
   softgrpo::bind_logprob(m);
+  softgrpo::bind_linear_layers(m);
 }
