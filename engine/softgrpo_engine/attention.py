@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softgrpo_kernels import paged_attention, rope_store_kv
+from softgrpo_kernels import DecoderLayers, paged_attention, rope_store_kv
 
 Rope = tuple[Tensor, Tensor]
 
@@ -56,6 +56,19 @@ class PagedAttention:
             query_starts=self.query_starts,
         )
         return out_TQD.flatten(1)
+
+    def through(self, layers: DecoderLayers, x_TH: Tensor, rope: Rope) -> Tensor:
+        """The same in every layer of a decoder: normalised hidden states [T, H]."""
+        return layers(
+            x_TH,
+            *rope,
+            self.k_pages,
+            self.v_pages,
+            self.slot_mapping,
+            self.block_table,
+            self.seq_lens,
+            self.query_starts,
+        )
 
 
 class GroupAttention:

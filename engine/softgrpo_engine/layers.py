@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from softgrpo_engine.attention import Attention
 from softgrpo_engine.config import DecoderConfig
 from softgrpo_engine.packed_linear import PackedLinear
-from softgrpo_kernels import rms_norm
+from softgrpo_kernels import LayerWeights, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -49,19 +49,19 @@ class FusedProjection:
         self._owner = owner
         self._names = names
         self._silu_mul = silu_mul
-        self._packed: PackedLinear | None = None
+        self.packed: PackedLinear | None = None
 
     def pack(self, batch_invariant: bool) -> None:
         layers = [getattr(self._owner, name) for name in self._names]
         weight = torch.cat([layer.weight for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        self._packed = PackedLinear(
+        self.packed = PackedLinear(
             weight, bias, silu_mul=self._silu_mul, batch_invariant=batch_invariant
         )
 
     def __call__(self, x_TH: Tensor) -> Tensor:
-        if self._packed is not None and not self._owner.training:
-            return self._packed(x_TH)
+        if self.packed is not None and not self._owner.training:
+            return self.packed(x_TH)
         outputs = [getattr(self._owner, name)(x_TH) for name in self._names]
         if self._silu_mul:
             gate, up = outputs
@@ -82,23 +82,22 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * head_dim, hidden, bias=config.o_bias)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.qkv = FusedProjection(self, "q_proj", "k_proj", "v_proj")
         self.output = FusedProjection(self, "o_proj")
 
     def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         qkv_TE = self.qkv(x_TH)
-        if self.config.qk_norm:
-            qkv_TE = self._normalise_heads(qkv_TE)
+        if self.q_norm is not None and self.k_norm is not None:
+            qkv_TE = self._normalise_heads(qkv_TE, self.q_norm, self.k_norm)
         return self.output(attention(self.layer, qkv_TE, rope))
 
-    def _normalise_heads(self, qkv_TE: Tensor) -> Tensor:
+    def _normalise_heads(self, qkv_TE: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> Tensor:
         config, length = self.config, qkv_TE.shape[0]
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         q, k, v = qkv_TE.view(length, -1, config.head_dim).split(sizes, dim=1)
-        heads = [self.q_norm.normalise(q), self.k_norm.normalise(k), v]
+        heads = [q_norm.normalise(q), k_norm.normalise(k), v]
         return torch.cat(heads, dim=1).flatten(1)
 
 
@@ -140,3 +139,23 @@ class DecoderLayer(nn.Module):
         x_TH = self.self_attn(x_TH, rope, attention)
         x_TH, residual_TH = self.post_attention_layernorm(x_TH, residual_TH)
         return self.mlp(x_TH), residual_TH
+
+    def compiled_weights(self) -> LayerWeights | None:
+        """For `DecoderLayers`; None where a packed product is not that of the C++ kernel."""
+        attention, mlp = self.self_attn, self.mlp
+        projections = (attention.qkv, attention.output, mlp.activated, mlp.down)
+        packed = [p.packed.ours for p in projections if p.packed is not None]
+        weights = [w for w in packed if w is not None and w.is_compiled]
+        if len(weights) < len(projections):
+            return None
+        heads = [
+            norm.weight.detach().contiguous()
+            for norm in (attention.q_norm, attention.k_norm)
+            if norm is not None
+        ]
+        return LayerWeights(
+            self.input_layernorm.weight.detach().contiguous(),
+            self.post_attention_layernorm.weight.detach().contiguous(),
+            *(heads or (None, None)),
+            *weights,
+        )

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from softgrpo_engine.attention import Attention
+from softgrpo_engine.attention import Attention, PagedAttention
 from softgrpo_engine.config import DecoderConfig
 from softgrpo_engine.layers import DecoderLayer, FusedProjection, RMSNorm
 from softgrpo_engine.packed_linear import PackedLinear
+from softgrpo_kernels import DecoderLayers
 
 
 class DecoderStack(nn.Module):
@@ -37,6 +38,7 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._packed_head: PackedLinear | None = None
+        self._compiled: DecoderLayers | None = None
         inverse_frequencies, self.rope_scale = rope_parameters(config)
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 
@@ -58,6 +60,8 @@ class Decoder(nn.Module):
         inputs_embeds_TH in the dtype of the weights; positions_T int64, counted in each sequence.
         """
         rope = self.rope(positions_T)
+        if self._compiled and not self.training and isinstance(attention, PagedAttention):
+            return attention.through(self._compiled, inputs_embeds_TH, rope)
         x_TH, residual_TH = inputs_embeds_TH, None
         for layer in self.model.layers:
             x_TH, residual_TH = layer(x_TH, residual_TH, rope, attention)
@@ -87,6 +91,22 @@ class Decoder(nn.Module):
                 if isinstance(projection, FusedProjection):
                     projection.pack(batch_invariant)
         self._packed_head = PackedLinear(self.lm_head_weight, batch_invariant=batch_invariant)
+        self._compiled = self._compile()
+
+    def _compile(self) -> DecoderLayers | None:
+        """The layers as one C++ call, where all of their products are."""
+        blocks = [block for block in self.model.layers if isinstance(block, DecoderLayer)]
+        compiled = [w for w in (block.compiled_weights() for block in blocks) if w is not None]
+        if len(compiled) < len(blocks):
+            return None
+        config = self.config
+        return DecoderLayers(
+            compiled,
+            self.model.norm.weight.detach(),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            eps=config.rms_norm_eps,
+        )
 
 
 def rope_parameters(config: DecoderConfig) -> tuple[Tensor, float]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softgrpo_kernels import matrix_unit, pack_weight, packed_linear, silu_mul
+from softgrpo_kernels import PackedWeight, matrix_unit, pack_weight, packed_linear, silu_mul
 
 
 class PackedLinear:
@@ -32,10 +32,11 @@ class PackedLinear:
         batch_invariant: bool = False,
     ) -> None:
         self._bias, self._silu_mul = bias_N, silu_mul
-        self._ours = self._onednn = self._weight = None
+        self.ours: PackedWeight | None = None  # with our kernel
+        self._onednn = self._weight = None
         if batch_invariant or (weight_NK.dtype == torch.bfloat16 and matrix_unit()):
-            self._ours = pack_weight(weight_NK, bias_N, silu_mul=silu_mul)
-            if batch_invariant and not self._ours.is_compiled:
+            self.ours = pack_weight(weight_NK, bias_N, silu_mul=silu_mul)
+            if batch_invariant and not self.ours.is_compiled:
                 raise ValueError(
                     "batch_invariant=True needs the C++ kernels, float32 or bfloat16 weights on "
                     f"the CPU and even sizes, not {weight_NK.dtype} {list(weight_NK.shape)} on "
@@ -46,8 +47,8 @@ class PackedLinear:
             self._weight = weight_NK if self._onednn is None else None
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        if self._ours is not None:
-            return packed_linear(x_TK, self._ours)
+        if self.ours is not None:
+            return packed_linear(x_TK, self.ours)
         if self._onednn is not None:
             product = torch.ops.mkldnn._linear_pointwise(
                 x_TK, self._onednn, self._bias, "none", [], ""

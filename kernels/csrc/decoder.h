@@ -10,9 +10,14 @@ constexpr int64_t kMaxHeadDim = 1024;
 // For tests: 0 portable, 1 AVX2, 2 AVX-512, as far as the machine has them.
 void limit_isa(int level);
 
-// residual and total are null together: then x itself is normalised.
+// residual and total are null together: then x itself is normalised. They may be one tensor.
 void rms_norm(void* out, void* total, const void* x, const void* residual, const void* weight,
               int64_t rows, int64_t hidden, float eps, bool bf16);
+
+// The same norm, in place, over every head of q and of k in qkv [rows, (Hq + 2 Hkv) D].
+void normalise_heads(void* qkv, const void* q_norm, const void* k_norm, int64_t rows,
+                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float eps,
+                     bool bf16);
 
 void silu_mul(void* out, const void* gate_up, int64_t rows, int64_t width, bool bf16);
 

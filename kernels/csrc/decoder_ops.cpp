@@ -32,6 +32,18 @@ void rms_norm_rows(T* out, T* total, const T* x, const T* residual, const T* wei
 }
 
 template <class T>
+void normalise_heads_of_rows(T* qkv, const T* q_norm, const T* k_norm, int64_t rows,
+                             int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float eps) {
+  const auto kernel = SOFTGRPO_BEST(rms_norm_row<T>);
+  const int64_t width = (num_heads + 2 * num_kv_heads) * head_dim;
+  for_each_row(rows, width, [=](int64_t row) {
+    T* head = qkv + row * width;
+    for (int64_t i = 0; i < num_heads + num_kv_heads; ++i, head += head_dim)
+      kernel(head, nullptr, head, nullptr, i < num_heads ? q_norm : k_norm, head_dim, eps);
+  });
+}
+
+template <class T>
 void silu_mul_rows(T* out, const T* gate_up, int64_t rows, int64_t width) {
   const auto kernel = SOFTGRPO_BEST(silu_mul_row<T>);
   for_each_row(rows, width, [=](int64_t row) {
@@ -54,6 +66,19 @@ void rms_norm(void* out, void* total, const void* x, const void* residual, const
     rms_norm_rows(static_cast<float*>(out), static_cast<float*>(total),
                   static_cast<const float*>(x), static_cast<const float*>(residual),
                   static_cast<const float*>(weight), rows, hidden, eps);
+}
+
+void normalise_heads(void* qkv, const void* q_norm, const void* k_norm, int64_t rows,
+                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float eps,
+                     bool bf16) {
+  if (bf16)
+    normalise_heads_of_rows(static_cast<Bf16*>(qkv), static_cast<const Bf16*>(q_norm),
+                            static_cast<const Bf16*>(k_norm), rows, num_heads, num_kv_heads,
+                            head_dim, eps);
+  else
+    normalise_heads_of_rows(static_cast<float*>(qkv), static_cast<const float*>(q_norm),
+                            static_cast<const float*>(k_norm), rows, num_heads, num_kv_heads,
+                            head_dim, eps);
 }
 
 void silu_mul(void* out, const void* gate_up, int64_t rows, int64_t width, bool bf16) {

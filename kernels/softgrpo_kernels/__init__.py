@@ -1,6 +1,7 @@
 """Fused kernels for soft-thinking language models. Needs nothing but torch."""
 
 from softgrpo_kernels.decoder import paged_attention, rms_norm, rope_store_kv, silu_mul
+from softgrpo_kernels.decoder_layers import DecoderLayers, LayerWeights
 from softgrpo_kernels.linear import PackedWeight, matrix_unit, pack_weight, packed_linear
 from softgrpo_kernels.logprob import (
     linear_candidate_logprob,
@@ -18,6 +19,8 @@ from softgrpo_kernels.sampling import (
 )
 
 __all__ = [
+    "DecoderLayers",
+    "LayerWeights",
     "PackedWeight",
     "SoftToken",
     "gumbel_noise",

@@ -251,3 +251,43 @@ def _int32(x: Tensor) -> Tensor:
     if x.dtype != torch.int32:
         raise ValueError(f"block_table, seq_lens and query_starts must be int32, not {x.dtype}")
     return x.contiguous()
+
+
+def check_paging(
+    x: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slot_mapping: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_starts: Tensor | None,
+    num_kv_heads: int,
+) -> None:
+    """Raises ValueError unless these are contiguous and fit the T rows of x and each other."""
+    rows, head_dim = x.shape[0], k_pages.shape[-1]
+    _check_cache(x, k_pages, v_pages)
+    if k_pages.shape != v_pages.shape or k_pages.shape[-3] != num_kv_heads:
+        raise ValueError(
+            f"k_pages {list(k_pages.shape)} and v_pages {list(v_pages.shape)} must be equal and of "
+            f"{num_kv_heads} KV heads"
+        )
+    sequences = block_table.shape[0]
+    for name, tensor, dtype, shape in (
+        ("cos", cos, torch.float32, (rows, head_dim)),
+        ("sin", sin, torch.float32, (rows, head_dim)),
+        ("slot_mapping", slot_mapping, torch.int64, (rows,)),
+        ("block_table", block_table, torch.int32, tuple(block_table.shape)),
+        ("seq_lens", seq_lens, torch.int32, (sequences,)),
+        ("query_starts", query_starts, torch.int32, (sequences + 1,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous {dtype} {list(shape)}, not {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+    if query_starts is None and sequences != rows:
+        raise ValueError(f"{rows} rows for {sequences} sequences: give query_starts")

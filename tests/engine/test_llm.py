@@ -363,7 +363,6 @@ def test_requests_that_never_fit_are_refused_before_anything_runs(
     ("options", "message"),
     [
         ({"dtype": "float8"}, "dtype='float8'.*bfloat16 or float32"),
-        ({"batch_invariant": True}, "batch_invariant=True is not available yet"),
         ({"max_model_len": 1024}, "max_model_len=1024 is more than the model's 512"),
         ({"max_batch_size": 0}, "max_batch_size=0"),
         ({"max_batch_tokens": 0}, "max_batch_tokens=0"),
