@@ -116,21 +116,44 @@ class Attention {
             state_at(states + state_floats())};
   }
 
+  const QueryBlock& block_of(int64_t task) const { return blocks_[task / a_.num_kv_heads]; }
+
+  void attend_tasks(int64_t begin, int64_t end) const {
+    Thread local = thread();
+    for (int64_t task = begin; task < end; ++task) {
+      const QueryBlock& block = block_of(task);
+      const int64_t head = task % a_.num_kv_heads, next = task + 1;
+      const KeyChunk after =
+          next < end ? chunk_at(block_of(next), next % a_.num_kv_heads, 0) : KeyChunk{};
+      for (int64_t split = 0; split < block.splits(); ++split) {
+        const bool last = split + 1 == block.splits();
+        attend_split_(a_, block, head, split,
+                      last ? after : chunk_at(block, head, (split + 1) * kSplit), local.chunk,
+                      split ? local.split : local.state);
+        if (split) merge_split_(local.state, local.split, block.queries * group_, width_);
+      }
+      write_rows_(a_, block, head, local.state);
+    }
+  }
+
+  // Every thread takes neighbouring tasks, of about the same number of scores, so that it knows
+  // which keys it will read next.
   void run_blocks() const {
+    std::vector<int64_t> scores(tasks() + 1, 0);
+    for (int64_t task = 0; task < tasks(); ++task)
+      scores[task + 1] = scores[task] + block_of(task).keys() * block_of(task).queries;
+    const auto first_task = [&](int64_t thread, int64_t threads) {
+      const int64_t share = scores.back() * thread / threads;
+      return std::lower_bound(scores.begin(), scores.end(), share) - scores.begin();
+    };
 #pragma omp parallel if (tasks() > 1)
     {
-      Thread local = thread();
-#pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < tasks(); ++task) {
-        const QueryBlock& block = blocks_[task / a_.num_kv_heads];
-        const int64_t head = task % a_.num_kv_heads;
-        attend_split_(a_, block, head, 0, local.chunk, local.state);
-        for (int64_t split = 1; split < block.splits(); ++split) {
-          attend_split_(a_, block, head, split, local.chunk, local.split);
-          merge_split_(local.state, local.split, block.queries * group_, width_);
-        }
-        write_rows_(a_, block, head, local.state);
-      }
+#ifdef _OPENMP
+      const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+      const int64_t thread = 0, threads = 1;
+#endif
+      attend_tasks(first_task(thread, threads), first_task(thread + 1, threads));
     }
   }
 
@@ -147,7 +170,7 @@ class Attention {
         const int64_t task = i / splits_, split = i % splits_;
         const QueryBlock& block = blocks_[task / a_.num_kv_heads];
         if (split < block.splits())
-          attend_split_(a_, block, task % a_.num_kv_heads, split, local.chunk,
+          attend_split_(a_, block, task % a_.num_kv_heads, split, KeyChunk{}, local.chunk,
                         state(task, split));
       }
     }

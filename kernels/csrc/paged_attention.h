@@ -9,7 +9,7 @@ namespace softgrpo {
 // Keys are taken in chunks (one running-softmax step), chunks in splits (what may be computed in
 // parallel, then merged in order). Both are cut at fixed positions of the sequence, whatever the
 // thread count: a row's bits depend on its own keys alone.
-constexpr int64_t kChunk = 64;
+constexpr int64_t kChunk = 128;
 constexpr int64_t kSplit = 512;
 // Query rows (queries x heads of a KV head) that share each load of K and V.
 constexpr int64_t kRows = 48;
@@ -23,6 +23,17 @@ struct QueryBlock {
   int64_t keys() const { return first_position + queries; }
   int64_t splits() const { return (keys() + kSplit - 1) / kSplit; }
 };
+
+// At most kChunk keys of a block's sequence, for one KV head.
+struct KeyChunk {
+  const QueryBlock* block;  // null: none
+  int64_t kv_head, first, keys;
+};
+
+inline KeyChunk chunk_at(const QueryBlock& block, int64_t kv_head, int64_t first) {
+  const int64_t left = block.keys() - first;
+  return {&block, kv_head, first, left < kChunk ? left : kChunk};
+}
 
 // Softmax in progress of the rows of one block and KV head: maximum, denominator, numerator.
 struct SoftmaxState {
