@@ -35,9 +35,10 @@ BF16_TARGET inline void multiply_rows_bf16(float* out, const Bf16* x, int64_t wi
                                            const Bf16* weight) {
   __m512 sums[kRows][2];
   for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+  const Bf16* second = weight + kTileColumns * width;
   for (int64_t k = 0; k < width; k += 2) {
-    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(weight + k * kBlockColumns);
-    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(weight + (k + 1) * kBlockColumns);
+    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(weight + k * kTileColumns);
+    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(second + k * kTileColumns);
     for (int r = 0; r < kRows; ++r) {
       int32_t pair;
       std::memcpy(&pair, x + r * width + k, sizeof pair);
@@ -48,7 +49,7 @@ BF16_TARGET inline void multiply_rows_bf16(float* out, const Bf16* x, int64_t wi
   }
   for (int r = 0; r < kRows; ++r)
     for (int j = 0; j < 2; ++j)
-      _mm512_storeu_ps(out + r * kBlockColumns + j * kHalfBlock, sums[r][j]);
+      _mm512_storeu_ps(out + r * kBlockColumns + j * kTileColumns, sums[r][j]);
 }
 
 BF16_TARGET void multiply_block_bf16(float* out, const Bf16* x, int64_t width, const Bf16* weight,
@@ -98,38 +99,38 @@ AMX_TARGET void release_tiles() { _tile_release(); }
 // The tiles have been shaped for these rows.
 AMX_TARGET void multiply_block_amx(float* out, const Bf16* x, int64_t width, const Bf16* weight,
                                    int64_t rows) {
-  constexpr int64_t kTileK = 32, kWeightBytes = 64;
-  constexpr int64_t kOutBytes = kBlockColumns * sizeof(float);
+  constexpr int64_t kDepth = 32, kTileBytes = 64, kOutBytes = kBlockColumns * sizeof(float);
   const int64_t x_bytes = width * sizeof(Bf16);
+  const Bf16* second = weight + kTileColumns * width;
   _tile_zero(0);
   _tile_zero(1);
   if (rows > 16) {
     const Bf16* lower = x + 16 * width;
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < width; k += kTileK, weight += 512) {
-      _tile_loadd(6, weight, kWeightBytes);
+    for (int64_t k = 0; k < width; k += kDepth) {
+      _tile_loadd(6, weight + k * kTileColumns, kTileBytes);
       _tile_loadd(4, x + k, x_bytes);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, weight + 16*width, kWeightBytes);
+      _tile_loadd(7, second + k * kTileColumns, kTileBytes);
       _tile_dpbf16ps(1, 4, 7);
       _tile_loadd(5, lower + k, x_bytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(2, out + 16 * kBlockColumns, kOutBytes);
-    _tile_stored(3, out + 16 * kBlockColumns + kHalfBlock, kOutBytes);
+    _tile_stored(3, out + 16 * kBlockColumns + kTileColumns, kOutBytes);
   } else {
-    for (int64_t k = 0; k < width; k += kTileK, weight += 512) {
+    for (int64_t k = 0; k < width; k += kDepth) {
       _tile_loadd(4, x + k, x_bytes);
-      _tile_loadd(6, weight, kWeightBytes);
+      _tile_loadd(6, weight + k * kTileColumns, kTileBytes);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, weight + 16*width, kWeightBytes);
+      _tile_loadd(7, second + k * kTileColumns, kTileBytes);
       _tile_dpbf16ps(1, 4, 7);
     }
   }
   _tile_stored(0, out, kOutBytes);
-  _tile_stored(1, out + kHalfBlock, kOutBytes);
+  _tile_stored(1, out + kTileColumns, kOutBytes);
 }
 #endif
 
@@ -204,15 +205,15 @@ void run(const Linear& a, int unit) {
 template <class T>
 void pack(T* packed, const T* weight, int64_t columns, int64_t width) {
   constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
-  const int64_t blocks = (columns + kBlockColumns - 1) / kBlockColumns;
+  const int64_t padded = (columns + kBlockColumns - 1) / kBlockColumns * kBlockColumns;
 #pragma omp parallel for
-  for (int64_t block = 0; block < blocks; ++block) {
-    T* target = packed + block * kBlockColumns * width;
+  for (int64_t tile = 0; tile < padded / kTileColumns; ++tile) {
+    T* target = packed + tile * kTileColumns * width;
     for (int64_t k = 0; k < width; k += kPair)
-      for (int64_t i = 0; i < kBlockColumns; ++i)
+      for (int64_t i = 0; i < kTileColumns; ++i)
         for (int64_t j = 0; j < kPair; ++j) {
-          const int64_t column = block * kBlockColumns + i;
-          target[(i/16)*16*width+(k/32)*512+(k%32)/2*32+(i%16)*2+j] = column < columns ? weight[column * width + k + j] : T{};
+          const int64_t column = tile * kTileColumns + i;
+          *target++ = column < columns ? weight[column * width + k + j] : T{};
         }
   }
 }

@@ -4,19 +4,19 @@
 
 namespace softgrpo {
 
-// The weight is packed in blocks of 32 output columns and all of the width: [block][k][32] fp32, or
-// [block][k / 2][32][2] bf16, which is what the matrix units read: one stream of memory.
-constexpr int64_t kBlockColumns = 32;
+// The weight is packed in tiles of 16 output columns and all of the width: [tile][k][16] fp32, or
+// [tile][k / 2][16][2] bf16, which is what the matrix units read.
+constexpr int64_t kTileColumns = 16;
+constexpr int64_t kBlockColumns = 2 * kTileColumns;
 constexpr int64_t kBlockRows = 32;
-constexpr int64_t kHalfBlock = 16;
 
 struct Linear {
   void* out;
   const void* x;
-  const void* weight;  // packed
+  const void* weight;  // packed, of an even number of tiles
   const float* bias;   // null: none; in the order and number of the packed columns
   int64_t rows, width, columns;
-  bool silu_mul;  // the halves of a block are of gate and of up; `columns` counts both
+  bool silu_mul;  // tiles alternate between gate and up; `columns` counts those of both
 };
 
 void pack_linear(void* packed, const void* weight, int64_t columns, int64_t width, bool bf16);

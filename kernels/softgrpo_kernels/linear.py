@@ -19,7 +19,7 @@ _TILE, _BLOCK = 16, 32  # output columns, as in csrc/linear.h
 class PackedWeight:
     """A weight [N, K] laid out for `packed_linear`; see `pack_weight`.
 
-    data: the tiles of the C++ kernel, or the weight itself where that cannot take it.
+    data: the tiles of csrc/linear.h, or the weight itself where that cannot take it.
     """
 
     data: Tensor
@@ -68,7 +68,7 @@ def pack_weight(
     if kernels is None or not fits:
         return PackedWeight(weight, bias, columns, width, silu_mul)
     padded = -(-columns // _BLOCK) * _BLOCK
-    if silu_mul:  # tiles of gate and up in turns: one block of columns holds both
+    if silu_mul:  # tiles of gate and up take turns
         weight = weight.unflatten(0, (2, -1, _TILE)).transpose(0, 1)
         bias = None if bias is None else bias.view(2, -1, _TILE).transpose(0, 1).flatten()
     weight = weight.contiguous()
