@@ -35,3 +35,25 @@ def group_advantages(rewards_S: Tensor, group_S: Tensor, kind: str) -> Tensor:
         if bool((scored != scored[0]).any()):
             advantages[members] = centred
     return advantages.float()
+
+
+def groups_with_spread(rewards_S: Tensor, group_S: Tensor) -> list[int]:
+    """The groups, ascending, whose scored samples do not all have the same reward."""
+    useful = []
+    for index in group_S.unique().tolist():
+        scored = rewards_S[(group_S == index) & ~rewards_S.isnan()]
+        if len(scored) and bool((scored != scored[0]).any()):
+            useful.append(int(index))
+    return useful
+
+
+def overlong_penalty(response_lens_S: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
+    """What a response loses for its length, float32 [S] in [-1, 0] (DAPO, arXiv 2503.14476, eq. 13).
+
+    0 up to max_new_tokens - buffer tokens, from there linearly down to -1 at max_new_tokens.
+    response_lens_S: int [S]. buffer: tokens; 0 means no penalty.
+    """
+    if buffer == 0:
+        return torch.zeros(len(response_lens_S))
+    over = response_lens_S.float() - (max_new_tokens - buffer)
+    return -(over / buffer).clamp(0.0, 1.0)

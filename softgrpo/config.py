@@ -1,18 +1,22 @@
-"""The configuration of a run: dataclasses <- YAML recipe <- dotted overrides, checked strictly."""
+"""The configuration of a run: dataclasses <- YAML recipe <- dotted overrides, checked strictly.
+
+The line `key: meaning` of a docstring is the documentation of that key (softgrpo.config_table).
+"""
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 
-from softgrpo.schema import ConfigError, Range, build, did_you_mean
+from softgrpo.config_checks import check
+from softgrpo.config_sources import read_values, recipe_names
+from softgrpo.schema import ConfigError, Range, build
 
-__all__ = ["Config", "ConfigError"]
+__all__ = ["Config", "ConfigError", "recipe_names"]
 
 Count = Annotated[int, Range(0)]
 Size = Annotated[int, Range(1)]
@@ -24,7 +28,14 @@ Fraction = Annotated[float, Range(0, 1, open_low=True)]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The folder of the run is `<output_dir>/<name>`; resume is none, auto or a checkpoint path."""
+    """Where a run goes and how long it is.
+
+    name: the folder of the run is `<output_dir>/<name>`
+    output_dir: where the folders of runs are
+    seed: of the noise and the order of the data
+    max_steps: training steps
+    resume: `none`, `auto` (the newest checkpoint, if there is one) or the path of a checkpoint
+    """
 
     name: str = "run"
     output_dir: str = "runs"
@@ -35,7 +46,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """path: a local directory, a hub id, or the alias smollm2-135m."""
+    """What is trained.
+
+    path: a local directory, a hub id, or the alias `smollm2-135m`
+    dtype: of the computation; the master weights are float32
+    """
 
     path: str = "smollm2-135m"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -51,18 +66,28 @@ class FewShot:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """train and eval: `reasoning_gym:NAME?key=value&...`, a jsonl/json/parquet file, or a hub id.
+    """What it is trained on.
 
-    prompt_template replaces the text of the prompt; `{column}` stands for a column of the item
-    other than its answer (of a reasoning_gym item: `question` and the keys of its metadata).
+    train: `reasoning_gym:NAME?key=value&...`, a jsonl, json or parquet file, or a hub id
+    eval: the held-out questions, named likewise
+    prompt_key: column of the prompt: text or chat messages
+    answer_key: column of the answer; null where the data has none (verl's layout is recognised)
+    prompt_template: text that replaces the prompt; `{column}` is a column other than the answer
+    max_prompt_tokens: longest prompt
+    drop_long_prompts: leave longer training prompts out, instead of refusing to start
+    system_prompt: put before every prompt
+    few_shot: worked examples `{prompt, answer}`, put before every prompt
+    shuffle: a new order in every epoch, drawn from `run.seed`
+    eval_size: at most so many held-out questions are used
     """
 
     train: str = ""
     eval: str | None = None
     prompt_key: str = "prompt"
-    answer_key: str = "answer"
+    answer_key: str | None = "answer"
     prompt_template: str | None = None
     max_prompt_tokens: Size = 1024
+    drop_long_prompts: bool = False
     system_prompt: str | None = None
     few_shot: list[FewShot] = field(default_factory=list)
     shuffle: bool = True
@@ -71,14 +96,26 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SoftConfig:
-    """Soft positions of a rollout. end_of_thinking: auto, a token, its id, or null for none."""
+    """Soft positions of a rollout.
+
+    enabled: false: discrete rollouts, the objective is then ordinary GRPO
+    top_k: candidates of a position
+    top_p: the nucleus among them
+    temperature: of the logits
+    tau: temperature of the Gumbel-Softmax; small means nearly one token
+    noise: `gumbel`, `dirichlet` and `gaussian` have a density to train with
+    noise_scale: factor of Gumbel noise, concentration of Dirichlet, sigma of Gaussian noise
+    noise_clip: bounds of the noise; the objective `official` sets its own
+    end_of_thinking: `auto` (`</think>` where the tokenizer has it), a token, its id, or null
+    max_soft_tokens: budget, after which the end of thinking is forced
+    """
 
     enabled: bool = True
     top_k: Annotated[int, Range(1, 64)] = 5
     top_p: Fraction = 0.95
     temperature: Positive = 1.0
     tau: Positive = 0.1
-    noise: Literal["gumbel", "none"] = "gumbel"
+    noise: Literal["gumbel", "dirichlet", "gaussian", "multiplex", "none"] = "gumbel"
     noise_scale: Positive = 1.0
     noise_clip: tuple[float, float] | None = None
     end_of_thinking: int | str | None = "auto"
@@ -87,7 +124,19 @@ class SoftConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """temperature, top_p, top_k: discrete positions. kv_memory: GiB, null = automatic."""
+    """How many samples a step draws, and how.
+
+    engine: what draws them
+    prompts_per_step: prompts of a step
+    group_size: samples of a prompt
+    max_new_tokens: longest response
+    temperature: of discrete positions
+    top_p: of discrete positions
+    top_k: of discrete positions; 0 or -1: the whole vocabulary
+    max_batch_size: samples decoded at a time
+    max_batch_tokens: tokens of one forward pass over prompts
+    kv_memory: GiB of the KV cache, null: what the run needs
+    """
 
     engine: Literal["native"] = "native"
     prompts_per_step: Size = 8
@@ -112,7 +161,13 @@ class RewardFunction:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """timeout_s: seconds that one sample may take. require_eos: a cut response earns nothing."""
+    """What a response earns.
+
+    functions: list of `{path, weight}`; a path is `package.module.function` or `file.py:function`
+    timeout_s: seconds that one sample may take
+    workers: processes that run the functions
+    require_eos: a response that the length limit cut earns nothing
+    """
 
     functions: list[RewardFunction] = field(
         default_factory=lambda: [RewardFunction("softgrpo.rewards.math_reward")]
@@ -123,22 +178,69 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class CorrectionConfig:
+    """Importance weights for what the engine's probabilities differ from the trainer's.
+
+    mode: `truncate`: weight min(ratio, max); `mask`: weight 0 outside of [1/max, max]
+    level: the ratio of a `token`, or of a `sequence`: the product over its tokens
+    max: bound of the ratio trainer / engine
+    """
+
+    mode: Literal["none", "truncate", "mask"] = "none"
+    level: Literal["token", "sequence"] = "token"
+    max: Annotated[float, Range(1, open_low=True)] = 2.0
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
-    """Names and formulas: softgrpo.density, softgrpo.advantages, softgrpo.loss."""
+    """The objective; formulas: softgrpo.density, softgrpo.advantages, softgrpo.loss.
+
+    objective: density of a soft position
+    discrete_logprob: a discrete position is scored over its recorded `candidates` or the `full`
+        vocabulary; `auto`: its candidates where `rollout.top_k` leaves at most 64
+    advantage: `grpo` (R - mean) / std, `dr_grpo` R - mean, `loo` R - mean of the others
+    loss_aggregation: mean over `token`s, over samples of means (`sequence`), or sum / `constant`
+    ratio_level: a ratio of every `token`, or of every `sequence` (GSPO)
+    clip_low: the ratio is clipped at 1 - clip_low
+    clip_high: and at 1 + clip_high
+    dual_clip: bound of the ratio where the advantage is negative; null: none
+    kl_coef: weight of the KL to the frozen first model; 0: none, and no copy of it in memory
+    kl_estimator: `k1`, `k2` pull with the gradient of KL(policy || first model), `k3` with that of
+        KL(first model || policy)
+    dynamic_sampling_rounds: further rounds of prompts that replace groups of equal rewards (DAPO)
+    overlong_buffer: the reward falls by up to 1 over the last so many tokens of the limit (DAPO)
+    mask_truncated: responses that the length limit cut are not learnt from
+    """
 
     objective: Literal["exact", "official", "concrete"] = "exact"
     discrete_logprob: Literal["auto", "candidates", "full"] = "auto"
     advantage: Literal["grpo", "dr_grpo", "loo"] = "grpo"
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"
+    ratio_level: Literal["token", "sequence"] = "token"
     clip_low: Annotated[float, Range(0, 1)] = 0.2
     clip_high: NonNegative = 0.2
     dual_clip: Annotated[float, Range(1, open_low=True)] | None = 3.0
     kl_coef: NonNegative = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    dynamic_sampling_rounds: Count = 0
+    overlong_buffer: Count = 0
+    mask_truncated: bool = False
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """minibatch_prompts: prompts of one update, null = all of the step."""
+    """AdamW, and how a step is cut into updates.
+
+    lr: learning rate
+    schedule: after the warm-up, down to 0 at `run.max_steps` unless constant
+    warmup_steps: steps of linear warm-up
+    betas: of AdamW
+    weight_decay: of AdamW
+    grad_clip: largest norm of the gradient
+    minibatch_prompts: prompts of one update; null: all of the step
+    tokens_per_microbatch: tokens of one forward and backward pass; bounds the memory
+    """
 
     lr: Positive = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -152,7 +254,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between two checkpoints, 0 = only the last step. keep: how many stay."""
+    """What is kept of a run.
+
+    every: steps between two checkpoints; 0: only the last step
+    keep: how many checkpoints stay
+    export_hf: write `model/` at the end
+    """
 
     every: Count = 10
     keep: Size = 2
@@ -161,7 +268,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """every: steps between two evaluations, 0 = never. k: the k of pass@k, each <= samples."""
+    """Held-out evaluation during training, with the rollout's sampling.
+
+    every: steps between two evaluations; 0: never
+    before_train: one before the first step
+    after_train: one after the last
+    samples: of a question
+    k: the k of pass@k, each at most `samples`
+    seed: of its noise, whose stream is not that of training
+    """
 
     every: Count = 0
     before_train: bool = True
@@ -173,10 +288,26 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Every samples_every steps (0 = never) samples_per_step samples are shown and kept."""
+    """Samples that are shown in the terminal and kept for the report.
+
+    samples_every: steps between; 0: never
+    samples_per_step: how many
+    """
 
     samples_every: Count = 5
     samples_per_step: Count = 2
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """Warnings in words while a run goes wrong (softgrpo.health).
+
+    window: steps over which trends are judged; 0: no warnings
+    stop: end a run that went wrong, with the best checkpoint as its model
+    """
+
+    window: Count = 50
+    stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,6 +324,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -201,12 +333,7 @@ class Config:
         overrides: `section.key=value`, the value in YAML: `optim.lr=1e-6`, `eval.k=[1, 4]`.
         Raises ConfigError, one line, before anything is loaded.
         """
-        values = _parse_yaml(_read(path), str(path)) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected sections such as 'run:' and 'optim:'")
-        for override in overrides:
-            _apply(values, override)
-        config: Config = build(cls, values)
+        config: Config = build(cls, read_values(path, overrides))
         return config
 
     def to_yaml(self) -> str:
@@ -215,79 +342,4 @@ class Config:
         return text
 
     def __post_init__(self) -> None:
-        if not self.data.train:
-            raise ConfigError(
-                "data.train is not set: name a dataset, such as reasoning_gym:chain_sum, "
-                "train.jsonl or openai/gsm8k"
-            )
-        if not self.reward.functions:
-            raise ConfigError("reward.functions is empty: name at least one reward function")
-        if self.rollout.soft.enabled:
-            self._check_soft()
-        if max(self.optim.betas) >= 1:
-            raise ConfigError(f"optim.betas: {list(self.optim.betas)} is not allowed: must be < 1")
-        if not self.eval.k or max(self.eval.k) > self.eval.samples:
-            raise ConfigError(
-                f"eval.k: {self.eval.k} is not allowed: each k must be <= eval.samples "
-                f"({self.eval.samples})"
-            )
-        if self.eval.every and self.data.eval is None:
-            raise ConfigError("eval.every is set, but data.eval names no dataset")
-
-    def _check_soft(self) -> None:
-        soft, objective = self.rollout.soft, self.algorithm.objective
-        if soft.noise == "none":
-            raise ConfigError(
-                "rollout.soft.noise: 'none' cannot be trained, its samples have no density; "
-                "use gumbel, or rollout.soft.enabled=false for discrete rollouts"
-            )
-        if soft.noise_clip is not None and objective == "official":
-            raise ConfigError(
-                "rollout.soft.noise_clip: leave it null: algorithm.objective 'official' sets the "
-                "clip [-1.5, 3] itself"
-            )
-        if soft.noise_clip is not None:
-            raise ConfigError(
-                f"rollout.soft.noise_clip: leave it null: algorithm.objective {objective!r} is "
-                "the density of unclipped noise (the released models used 'official')"
-            )
-
-
-def recipe_names() -> list[str]:
-    """The packaged recipes that `Config.load` knows by name."""
-    folder = importlib.resources.files("softgrpo") / "recipes"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[0] not in "._")
-
-
-def _read(path: str | Path) -> str:
-    name = str(path)
-    if Path(name).suffix or Path(name).name != name:
-        try:
-            return Path(name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read config file {name!r}: {error.strerror}") from None
-    if name not in recipe_names():
-        hint = did_you_mean(name, recipe_names())
-        raise ConfigError(f"no packaged recipe {name!r}{hint}")
-    return (importlib.resources.files("softgrpo") / "recipes" / f"{name}.yaml").read_text("utf-8")
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        document = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays text: see schema
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    return "" if document is None else document
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    *sections, name = key.split(".")
-    for section in sections:
-        inner = values.get(section)
-        if not isinstance(inner, dict):
-            inner = values[section] = {}
-        values = inner
-    values[name] = _parse_yaml(text, f"override {override!r}")
+        check(self)

@@ -76,18 +76,22 @@ class TrainingData:
     def prepare(self, tokenizer: Any) -> list[Prompt]:
         """Sets the tokenizer and returns every prompt of the run, so that none fails later."""
         self._tokenizer = tokenizer
-        steps = range(self.config.run.max_steps)
-        indices = sorted({index for step in steps for index in self._indices(step)})
+        config = self.config
+        rounds = range(config.run.max_steps * (1 + config.algorithm.dynamic_sampling_rounds))
+        indices = sorted({index for number in rounds for index in self._indices(number)})
         name = self.config.data.train
         train = [self._encode(self.train[i], f"{name}, example {i}") for i in indices]
         return train + self.eval_prompts()
 
-    def prompts_for_step(self, step: int) -> list[Prompt]:
-        """The prompts of 0-based `step`: a pure function of (run.seed, step)."""
+    def prompts_of_round(self, number: int) -> list[Prompt]:
+        """The prompts of a round, 0-based: a pure function of (run.seed, number).
+
+        A step takes one round, and further ones where dynamic sampling refills it.
+        """
         name = self.config.data.train
         return [
             self._encode(self.train[index], f"{name}, example {index}")
-            for index in self._indices(step)
+            for index in self._indices(number)
         ]
 
     def eval_prompts(self) -> list[Prompt]:
@@ -97,10 +101,10 @@ class TrainingData:
             for index, example in enumerate(self.held_out)
         ]
 
-    def _indices(self, step: int) -> list[int]:
+    def _indices(self, number: int) -> list[int]:
         count = self.config.rollout.prompts_per_step
         seed = self.config.run.seed if self.config.data.shuffle else None
-        return step_indices(len(self.train), step, count, seed)
+        return round_indices(len(self.train), number, count, seed)
 
     def _encode(self, example: Example, where: str) -> Prompt:
         data = self.config.data
@@ -116,12 +120,12 @@ class TrainingData:
         return Prompt(example, ids)
 
 
-def step_indices(size: int, step: int, count: int, seed: int | None) -> list[int]:
-    """Which examples the 0-based `step` takes, `count` of them; seed None keeps their order.
+def round_indices(size: int, number: int, count: int, seed: int | None) -> list[int]:
+    """Which examples the 0-based round takes, `count` of them; seed None keeps their order.
 
-    Epoch e runs through the permutation drawn from (seed, e); a step may span several epochs.
+    Epoch e runs through the permutation drawn from (seed, e); a round may span several epochs.
     """
-    positions = range(step * count, (step + 1) * count)
+    positions = range(number * count, (number + 1) * count)
     orders: dict[int, np.ndarray] = {}
     for epoch in {position // size for position in positions}:
         orders[epoch] = (

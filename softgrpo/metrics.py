@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softgrpo.advantages import groups_with_spread
 from softgrpo.batch import FINISH_REASONS, RolloutBatch
 from softgrpo.density import DensitySettings, classify, rollout_logq
 from softgrpo_kernels import soft_weights
@@ -18,9 +19,8 @@ def reward_metrics(
     """Mean and spread of the rewards; NaN (not scored) counts in none of them."""
     scored = rewards_S[~rewards_S.isnan()]
     row = {"reward": _mean(scored), "reward_std": _group_std(rewards_S, group_S)}
-    groups = group_S.unique()
-    flat = sum(_spread(rewards_S[group_S == g]) == 0 for g in groups)
-    row["frac_reward_zero_std"] = flat / len(groups)
+    groups = len(group_S.unique())
+    row["frac_reward_zero_std"] = 1.0 - len(groups_with_spread(rewards_S, group_S)) / groups
     for name, values in by_function.items():
         values = values[~values.isnan()]
         row[f"rewards/{name}/mean"] = _mean(values)
@@ -51,18 +51,13 @@ def soft_metrics(batch: RolloutBatch, settings: DensitySettings) -> dict[str, fl
     if not settings.soft_enabled:
         return {}
     weights = soft_weights(batch.soft.gprime[soft], batch.soft.kind[soft], settings.tau)
-    kept = rollout_logq(batch, classify(batch, settings), settings)[soft].isfinite().sum(-1)
+    kept = rollout_logq(batch, classify(batch, settings), settings)[soft] != -torch.inf
     return {
         "soft/effective_candidates": _mean(1.0 / weights.square().sum(-1)),
         "soft/top_weight": _mean(weights.amax(-1)),
-        "soft/kept_slots": _mean(kept.float()),
+        "soft/kept_slots": _mean(kept.sum(-1).float()),
         "soft/length": float(soft.sum()) / len(batch.group),
     }
-
-
-def _spread(values: Tensor) -> float:
-    values = values[~values.isnan()]
-    return float(values.max() - values.min()) if len(values) else 0.0
 
 
 def _group_std(rewards_S: Tensor, group_S: Tensor) -> float:

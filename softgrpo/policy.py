@@ -59,7 +59,7 @@ class Policy:
         embed_VH = weights["model.embed_tokens.weight"]
         head_VH = weights.get("lm_head.weight", embed_VH)
         packed = _PackedInputs.from_batch(batch)
-        inputs_TH = packed.embed(batch, classes, embed_VH, settings.tau)
+        inputs_TH = packed.embed(batch, embed_VH, settings.tau)
         config = self.decoder.config
         attention = GroupAttention(
             packed.prompt_lens,
@@ -79,7 +79,7 @@ class Policy:
         temperature_T = torch.where(
             classes.soft_phase, settings.soft_temperature, settings.discrete_temperature
         )
-        listed = classes.soft | classes.candidates
+        listed = classes.listed
         logq = linear_candidate_logprob(
             hidden_TH[listed], head_VH, batch.soft.ids[listed], temperature=temperature_T[listed]
         )
@@ -151,9 +151,7 @@ class _PackedInputs:
             torch.cat(predictors),
         )
 
-    def embed(
-        self, batch: RolloutBatch, classes: PositionClasses, embed_VH: Tensor, tau: float
-    ) -> Tensor:
+    def embed(self, batch: RolloutBatch, embed_VH: Tensor, tau: float) -> Tensor:
         """Input embeddings [T_in, H]. Mixtures are detached: their gradient would be that of the
         sampled noise's path, not of the policy; tokens are ordinary, trainable embeddings."""
         response = ~self.is_prompt
@@ -162,7 +160,7 @@ class _PackedInputs:
         ids[response] = batch.soft.token.long()[self.source[response]]
         embeds = F.embedding(ids, embed_VH)
         soft = torch.zeros_like(self.is_prompt)
-        soft[response] = classes.soft[self.source[response]]
+        soft[response] = batch.soft.kind.bool()[self.source[response]]
         if not bool(soft.any()):
             return embeds
         rows = self.source[soft]

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from softgrpo.advantages import groups_with_spread
 from softgrpo.config import Config, ConfigError, RolloutConfig
+from softgrpo.data import Prompt
 from softgrpo.density import OFFICIAL_EPS, OFFICIAL_NOISE_CLIP, DensitySettings
 from softgrpo_engine import LLM, Output, SamplingParams, SoftParams
 from softgrpo_engine.params import K_MAX
@@ -47,10 +53,12 @@ def density_settings(config: Config) -> DensitySettings:
     return DensitySettings(
         objective=algorithm.objective,
         tau=rollout.soft.tau,
+        noise=rollout.soft.noise,
         noise_scale=rollout.soft.noise_scale,
         soft_temperature=rollout.soft.temperature,
         discrete_temperature=rollout.temperature,
         discrete_full=full,
+        discrete_listed=candidates,
         soft_enabled=rollout.soft.enabled,
         max_soft_tokens=rollout.soft.max_soft_tokens,
     )
@@ -93,3 +101,51 @@ def collect(
         uids=uids,
         stream=stream,
     )
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """Groups of samples with their rewards: one output a prompt, all of the same group size.
+
+    rewards_S: float32 [S], NaN where not scored. by_function: the rewards of each function [S].
+    """
+
+    prompts: list[Prompt]
+    outputs: list[Output]
+    rewards_S: Tensor
+    by_function: dict[str, Tensor]
+
+    @property
+    def useful_groups(self) -> list[int]:
+        """The groups whose rewards are not all the same."""
+        return groups_with_spread(self.rewards_S, self._group_S)
+
+    def choose(self, count: int) -> ScoredRollout:
+        """At most count groups in the order drawn: the useful ones first, then others to fill up
+        (dynamic sampling of DAPO, arXiv 2503.14476, with a batch of constant size)."""
+        useful = self.useful_groups
+        others = [g for g in range(len(self.outputs)) if g not in set(useful)]
+        groups = sorted((useful + others)[:count])
+        samples = torch.isin(self._group_S, torch.tensor(groups))
+        return ScoredRollout(
+            [self.prompts[g] for g in groups],
+            [self.outputs[g] for g in groups],
+            self.rewards_S[samples],
+            {name: rewards[samples] for name, rewards in self.by_function.items()},
+        )
+
+    def __add__(self, other: ScoredRollout) -> ScoredRollout:
+        return ScoredRollout(
+            self.prompts + other.prompts,
+            self.outputs + other.outputs,
+            torch.cat([self.rewards_S, other.rewards_S]),
+            {
+                name: torch.cat([rewards, other.by_function[name]])
+                for name, rewards in self.by_function.items()
+            },
+        )
+
+    @property
+    def _group_S(self) -> Tensor:
+        sizes = torch.tensor([len(output.samples) for output in self.outputs])
+        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)

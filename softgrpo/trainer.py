@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from softgrpo.advantages import group_advantages
+from softgrpo.advantages import group_advantages, overlong_penalty
 from softgrpo.batch import RolloutBatch
 from softgrpo.config import Config
 from softgrpo.data import Prompt, TrainingData
@@ -26,6 +27,7 @@ from softgrpo.report import build_report
 from softgrpo.rewards import RewardRunner
 from softgrpo.rollout import (
     ROLLOUT_STREAM,
+    ScoredRollout,
     collect,
     density_settings,
     rollout_uids,
@@ -78,6 +80,7 @@ class Trainer:
         self.policy, self.update = self._make_policy()
         self.progress = TrainProgress()
         self.done_steps = 0
+        self.rounds = 0  # of prompts, drawn so far; more than steps with dynamic sampling
         self.num_tokens = 0
 
     def train(self) -> Path:
@@ -100,53 +103,85 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, Any]:
         """One training step (1-based): rollout, reward, advantage, update, sync."""
-        times: dict[str, float] = {}
-        with self._timed("rollout", times):
-            prompts = self.data.prompts_for_step(step - 1)
-            outputs, batch = self._rollout(step, prompts)
-        with self._timed("reward", times):
-            rewards_S, by_function = self.rewards.score(prompts, outputs)
+        config, times = self.config, defaultdict[str, float](float)
+        drawn = self._draw(times)
+        for _ in range(config.algorithm.dynamic_sampling_rounds):
+            if len(drawn.useful_groups) >= config.rollout.prompts_per_step:
+                break
+            drawn += self._draw(times)
+        everything = self._batch(drawn.outputs)
         with self._timed("train", times):
-            advantages_S = group_advantages(rewards_S, batch.group, self.config.algorithm.advantage)
-            lr = learning_rate(self.config.optim, step, self.config.run.max_steps)
+            chosen = drawn.choose(config.rollout.prompts_per_step)
+            batch = self._batch(chosen.outputs)
+            advantages_S = group_advantages(
+                chosen.rewards_S + self._overlong_penalty(batch),
+                batch.group,
+                config.algorithm.advantage,
+            )
+            lr = learning_rate(config.optim, step, config.run.max_steps)
             update_metrics, updates = self.update(batch, advantages_S, lr)
         with self._timed("sync", times):
             if updates:
                 self._sync(self.llm.weight_version + updates)
         self.done_steps = step
-        self.num_tokens += len(batch.soft.token)
-        self._show_samples(prompts, outputs, rewards_S, advantages_S)
+        self._show_samples(chosen, advantages_S)
+        self.num_tokens += len(everything.soft.token)
         return {
             "step": step,
-            **reward_metrics(rewards_S, by_function, batch.group),
-            **completion_metrics(batch),
-            **soft_metrics(batch, self.policy.settings),
+            **self._reward_metrics(drawn, everything),
+            **completion_metrics(everything),
+            **soft_metrics(everything, self.policy.settings),
             **update_metrics,
             "learning_rate": lr,
             "num_tokens": self.num_tokens,
-            "tokens_per_second": len(batch.soft.token) / times["time/rollout"],
+            "tokens_per_second": len(everything.soft.token) / times["time/rollout"],
             "step_time": sum(times.values()),
             **times,
         }
 
-    def _rollout(self, step: int, prompts: list[Prompt]) -> tuple[list[Output], RolloutBatch]:
+    def _draw(self, times: defaultdict[str, float]) -> ScoredRollout:
+        """The next round of prompts: rollout and reward."""
         config = self.config
-        outputs = collect(
-            self.llm,
-            [prompt.token_ids for prompt in prompts],
-            rollout_uids(step - 1, len(prompts), config.rollout.group_size),
-            config.rollout,
-            config.algorithm.objective,
-            seed=config.run.seed,
-            stream=ROLLOUT_STREAM,
-        )
-        batch = RolloutBatch.from_outputs(
+        with self._timed("rollout", times):
+            prompts = self.data.prompts_of_round(self.rounds)
+            outputs = collect(
+                self.llm,
+                [prompt.token_ids for prompt in prompts],
+                rollout_uids(self.rounds, len(prompts), config.rollout.group_size),
+                config.rollout,
+                config.algorithm.objective,
+                seed=config.run.seed,
+                stream=ROLLOUT_STREAM,
+            )
+            self.rounds += 1
+        with self._timed("reward", times):
+            rewards_S, by_function = self.rewards.score(prompts, outputs)
+        return ScoredRollout(prompts, outputs, rewards_S, by_function)
+
+    def _batch(self, outputs: Sequence[Output]) -> RolloutBatch:
+        return RolloutBatch.from_outputs(
             outputs,
-            seed=config.run.seed,
+            seed=self.config.run.seed,
             stream=ROLLOUT_STREAM,
             weight_version=self.llm.weight_version,
         )
-        return outputs, batch
+
+    def _overlong_penalty(self, batch: RolloutBatch) -> Tensor:
+        config = self.config
+        return overlong_penalty(
+            batch.response_lens, config.rollout.max_new_tokens, config.algorithm.overlong_buffer
+        )
+
+    def _reward_metrics(self, drawn: ScoredRollout, batch: RolloutBatch) -> dict[str, float]:
+        """Of everything that was drawn: what a refill leaves out counts too."""
+        by_function, algorithm = drawn.by_function, self.config.algorithm
+        if algorithm.overlong_buffer:
+            by_function = {**by_function, "overlong_penalty": self._overlong_penalty(batch)}
+        row = reward_metrics(drawn.rewards_S, by_function, batch.group)
+        if algorithm.dynamic_sampling_rounds:
+            row["dynamic_sampling/groups"] = float(len(drawn.outputs))
+            row["dynamic_sampling/useful_groups"] = float(len(drawn.useful_groups))
+        return row
 
     def _sync(self, version: int) -> None:
         """Hands the weights to the engine, one parameter at a time."""
@@ -177,6 +212,7 @@ class Trainer:
         if self.checkpoint is not None:
             state = load_checkpoint(self.checkpoint, self.policy.decoder, self.update.optimizer)
             self.done_steps, self.num_tokens = state["step"], state["num_tokens"]
+            self.rounds = state["rounds"]
             self._sync(state["weight_version"])
             self.progress.message(f"continuing after step {self.done_steps}: {self.checkpoint}")
         self.folder.truncate_after(self.done_steps if self.checkpoint else -1)
@@ -205,7 +241,11 @@ class Trainer:
         return every > 0 and self.done_steps % every == 0
 
     def _save_checkpoint(self) -> None:
-        state = {"num_tokens": self.num_tokens, "weight_version": self.llm.weight_version}
+        state = {
+            "rounds": self.rounds,
+            "num_tokens": self.num_tokens,
+            "weight_version": self.llm.weight_version,
+        }
         self.folder.save_checkpoint(
             self.done_steps,
             self.policy.decoder,
@@ -224,15 +264,10 @@ class Trainer:
         self.progress.evaluation(row)
         self._keep_samples("eval", prompts, outputs, rewards_S, None)
 
-    def _show_samples(
-        self,
-        prompts: list[Prompt],
-        outputs: list[Output],
-        rewards_S: Tensor,
-        advantages_S: Tensor,
-    ) -> None:
+    def _show_samples(self, chosen: ScoredRollout, advantages_S: Tensor) -> None:
         if self._due(self.config.log.samples_every):
-            for row in self._keep_samples("train", prompts, outputs, rewards_S, advantages_S):
+            shown = (chosen.prompts, chosen.outputs, chosen.rewards_S)
+            for row in self._keep_samples("train", *shown, advantages_S):
                 self.progress.sample(row)
 
     def _keep_samples(
@@ -264,8 +299,8 @@ class Trainer:
         return rows
 
     @contextmanager
-    def _timed(self, phase: str, times: dict[str, float]) -> Iterator[None]:
+    def _timed(self, phase: str, times: defaultdict[str, float]) -> Iterator[None]:
         self.progress.phase(phase)
         started = time.perf_counter()
         yield
-        times[f"time/{phase}"] = time.perf_counter() - started
+        times[f"time/{phase}"] += time.perf_counter() - started

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from softgrpo.batch import RolloutBatch
 from softgrpo.config import AlgorithmConfig, OptimConfig
+from softgrpo.correction import importance_weights
 from softgrpo.density import log_densities, mismatch, rollout_logq
-from softgrpo.loss import policy_loss, token_weights
+from softgrpo.loss import loss_mask, policy_loss, token_weights
 from softgrpo.policy import Policy, PositionLogProbs
 
 
@@ -38,27 +39,39 @@ class _Statistics:
     clipped_high: list[Tensor] = field(default_factory=list)
     mismatch: list[Tensor] = field(default_factory=list)
     ratio_to_rollout: list[Tensor] = field(default_factory=list)
+    beyond_max: list[Tensor] = field(default_factory=list)
+    candidate_entropy: list[Tensor] = field(default_factory=list)
 
     def row(self) -> dict[str, float]:
-        difference, ratio = torch.cat(self.mismatch), torch.cat(self.ratio_to_rollout)
         row = {
             "loss": sum(self.losses) / max(1, len(self.losses)),
             "grad_norm": sum(self.grad_norms) / max(1, len(self.grad_norms)),
-            "sampling/sampling_logp_difference/mean": float(difference.mean()),
-            "sampling/sampling_logp_difference/max": float(difference.max()),
-            "sampling/importance_sampling_ratio/min": float(ratio.min()),
-            "sampling/importance_sampling_ratio/mean": float(ratio.mean()),
-            "sampling/importance_sampling_ratio/max": float(ratio.max()),
         }
+        # A number that this kind of rollout does not have leaves no name in the row.
+        difference, ratio = _joined(self.mismatch), _joined(self.ratio_to_rollout)
+        if len(difference):
+            row["sampling/sampling_logp_difference/mean"] = float(difference.mean())
+            row["sampling/sampling_logp_difference/max"] = float(difference.max())
+        if len(ratio):
+            row["sampling/importance_sampling_ratio/min"] = float(ratio.min())
+            row["sampling/importance_sampling_ratio/mean"] = float(ratio.mean())
+            row["sampling/importance_sampling_ratio/max"] = float(ratio.max())
+        for name, parts in (
+            ("sampling/beyond_max_ratio", self.beyond_max),
+            ("candidate_entropy", self.candidate_entropy),
+            ("clip_ratio/low_mean", self.clipped_low),
+            ("clip_ratio/high_mean", self.clipped_high),
+            ("kl", self.kl),
+        ):
+            if len(values := _joined(parts)):
+                row[name] = float(values.float().mean())
         if self.clipped_low:
-            low = torch.cat(self.clipped_low).float().mean()
-            high = torch.cat(self.clipped_high).float().mean()
-            row["clip_ratio/low_mean"] = float(low)
-            row["clip_ratio/high_mean"] = float(high)
-            row["clip_ratio/region_mean"] = float(low + high)
-        if self.kl:
-            row["kl"] = float(torch.cat(self.kl).mean())
+            row["clip_ratio/region_mean"] = row["clip_ratio/low_mean"] + row["clip_ratio/high_mean"]
         return row
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 class Update:
@@ -108,21 +121,24 @@ class Update:
             return statistics.row(), 0
         # With one minibatch the sampling policy is the current one: its pass is the update's own.
         useful_groups = [g for groups in parts for g in groups]
-        old_T = None
+        old = None
         if len(minibatches) > 1:
-            old_T = self._densities(batch, useful_groups, statistics)
+            old = self._densities(batch, useful_groups, statistics)
         taken = 0
         for groups, useful in zip(minibatches, parts, strict=True):
             if useful:
-                self._minibatch(batch, advantages_S, groups, useful, old_T, statistics)
+                self._minibatch(batch, advantages_S, groups, useful, old, statistics)
                 taken += 1
         return statistics.row(), taken
 
     def _useful(self, batch: RolloutBatch, advantages_S: Tensor, groups: list[int]) -> list[int]:
+        """The groups that have a gradient."""
         if self.reference is not None:
             return groups
-        with_spread = set(batch.group[advantages_S != 0].tolist())
-        return [g for g in groups if g in with_spread]
+        learnt_S = torch.zeros(len(batch.group), dtype=torch.bool)
+        learnt_S[batch.sample_of_token[loss_mask(batch, self.algorithm.mask_truncated)]] = True
+        useful = set(batch.group[learnt_S & (advantages_S != 0)].tolist())
+        return [g for g in groups if g in useful]
 
     def _minibatch(
         self,
@@ -130,7 +146,7 @@ class Update:
         advantages_S: Tensor,
         groups: list[int],
         useful: list[int],
-        old_T: Tensor | None,
+        old: tuple[Tensor, Tensor] | None,
         statistics: _Statistics,
     ) -> None:
         # Every group of the minibatch counts in the denominator, also those without spread.
@@ -138,7 +154,7 @@ class Update:
         weights_T = torch.zeros(len(batch.soft.token))
         weights_T[whole_rows] = token_weights(
             whole,
-            ~whole.soft.forced.bool(),
+            loss_mask(whole, self.algorithm.mask_truncated),
             self.algorithm.loss_aggregation,
             self.max_new_tokens,
         )
@@ -148,21 +164,22 @@ class Update:
         for micro in self._micro_batches(batch, useful):
             part, rows = batch.select_groups(micro)
             new = self.policy.log_probs(part)
-            if old_T is None:
-                self._compare(part, new, statistics)
+            if old is None:
+                old_T, correction_T = new.density.detach(), self._compare(part, new, statistics)
+            else:
+                old_T, correction_T = old[0][rows], old[1][rows]
             reference_T = None
             if self.reference is not None:
                 with torch.no_grad():
                     reference_T = self.reference.log_probs(part).density
             result = policy_loss(
                 new.density,
-                new.density.detach() if old_T is None else old_T[rows],
+                old_T,
                 advantages_T[rows],
                 weights_T[rows],
-                clip_low=self.algorithm.clip_low,
-                clip_high=self.algorithm.clip_high,
-                dual_clip=self.algorithm.dual_clip,
-                kl_coef=self.algorithm.kl_coef,
+                part.sample_of_token,
+                self.algorithm,
+                correction_T=correction_T,
                 reference_T=reference_T,
             )
             result.loss.backward()
@@ -183,26 +200,46 @@ class Update:
         statistics.grad_norms.append(norm.item())
 
     @torch.no_grad()
-    def _densities(self, batch: RolloutBatch, groups: list[int], statistics: _Statistics) -> Tensor:
-        """Densities [T] under the current policy (0 outside the groups), also compared."""
-        result_T = torch.zeros(len(batch.soft.token))
+    def _densities(
+        self, batch: RolloutBatch, groups: list[int], statistics: _Statistics
+    ) -> tuple[Tensor, Tensor]:
+        """Densities under the current policy and importance weights, both [T] (0 outside of the
+        groups)."""
+        density_T = torch.zeros(len(batch.soft.token))
+        correction_T = torch.zeros(len(batch.soft.token))
         for micro in self._micro_batches(batch, groups):
             part, rows = batch.select_groups(micro)
             current = self.policy.log_probs(part)
-            self._compare(part, current, statistics)
-            result_T[rows] = current.density
-        return result_T
+            correction_T[rows] = self._compare(part, current, statistics)
+            density_T[rows] = current.density
+        return density_T, correction_T
 
+    @torch.no_grad()
     def _compare(
         self, part: RolloutBatch, current: PositionLogProbs, statistics: _Statistics
-    ) -> None:
-        """Records how far the trainer's probabilities are from those that the rollout drew from."""
+    ) -> Tensor:
+        """Records how far the trainer's probabilities are from those that the rollout drew from,
+        and returns the importance weights [T]."""
         settings, classes = self.policy.settings, current.classes
         theirs = rollout_logq(part, classes, settings)
         statistics.mismatch.append(mismatch(current.candidates, theirs, classes))
+        # Drawn from the vocabulary, without candidates: the token alone is compared.
+        unlisted = classes.full & ~classes.listed
+        statistics.mismatch.append((current.density - part.logprobs)[unlisted].abs())
         behaviour = log_densities(theirs, part.logprobs, part, classes, settings)
-        ratio = torch.exp(current.density.detach() - behaviour)
-        statistics.ratio_to_rollout.append(ratio[~classes.forced])
+        known = ~classes.forced
+        if settings.noise != "gumbel":
+            known &= ~classes.soft
+        log_ratio = torch.where(known, current.density - behaviour, 0.0)
+        weights, beyond = importance_weights(
+            log_ratio, part.sample_of_token, self.algorithm.correction
+        )
+        statistics.ratio_to_rollout.append(log_ratio[known].exp())
+        statistics.beyond_max.append(beyond[known])
+        logq = current.candidates[classes.listed]
+        entropy = -torch.where(logq > -torch.inf, logq.exp() * logq, 0.0).sum(-1)
+        statistics.candidate_entropy.append(entropy)
+        return weights
 
     def _micro_batches(self, batch: RolloutBatch, groups: list[int]) -> Iterator[list[int]]:
         """Consecutive groups whose packed tokens fit the budget; a group is never split."""

@@ -15,7 +15,7 @@ from softgrpo.data import (
     TrainingData,
     build_prompt,
     load_examples,
-    step_indices,
+    round_indices,
 )
 
 ROWS = [
@@ -303,22 +303,22 @@ def test_held_out_texts_are_removed_from_training(tmp_path):
 
 def test_the_order_is_a_pure_function_of_seed_and_step():
     size, count = 10, 4
-    first = [step_indices(size, step, count, seed=7) for step in range(5)]
-    assert first == [step_indices(size, step, count, seed=7) for step in range(5)]
-    assert first != [step_indices(size, step, count, seed=8) for step in range(5)]
+    first = [round_indices(size, step, count, seed=7) for step in range(5)]
+    assert first == [round_indices(size, step, count, seed=7) for step in range(5)]
+    assert first != [round_indices(size, step, count, seed=8) for step in range(5)]
     stream = [index for step in first for index in step]
     # Two epochs of 10, the boundary inside step 2: each runs through everything, in its own order.
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert stream[:10] != stream[10:]
-    assert step_indices(3, 1, 4, seed=None) == [1, 2, 0, 1]  # a step longer than an epoch
+    assert round_indices(3, 1, 4, seed=None) == [1, 2, 0, 1]  # a step longer than an epoch
 
 
-def test_prompts_for_step(tmp_path):
+def test_prompts_of_round(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     overrides = ["data.eval=null", "data.few_shot=[]", "data.shuffle=false"]
     data = TrainingData(config(path, "rollout.prompts_per_step=3", *overrides))
     data.prepare(ChatTokenizer())
-    prompts = data.prompts_for_step(1)
+    prompts = data.prompts_of_round(1)
     assert [p.example.answer for p in prompts] == ["4", "2", "4"]
     assert text_of(prompts[1].token_ids).endswith("<user>What is 1 + 1?<assistant>")
     assert data.eval_prompts() == []

@@ -1,11 +1,14 @@
 """Advantages and the clipped loss against plain numpy."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from softgrpo.advantages import group_advantages
-from softgrpo.loss import policy_loss
+from softgrpo.advantages import group_advantages, groups_with_spread, overlong_penalty
+from softgrpo.config import AlgorithmConfig
+from softgrpo.loss import kl_penalty, loss_mask, policy_loss, token_weights
 
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.25, float("nan"), 0.75])
@@ -44,57 +47,161 @@ def test_unknown_advantage_is_named():
         group_advantages(REWARDS, GROUP, "gae")
 
 
-def numpy_loss(new, old, advantages, weights, low, high, dual, kl, reference):
-    total = 0.0
-    for n, o, a, w, r in zip(new, old, advantages, weights, reference, strict=True):
-        ratio = np.exp(n - o)
-        term = min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
-        if a < 0:
-            term = max(term, dual * a)
-        total += w * (-term + kl * (np.exp(r - n) - (r - n) - 1))
-    return total
+def test_groups_with_spread():
+    assert groups_with_spread(REWARDS, GROUP) == [0, 2]
+    rewards = torch.tensor([float("nan"), 1.0, float("nan"), float("nan")])
+    assert groups_with_spread(rewards, torch.tensor([0, 0, 1, 1])) == []
+
+
+def test_overlong_penalty_equals_the_formula_of_dapo():
+    """arXiv 2503.14476, eq. 13, with L_max = 100 and L_cache = 20."""
+    lens = [0, 79, 80, 81, 90, 99, 100]
+    expected = []
+    for n in lens:
+        if n <= 100 - 20:
+            expected.append(0.0)
+        elif n <= 100:
+            expected.append(((100 - 20) - n) / 20)
+        else:
+            expected.append(-1.0)
+    ours = overlong_penalty(torch.tensor(lens), 100, 20)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    assert not overlong_penalty(torch.tensor(lens), 100, 0).any()
+
+
+# --- the loss -----------------------------------------------------------------------------------
+
+
+OLD, NEW, REFERENCE, ADVANTAGE, WEIGHT = np.random.default_rng(0).normal(size=(5, 400))
+NEW = OLD + NEW
+REFERENCE = OLD + 0.1 * REFERENCE
+WEIGHT = np.abs(WEIGHT)
+SAMPLE = np.sort(np.random.default_rng(1).integers(0, 60, size=400))
+# One advantage a sample, as in training; token 7 is masked.
+ADVANTAGE = ADVANTAGE[SAMPLE]
+WEIGHT[7] = 0.0
+
+
+def run(algorithm, new=NEW, **extra):
+    """The loss of our code on the arrays above, and its gradient in new."""
+    leaf = torch.tensor(new, requires_grad=True)
+    old, advantage, weight = (torch.tensor(x) for x in (OLD, ADVANTAGE, WEIGHT))
+    extra = {name: torch.tensor(x) for name, x in extra.items()}
+    result = policy_loss(leaf, old, advantage, weight, torch.tensor(SAMPLE), algorithm, **extra)
+    result.loss.backward()
+    return result, leaf.grad.numpy()
+
+
+def numpy_surrogate(ratio, a, low, high, dual):
+    """PPO's clipped surrogate of one position."""
+    term = min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
+    return max(term, dual * a) if a < 0 and dual is not None else term
 
 
 def test_policy_loss_equals_numpy_in_every_region():
-    generator = torch.Generator().manual_seed(0)
-    n = 400
-    old = torch.randn(n, generator=generator, dtype=torch.float64)
-    new = (old + torch.randn(n, generator=generator, dtype=torch.float64)).requires_grad_()
-    reference = old + 0.1 * torch.randn(n, generator=generator, dtype=torch.float64)
-    advantages = torch.randn(n, generator=generator, dtype=torch.float64)
-    weights = torch.rand(n, generator=generator, dtype=torch.float64)
-    result = policy_loss(
-        new,
-        old,
-        advantages,
-        weights,
-        clip_low=0.2,
-        clip_high=0.3,
-        dual_clip=3.0,
-        kl_coef=0.05,
-        reference_T=reference,
-    )
-    arrays = [x.detach().numpy() for x in (new, old, advantages, weights)]
-    expected = numpy_loss(*arrays, 0.2, 0.3, 3.0, 0.05, reference.numpy())
-    assert abs(result.loss.item() - expected) < 1e-9
+    algorithm = AlgorithmConfig(clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.05)
+    result, _ = run(algorithm, reference_T=REFERENCE)
+    expected = 0.0
+    for new, old, a, w, ref in zip(NEW, OLD, ADVANTAGE, WEIGHT, REFERENCE, strict=True):
+        ratio, d = np.exp(new - old), new - ref
+        expected += w * (
+            -numpy_surrogate(ratio, a, 0.2, 0.3, 3.0) + 0.05 * (np.exp(-d) - 1 + d)
+        )
+    assert result.loss.item() == pytest.approx(expected, rel=1e-12)
     # All regions are reached: clipped above, below, dual clip.
-    ratio = torch.exp(new - old).detach()
+    ratio = np.exp(NEW - OLD)
     assert result.clipped_high.any()
     assert result.clipped_low.any()
-    assert ((advantages < 0) & (ratio > 3)).any()
+    assert ((ADVANTAGE < 0) & (ratio > 3)).any()
+
+
+def test_sequence_level_ratio_equals_numpy():
+    """GSPO (arXiv 2507.18071, eq. 5 and 7): s_i = (pi_new(y_i) / pi_old(y_i))^(1 / |y_i|)."""
+    algorithm = AlgorithmConfig(
+        ratio_level="sequence", loss_aggregation="sequence", clip_low=0.1, clip_high=0.2
+    )
+    samples, counts = np.unique(SAMPLE, return_counts=True)
+    weight = 1.0 / (counts[np.searchsorted(samples, SAMPLE)] * len(samples))
+
+    def loss(new):
+        total = 0.0
+        for i in samples:
+            tokens = i == SAMPLE
+            s = np.exp((new[tokens] - OLD[tokens]).sum() / tokens.sum())
+            total -= numpy_surrogate(s, ADVANTAGE[tokens][0], 0.1, 0.2, 3.0) / len(samples)
+        return total
+
+    leaf = torch.tensor(NEW, requires_grad=True)
+    old, advantage, weight = (torch.tensor(x) for x in (OLD, ADVANTAGE, weight))
+    result = policy_loss(leaf, old, advantage, weight, torch.tensor(SAMPLE), algorithm)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(loss(NEW), rel=1e-12)
+    for t in (0, 100, 399):
+        step = np.zeros(400)
+        step[t] = 1e-6
+        numeric = (loss(NEW + step) - loss(NEW - step)) / 2e-6
+        assert leaf.grad[t].item() == pytest.approx(numeric, rel=1e-5, abs=1e-10)
+
+
+def test_a_masked_token_is_in_no_ratio():
+    algorithm = AlgorithmConfig(ratio_level="sequence", loss_aggregation="sequence")
+    moved = NEW.copy()
+    moved[7] += 50.0
+    (one, gradient), (other, _) = run(algorithm), run(algorithm, moved)
+    assert one.loss.item() == other.loss.item()
+    assert gradient[7] == 0.0
+
+
+def test_correction_weighs_the_surrogate_and_not_the_kl():
+    algorithm = AlgorithmConfig(kl_coef=0.1)
+    correction = np.random.default_rng(2).uniform(size=400)
+    result, _ = run(algorithm, reference_T=REFERENCE, correction_T=correction)
+    expected = 0.0
+    for i in range(400):
+        d = NEW[i] - REFERENCE[i]
+        surrogate = numpy_surrogate(np.exp(NEW[i] - OLD[i]), ADVANTAGE[i], 0.2, 0.2, 3.0)
+        expected += WEIGHT[i] * (-correction[i] * surrogate + 0.1 * (np.exp(-d) - 1 + d))
+    assert result.loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+VALUES = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: np.exp(-d) - 1 + d}
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimates_and_what_their_gradients_pull_to(estimator):
+    """Over all tokens of a small vocabulary, where expectations are sums."""
+    rng = np.random.default_rng(3)
+    logits, reference = rng.normal(size=(2, 9))
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (logits, reference))
+    leaf = torch.tensor(logits, requires_grad=True)
+    terms = kl_penalty(leaf.log_softmax(-1), torch.tensor(np.log(q)), estimator)
+    np.testing.assert_allclose(terms.detach(), VALUES[estimator](np.log(p / q)), rtol=1e-12)
+    # Sampled from the policy, each token's term counts p times: p is not differentiated.
+    (torch.tensor(p) * terms).sum().backward()
+
+    def divergence(z):
+        policy = np.exp(z) / np.exp(z).sum()
+        reverse = (policy * np.log(policy / q)).sum()
+        return (q * np.log(q / policy)).sum() if estimator == "k3" else reverse
+
+    numeric = [
+        (divergence(logits + h) - divergence(logits - h)) / 2e-6 for h in 1e-6 * np.eye(9)
+    ]
+    np.testing.assert_allclose(leaf.grad, numeric, atol=1e-8)
+    if estimator != "k2":  # unbiased
+        assert (p * terms.detach().numpy()).sum() == pytest.approx((p * np.log(p / q)).sum())
+
+
+def test_unknown_kl_estimator_is_named():
+    with pytest.raises(ValueError, match="k4"):
+        kl_penalty(torch.zeros(1), torch.zeros(1), "k4")
 
 
 def test_gradient_is_zero_where_clipped():
     new = torch.tensor([0.5, -0.5, 0.5, 2.0], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, -1.0, -1.0])
     loss = policy_loss(
-        new,
-        torch.zeros(4),
-        advantages,
-        torch.ones(4),
-        clip_low=0.2,
-        clip_high=0.2,
-        dual_clip=3.0,
+        new, torch.zeros(4), advantages, torch.ones(4), torch.arange(4), AlgorithmConfig()
     ).loss
     loss.backward()
     gradient = new.grad.tolist()
@@ -111,8 +218,52 @@ def test_a_masked_infinite_token_does_not_reach_the_sum():
         torch.zeros(2),
         torch.ones(2),
         torch.tensor([1.0, 0.0]),
-        clip_low=0.2,
-        clip_high=0.2,
-        dual_clip=3.0,
+        torch.zeros(2, dtype=torch.int64),
+        AlgorithmConfig(ratio_level="sequence"),
     )
     assert result.loss.item() == -1.0
+    result.loss.backward()
+    assert new.grad.tolist() == [-1.0, 0.0]
+
+
+# --- which tokens count, and how much -----------------------------------------------------------
+
+
+def batch_of(lens, finish, forced=()):
+    """The fields of a RolloutBatch that masks and weights read."""
+    total = sum(lens)
+    forced_T = torch.zeros(total, dtype=torch.bool)
+    forced_T[list(forced)] = True
+    return SimpleNamespace(
+        group=torch.zeros(len(lens), dtype=torch.int32),
+        finish=torch.tensor(finish, dtype=torch.uint8),
+        soft=SimpleNamespace(forced=forced_T),
+        sample_of_token=torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens)),
+    )
+
+
+def test_truncated_responses_and_forced_tokens_are_masked():
+    batch = batch_of([2, 3, 1], finish=[0, 1, 0], forced=[1])
+    assert loss_mask(batch, mask_truncated=False).tolist() == [1, 0, 1, 1, 1, 1]
+    assert loss_mask(batch, mask_truncated=True).tolist() == [1, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_aggregation_equals_numpy(aggregation):
+    """Losses of masked samples are gone, but a masked sample is still one of the samples."""
+    lens, limit = [2, 5, 1, 4], 6
+    batch = batch_of(lens, finish=[0, 1, 0, 0], forced=[0])
+    mask = loss_mask(batch, mask_truncated=True)
+    values = np.random.default_rng(0).normal(size=sum(lens))
+    ours = (token_weights(batch, mask, aggregation, limit).numpy() * values).sum()
+    starts = np.cumsum([0, *lens])
+    kept = [
+        [values[t] for t in range(starts[i], starts[i + 1]) if mask[t]] for i in range(len(lens))
+    ]
+    flat = [x for sample in kept for x in sample]
+    expected = {
+        "token": sum(flat) / len(flat),
+        "sequence": sum(sum(x) / len(x) for x in kept if x) / len(lens),
+        "constant": sum(flat) / (len(lens) * limit),
+    }
+    assert ours == pytest.approx(expected[aggregation], rel=1e-6)

@@ -1,0 +1,126 @@
+"""The options of the algorithm in whole runs: what only the loop can get wrong."""
+
+import json
+
+import pytest
+
+from softgrpo import Config, Trainer
+from softgrpo.cli.train import main
+from softgrpo.data import TrainingData
+
+QUICK = ["checkpoint.export_hf=false", "log.samples_every=0"]
+
+
+def train(tiny_config, overrides, reward):
+    config = Config.load(tiny_config, [*QUICK, *overrides])
+    folder = Trainer(config, reward_funcs=[reward]).train()
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def text(completion):
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+class Picky:
+    """Tells the samples of prompts a to h apart by their length; the others all get 0."""
+
+    __name__ = "picky"
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, prompts, completions, **columns):
+        self.asked += prompts[::4]  # one a group
+        letters = [sum(x in "abcdefgh" for x in text(c)) for c in completions]
+        return [n * (p[-1] <= "h") for n, p in zip(letters, prompts, strict=True)]
+
+
+def test_dynamic_sampling_refills_the_batch_up_to_the_limit(tiny_config):
+    rounds = ["algorithm.dynamic_sampling_rounds=3", "run.max_steps=4"]
+    reward = Picky()
+    rows = train(tiny_config, [*rounds, "run.name=refilled"], reward)
+    groups = [row["dynamic_sampling/groups"] for row in rows]
+    assert max(groups) > 3
+    for row in rows:
+        # Another round is drawn exactly while there is too little, at most three times.
+        useful, drawn = row["dynamic_sampling/useful_groups"], row["dynamic_sampling/groups"]
+        assert drawn % 3 == 0
+        assert drawn <= 12
+        assert useful >= 3 or drawn == 12
+        # Rewards are of everything that was drawn, not of what was chosen.
+        assert row["frac_reward_zero_std"] == pytest.approx(1 - useful / drawn)
+    # The rounds go through the data one after the other, whatever the step.
+    data = TrainingData(Config.load(tiny_config, rounds))
+    order = [data.train[i].prompt for n in range(int(sum(groups)) // 3) for i in data._indices(n)]
+    assert reward.asked == order
+
+
+def test_dynamic_sampling_resumes_exactly(tiny_config, tmp_path):
+    common = ["algorithm.dynamic_sampling_rounds=3", "checkpoint.every=2", "run.max_steps=4"]
+    whole = train(tiny_config, [*common, "run.name=whole"], Picky())
+    train(tiny_config, [*common, "run.name=half", "run.max_steps=2"], Picky())
+    again = train(tiny_config, [*common, "run.name=half", "run.resume=auto"], Picky())
+
+    def content(rows):
+        clock = ("time/", "step_time", "tokens_per_second")
+        return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+
+    assert content(again) == content(whole)
+
+
+def test_truncated_responses_are_not_learnt_from(tiny_config):
+    """A reward that only cut responses earn: masked, no update is left to take."""
+
+    def cut(prompts, completions, completion_ids, **columns):
+        return [float(len(ids) == 3) for ids in completion_ids]
+
+    common = ["rollout.max_new_tokens=3", "run.max_steps=2"]
+    # Whatever ends by itself within three tokens has the same reward 0 or 1 as its neighbours.
+    masked = ["algorithm.mask_truncated=true", "algorithm.advantage=dr_grpo"]
+    plain = train(tiny_config, [*common, "run.name=plain"], cut)
+    other = train(tiny_config, [*common, *masked, "run.name=masked"], cut)
+    assert plain[0]["completions/clipped_ratio"] > 0.5
+    assert plain[0]["grad_norm"] > other[0]["grad_norm"] > 0
+
+
+def test_the_overlong_penalty_shapes_the_advantage_and_not_the_reward(tiny_config):
+    def nothing(prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    rows = train(tiny_config, ["algorithm.overlong_buffer=10", "run.max_steps=2"], nothing)
+    assert rows[0]["reward"] == 0.0
+    mean_length = rows[0]["completions/mean_length"]
+    assert rows[0]["rewards/overlong_penalty/mean"] == pytest.approx(-mean_length / 10)
+    assert rows[0]["grad_norm"] > 0
+
+
+OPTIONS = {
+    "gspo": ["algorithm.ratio_level=sequence", "algorithm.loss_aggregation=sequence"],
+    "k1": ["algorithm.kl_coef=0.01", "algorithm.kl_estimator=k1"],
+    "truncate": ["algorithm.correction.mode=truncate"],
+    "mask": ["algorithm.correction.mode=mask", "algorithm.correction.level=sequence"],
+    "dirichlet": ["rollout.soft.noise=dirichlet", "rollout.soft.tau=1"],
+    "gaussian": [
+        "rollout.soft.noise=gaussian",
+        "rollout.soft.tau=1",
+        "rollout.soft.noise_scale=0.1",
+    ],
+    "half": ["rollout.soft.noise_scale=0.5"],
+    "discrete-full": ["rollout.soft.enabled=false", "algorithm.discrete_logprob=full"],
+    "vocabulary": ["rollout.soft.enabled=false", "rollout.top_k=-1", "rollout.top_p=1"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_train_and_watch_the_mismatch(name, tiny_config, tmp_path):
+    overrides = [*QUICK, *OPTIONS[name], "run.max_steps=2"]
+    assert main(["--config", str(tiny_config), *overrides]) == 0
+    lines = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        assert row["grad_norm"] > 0
+        # fp32 on both sides: the engine and the trainer agree, whatever was drawn.
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+        known = row.get("sampling/importance_sampling_ratio/mean", 1.0)
+        assert known == pytest.approx(1.0, abs=0.6 if name == "discrete-full" else 1e-3)
+        assert row.get("sampling/beyond_max_ratio", 0.0) == 0.0 or name == "discrete-full"
+        assert ("candidate_entropy" in row) == (name != "vocabulary")
