@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,9 @@ class DataError(ValueError):
 class Example:
     """One question.
 
-    prompt: text, or chat messages that end with a user turn. columns: what reward functions get
-    beside `prompts` and `completions`, `answer` among them.
+    prompt: text, or chat messages that end with a user turn. answer: "" where the data has none.
+    columns: what reward functions get beside `prompts` and `completions`; `answer` among them where
+    there is one.
     """
 
     prompt: str | list[Message]
@@ -53,8 +55,8 @@ class TrainingData:
 
     The constructor reads and checks both datasets; no model is needed for it. `prepare` then sets
     the tokenizer. By exact text, held-out questions are removed from training (`removed` counts
-    them) and worked examples from both: their answers stand in the prompt. Raises DataError, one
-    line.
+    them) and worked examples from both: their answers stand in the prompt. `too_long` counts what
+    `data.drop_long_prompts` left out. Raises DataError, one line.
     """
 
     def __init__(self, config: Config) -> None:
@@ -71,12 +73,15 @@ class TrainingData:
         self.removed = len(examples) - len(self.train)
         if not self.train:
             raise DataError(f"{data.train}: every example is also held out in {data.eval}")
+        self.too_long = 0
         self._tokenizer: Any = None
 
     def prepare(self, tokenizer: Any) -> list[Prompt]:
         """Sets the tokenizer and returns every prompt of the run, so that none fails later."""
         self._tokenizer = tokenizer
         config = self.config
+        if config.data.drop_long_prompts:
+            self._drop_long_prompts()
         rounds = range(config.run.max_steps * (1 + config.algorithm.dynamic_sampling_rounds))
         indices = sorted({index for number in rounds for index in self._indices(number)})
         name = self.config.data.train
@@ -105,6 +110,21 @@ class TrainingData:
         count = self.config.rollout.prompts_per_step
         seed = self.config.run.seed if self.config.data.shuffle else None
         return round_indices(len(self.train), number, count, seed)
+
+    def _drop_long_prompts(self) -> None:
+        data, before = self.config.data, len(self.train)
+        shots = (self._tokenizer, data.system_prompt, data.few_shot)
+        self.train = [
+            example
+            for example in self.train
+            if len(build_prompt(example, *shots)) <= data.max_prompt_tokens
+        ]
+        self.too_long = before - len(self.train)
+        if not self.train:
+            raise DataError(
+                f"{data.train}: every prompt is longer than data.max_prompt_tokens "
+                f"({data.max_prompt_tokens})"
+            )
 
     def _encode(self, example: Example, where: str) -> Prompt:
         data = self.config.data
@@ -174,18 +194,16 @@ def load_examples(spec: str, data: DataConfig) -> list[Example]:
     """Reads a dataset: `reasoning_gym:NAME?key=value&...`, a .jsonl/.json/.parquet file, or a hub
     id `organisation/name[:split]` (split `train` by default).
 
-    Raises DataError, one line, for everything that is wrong with it.
+    Rows have the layout of TRL (`prompt`, text or chat messages, and any further columns) or of
+    verl (`prompt`, messages, and `reward_model.ground_truth`). Raises DataError, one line, for
+    everything that is wrong with it.
     """
     if spec.startswith("reasoning_gym:"):
         rows = _reasoning_gym_rows(spec)
-        keys = ("question", "answer")
+        data = dataclasses.replace(data, prompt_key="question", answer_key="answer")
     else:
         rows = _rows(spec)
-        keys = (data.prompt_key, data.answer_key)
-    examples = [
-        _example(row, *keys, data.prompt_template, f"{spec}, example {index}")
-        for index, row in enumerate(rows)
-    ]
+    examples = [_example(row, data, f"{spec}, example {index}") for index, row in enumerate(rows)]
     if not examples:
         raise DataError(f"{spec}: the dataset is empty")
     return examples
@@ -295,27 +313,36 @@ def _parse_query(query: str, spec: str) -> dict[str, Any]:
     return parameters
 
 
-def _example(
-    row: Mapping[str, Any], prompt_key: str, answer_key: str, template: str | None, where: str
-) -> Example:
+def _example(row: Mapping[str, Any], data: DataConfig, where: str) -> Example:
+    if data.prompt_template is not None:
+        shown = {key: value for key, value in row.items() if key != data.answer_key}
+        prompt: Any = _fill(data.prompt_template, shown, where)
+    elif data.prompt_key in row:
+        prompt = row[data.prompt_key]
+    else:
+        raise _no_column(data.prompt_key, row, where, "data.prompt_key")
+    templated = data.prompt_template is not None
+    columns = {k: v for k, v in row.items() if templated or k != data.prompt_key}
+    answer = _answer(row, data.answer_key, where)
+    if answer is not None:
+        columns["answer"] = answer
+    return Example(_checked_prompt(prompt, where), answer or "", columns)
+
+
+def _answer(row: Mapping[str, Any], key: str | None, where: str) -> str | None:
     reward_model = row.get("reward_model")
-    if answer_key in row:
-        answer = row[answer_key]
+    if key is None:
+        return None
+    if key in row:
+        answer = row[key]
     elif isinstance(reward_model, Mapping) and "ground_truth" in reward_model:  # verl's layout
         answer = reward_model["ground_truth"]
     else:
-        raise _no_column(answer_key, row, where, "data.answer_key")
+        missing = _no_column(key, row, where, "data.answer_key")
+        raise DataError(f"{missing}; data.answer_key=null where no reward needs one")
     if not isinstance(answer, str | int | float):
         raise DataError(f"{where}: the answer must be text or a number, got {answer!r}")
-    if template is not None:
-        shown = {key: value for key, value in row.items() if key != answer_key}
-        prompt: Any = _fill(template, shown, where)
-    elif prompt_key in row:
-        prompt = row[prompt_key]
-    else:
-        raise _no_column(prompt_key, row, where, "data.prompt_key")
-    columns = {k: v for k, v in row.items() if template is not None or k != prompt_key}
-    return Example(_checked_prompt(prompt, where), str(answer), {**columns, "answer": str(answer)})
+    return str(answer)
 
 
 def _fill(template: str, row: Mapping[str, Any], where: str) -> str:

@@ -109,7 +109,7 @@ def policy_loss(
 def kl_penalty(new_T: Tensor, reference_T: Tensor, estimator: str) -> Tensor:
     """Estimate [T] of KL(policy || reference) at positions sampled from the policy.
 
-    With d = log policy - log reference, the estimators of Schulman 2020 (joschu.net/blog/kl-approx):
+    With d = log policy - log reference (Schulman 2020, joschu.net/blog/kl-approx.html):
 
     - ``k1``: d. Unbiased, of either sign.
     - ``k2``: d^2 / 2. Low variance, biased by O(d^3).

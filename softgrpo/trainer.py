@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from softgrpo.metrics import completion_metrics, reward_metrics, soft_metrics
 from softgrpo.policy import Policy
 from softgrpo.progress import TrainProgress
 from softgrpo.report import build_report
-from softgrpo.rewards import RewardRunner
+from softgrpo.rewards import RewardFunc, RewardRunner
 from softgrpo.rollout import (
     ROLLOUT_STREAM,
     ScoredRollout,
@@ -49,19 +49,21 @@ class Trainer:
 
     Everything that can be wrong with the configuration, the data and the rewards is checked before
     the model is loaded. reward_funcs replaces ``reward.functions`` of the configuration: callables
-    with TRL's signature ``reward(prompts, completions, **columns) -> list[float | None]``.
+    with TRL's signature ``reward(prompts, completions, completion_ids, **columns) ->
+    list[float | None]``, async ones too; reward_weights: 1 each by default.
     """
 
     def __init__(
         self,
         config: Config,
-        reward_funcs: Sequence[Callable[..., list[float | None]]] | None = None,
+        reward_funcs: Sequence[RewardFunc] | None = None,
+        reward_weights: Sequence[float] | None = None,
     ) -> None:
         self.config = config
         self.folder = RunFolder(Path(config.run.output_dir) / config.run.name)
         self.checkpoint = find_checkpoint(self.folder, config)
         self.data = TrainingData(config)
-        self.rewards = RewardRunner(config.reward, reward_funcs)
+        self.rewards = RewardRunner(config.reward, reward_funcs, reward_weights)
         self.model_path = resolve_model(config.model.path)
         tokenizer = AutoTokenizer.from_pretrained(str(self.model_path))
         prompts = [prompt.token_ids for prompt in self.data.prepare(tokenizer)]
@@ -215,6 +217,9 @@ class Trainer:
             self.rounds = state["rounds"]
             self._sync(state["weight_version"])
             self.progress.message(f"continuing after step {self.done_steps}: {self.checkpoint}")
+        if self.data.too_long:
+            limit = f"longer than {config.data.max_prompt_tokens} tokens"
+            self.progress.message(f"left out {self.data.too_long} training prompts {limit}")
         self.folder.truncate_after(self.done_steps if self.checkpoint else -1)
         if self.checkpoint is None and config.eval.before_train and self.data.held_out:
             self._evaluate()

@@ -26,8 +26,8 @@ from softgrpo.rewards.worker import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softgrpo.data import Prompt
-    from softgrpo_engine import Output
+    from softgrpo.data import Example, Prompt
+    from softgrpo_engine import Output, Sample
 
 # A worker imports the functions' modules before it answers; torch on a busy disk takes long.
 _START_TIMEOUT_S = 120.0
@@ -41,19 +41,34 @@ class RewardRunner:
     repeated sample by sample: the sample that hangs or crashes alone gets None and counts in
     `lost`, the others keep their rewards. Functions given as callables (they need not be
     importable: closures, lambdas) replace those of the configuration and run in this process,
-    without a time limit.
+    without a time limit; weights are theirs, 1 each by default. Async functions are awaited.
 
     Raises RewardError, one line, for a function that cannot be loaded (in the constructor), that
     raises, or that returns anything but one finite number or None a sample.
     """
 
-    def __init__(self, config: RewardConfig, functions: Sequence[RewardFunc] | None = None) -> None:
+    def __init__(
+        self,
+        config: RewardConfig,
+        functions: Sequence[RewardFunc] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         self.config = config
         self.lost = 0
         self.functions = list(functions or [])
         if functions:
             self.names = [getattr(f, "__name__", type(f).__name__) for f in functions]
-            self.weights = [1.0] * len(self.names)
+            self.weights = [1.0] * len(self.names) if weights is None else list(weights)
+            if len(self.weights) != len(self.names):
+                raise RewardError(
+                    f"{len(self.names)} reward functions have {len(self.weights)} weights; give "
+                    "one weight a function"
+                )
+        elif weights is not None:
+            raise RewardError(
+                "weights are for reward functions given in Python; those of the configuration have "
+                "theirs in reward.functions"
+            )
         else:
             self.names = [function_name(function.path) for function in config.functions]
             self.weights = [function.weight for function in config.functions]
@@ -78,7 +93,7 @@ class RewardRunner:
         import torch
 
         pairs = [(p, s) for p, o in zip(prompts, outputs, strict=True) for s in o.samples]
-        call = _call([p.example for p, _ in pairs], [sample.text for _, sample in pairs])
+        call = _call([p.example for p, _ in pairs], [sample for _, sample in pairs])
         by_function = {
             name: torch.tensor([math.nan if r is None else r for r in rewards])
             for name, rewards in self.rewards(call).items()
@@ -222,14 +237,17 @@ def _kill(process: subprocess.Popen[bytes], connection: Connection) -> None:
     connection.close()
 
 
-def _call(examples: Sequence[Any], texts: Sequence[str]) -> RewardCall:
+def _call(examples: Sequence[Example], samples: Sequence[Sample]) -> RewardCall:
     """The arguments of a call; of chat prompts the completions are messages too, as in TRL."""
     names = {name for example in examples for name in example.columns}
     return RewardCall(
         prompts=[example.prompt for example in examples],
         completions=[
-            text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
-            for example, text in zip(examples, texts, strict=True)
+            sample.text
+            if isinstance(example.prompt, str)
+            else [{"role": "assistant", "content": sample.text}]
+            for example, sample in zip(examples, samples, strict=True)
         ],
+        completion_ids=[list(sample.token_ids) for sample in samples],
         columns={name: [example.columns.get(name) for example in examples] for name in names},
     )

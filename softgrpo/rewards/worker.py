@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
+import inspect
 import math
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-RewardFunc = Callable[..., Sequence[float | None]]
+Rewards = Sequence[float | None]
+RewardFunc = Callable[..., Rewards | Awaitable[Rewards]]
 
 
 class RewardError(ValueError):
@@ -27,11 +31,13 @@ class RewardError(ValueError):
 class RewardCall:
     """The arguments of one call; a plain object that crosses to a worker.
 
-    columns: for every column of the data one value a completion.
+    completion_ids: the tokens of each completion. columns: for every column of the data one value a
+    completion.
     """
 
     prompts: list[Any]
     completions: list[Any]
+    completion_ids: list[list[int]]
     columns: dict[str, list[Any]]
 
     def __len__(self) -> int:
@@ -40,7 +46,32 @@ class RewardCall:
     def part(self, start: int, end: int) -> RewardCall:
         """The call with the samples [start, end) alone."""
         columns = {name: values[start:end] for name, values in self.columns.items()}
-        return RewardCall(self.prompts[start:end], self.completions[start:end], columns)
+        return RewardCall(
+            self.prompts[start:end],
+            self.completions[start:end],
+            self.completion_ids[start:end],
+            columns,
+        )
+
+    def run(self, function: RewardFunc) -> Any:
+        """What the function returns; one that is async is awaited."""
+        result = function(
+            **{
+                **self.columns,
+                "prompts": self.prompts,
+                "completions": self.completions,
+                "completion_ids": self.completion_ids,
+            }
+        )
+        if not inspect.isawaitable(result):
+            return result
+
+        async def awaited() -> Any:
+            return await result
+
+        # In a thread of its own: a notebook already runs an event loop in this one.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, awaited()).result()
 
 
 def load_function(path: str) -> RewardFunc:
@@ -68,9 +99,8 @@ def load_function(path: str) -> RewardFunc:
 
 def call_function(function: RewardFunc, name: str, call: RewardCall) -> list[float | None]:
     """Calls a reward function and checks what it returns: one finite number or None a sample."""
-    arguments = {**call.columns, "prompts": call.prompts, "completions": call.completions}
     try:
-        result = function(**arguments)
+        result = call.run(function)
     except Exception as error:
         sample = _failing_sample(function, call)
         raise RewardError(f"reward function {name!r} raised {_describe(error)}{sample}") from error
@@ -139,9 +169,8 @@ def _load_file(file: Path, path: str) -> Any:
 def _failing_sample(function: RewardFunc, call: RewardCall) -> str:
     """Names the first sample that fails alone; nothing when only the whole batch does."""
     for index in range(len(call)):
-        one = call.part(index, index + 1)
         try:
-            function(**{**one.columns, "prompts": one.prompts, "completions": one.completions})
+            call.part(index, index + 1).run(function)
         except Exception:
             return f", on completion {call.completions[index]!r:.80}"
     return ""

@@ -68,30 +68,41 @@ def test_dynamic_sampling_resumes_exactly(tiny_config, tmp_path):
     assert content(again) == content(whole)
 
 
+# A hot distribution over all letters: some responses end early, most are cut.
+HOT = ["rollout.soft.top_k=64", "rollout.soft.top_p=1", "rollout.soft.temperature=4"]
+
+
 def test_truncated_responses_are_not_learnt_from(tiny_config):
-    """A reward that only cut responses earn: masked, no update is left to take."""
+    def length(prompts, completions, completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
 
-    def cut(prompts, completions, completion_ids, **columns):
-        return [float(len(ids) == 3) for ids in completion_ids]
+    def index(prompts, completions, **columns):
+        return list(range(len(completions)))
 
-    common = ["rollout.max_new_tokens=3", "run.max_steps=2"]
-    # Whatever ends by itself within three tokens has the same reward 0 or 1 as its neighbours.
-    masked = ["algorithm.mask_truncated=true", "algorithm.advantage=dr_grpo"]
-    plain = train(tiny_config, [*common, "run.name=plain"], cut)
-    other = train(tiny_config, [*common, *masked, "run.name=masked"], cut)
-    assert plain[0]["completions/clipped_ratio"] > 0.5
-    assert plain[0]["grad_norm"] > other[0]["grad_norm"] > 0
+    masked = ["algorithm.mask_truncated=true", "run.max_steps=1"]
+    # Without a hot distribution every response is cut: nothing is left to learn from.
+    rows = train(tiny_config, [*masked, "run.name=cold"], index)
+    assert rows[0]["completions/clipped_ratio"] == 1.0
+    assert rows[0]["reward_std"] > 0
+    assert rows[0]["grad_norm"] == 0.0
+    plain = train(tiny_config, [*HOT, "run.max_steps=1", "run.name=plain"], length)
+    some = train(tiny_config, [*HOT, *masked, "run.name=some"], length)
+    assert 0 < plain[0]["completions/clipped_ratio"] < 1
+    assert plain[0]["reward"] == some[0]["reward"]
+    assert 0 < some[0]["grad_norm"] != plain[0]["grad_norm"]
 
 
 def test_the_overlong_penalty_shapes_the_advantage_and_not_the_reward(tiny_config):
     def nothing(prompts, completions, **columns):
         return [0.0] * len(completions)
 
-    rows = train(tiny_config, ["algorithm.overlong_buffer=10", "run.max_steps=2"], nothing)
-    assert rows[0]["reward"] == 0.0
-    mean_length = rows[0]["completions/mean_length"]
-    assert rows[0]["rewards/overlong_penalty/mean"] == pytest.approx(-mean_length / 10)
-    assert rows[0]["grad_norm"] > 0
+    overrides = [*HOT, "algorithm.overlong_buffer=10", "run.max_steps=1"]
+    (row,) = train(tiny_config, overrides, nothing)
+    assert row["reward"] == 0.0
+    mean_length = row["completions/mean_length"]
+    assert mean_length < 10
+    assert row["rewards/overlong_penalty/mean"] == pytest.approx(-mean_length / 10)
+    assert row["grad_norm"] > 0
 
 
 OPTIONS = {

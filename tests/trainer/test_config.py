@@ -1,5 +1,7 @@
 """Recipes, overrides, and one clear line for every mistake."""
 
+from dataclasses import asdict
+
 import pytest
 
 from softgrpo.config import Config, ConfigError, DataConfig, RolloutConfig, SoftConfig, recipe_names
@@ -32,6 +34,108 @@ def test_the_demo_recipe_is_packaged_and_as_described():
     assert config.reward.require_eos
     assert config.run.max_steps == 40
     assert Config.load("demo", ["rollout.soft.enabled=false"]).rollout.soft.enabled is False
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_has_a_folder_of_its_own(name):
+    assert Config.load(name).run.name == name
+
+
+def differences(one, other):
+    """The dotted keys, with both values, in which two configurations differ."""
+    found = {}
+    for key, value in one.items():
+        if isinstance(value, dict):
+            inner = differences(value, other[key])
+            found |= {f"{key}.{name}": pair for name, pair in inner.items()}
+        elif value != other[key]:
+            found[key] = (value, other[key])
+    return found
+
+
+# The table of the authors' launch scripts: what changes against the 1.5B one.
+PRESETS = {
+    "paper-1.5b": {},
+    "paper-3b": {
+        "model.path": "meta-llama/Llama-3.2-3B-Instruct",
+        "checkpoint.every": 80,
+        "eval.every": 20,
+    },
+    "paper-7b": {"model.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "eval.every": 20},
+    "figure-3a-dirichlet": {
+        "rollout.soft.noise": "dirichlet",
+        "rollout.soft.tau": 1.0,
+        "algorithm.objective": "exact",
+    },
+    "figure-3a-gaussian": {
+        "rollout.soft.noise": "gaussian",
+        "rollout.soft.noise_scale": 0.05,
+        "rollout.soft.tau": 1.0,
+        "algorithm.objective": "exact",
+        "checkpoint.every": 80,
+    },
+    "figure-3b-top-p-1.0-tau-0.1": {"rollout.soft.top_p": 1.0},
+    "figure-3b-top-p-0.95-tau-0.25": {"rollout.soft.tau": 0.25},
+    "figure-3b-top-p-1.0-tau-0.25": {"rollout.soft.top_p": 1.0, "rollout.soft.tau": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_the_paper(name):
+    config = Config.load(name)
+    paper = asdict(Config.load("paper-1.5b"))
+    changed = {key: new for key, (_, new) in differences(paper, asdict(config)).items()}
+    assert changed.pop("run.name", "paper-1.5b") == name
+    assert changed == PRESETS[name]
+    if name.startswith("paper"):
+        discrete = differences(asdict(config), asdict(Config.load(f"{name}-discrete")))
+        assert discrete.pop("run.name")
+        assert discrete == {"rollout.soft.enabled": (True, False)}
+
+
+def test_the_paper_s_hyperparameters():
+    """ALGORITHM.md section 3, and section 5 of the account of the authors' scripts."""
+    config = Config.load("paper-1.5b")
+    rollout, algorithm, optim = config.rollout, config.algorithm, config.optim
+    assert (rollout.prompts_per_step, rollout.group_size, optim.minibatch_prompts) == (64, 8, 32)
+    assert (config.data.max_prompt_tokens, rollout.max_new_tokens) == (1024, 8192)
+    soft = rollout.soft
+    assert (soft.temperature, soft.top_p, soft.top_k, soft.tau) == (1.0, 0.95, 5, 0.1)
+    assert (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 0.95, 5)
+    assert (optim.lr, optim.schedule, optim.warmup_steps) == (1e-6, "constant", 0)
+    assert (optim.weight_decay, optim.grad_clip, optim.betas) == (0.01, 1.0, (0.9, 0.999))
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip) == (0.2, 0.2, 3.0)
+    assert (algorithm.kl_coef, algorithm.kl_estimator) == (0.001, "k3")
+    assert (algorithm.objective, algorithm.advantage) == ("official", "grpo")
+    assert (config.run.max_steps, config.checkpoint.every, config.eval.every) == (629, 200, 40)
+    assert not config.reward.require_eos
+    assert config.data.prompt_template == (
+        "{problem} Let's think step by step and output the final answer within \\boxed{}."
+    )
+
+
+def test_a_base_is_merged_key_by_key_and_only_once(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "data: {train: a.jsonl, few_shot: [{prompt: a, answer: b}]}\n"
+        "optim: {lr: 1e-3, betas: [0.8, 0.9]}\n"
+    )
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        f"base: {tmp_path}/base.yaml\noptim: {{betas: [0.1, 0.2]}}\ndata: {{few_shot: []}}\n"
+    )
+    config = Config.load(child, ["optim.weight_decay=0.5"])
+    assert (config.optim.lr, config.optim.betas) == (1e-3, (0.1, 0.2))
+    assert config.optim.weight_decay == 0.5
+    assert config.data.train == "a.jsonl"
+    assert config.data.few_shot == []
+    (tmp_path / "grandchild.yaml").write_text(f"base: {child}\n")
+    with pytest.raises(ConfigError, match="has a base of its own"):
+        Config.load(tmp_path / "grandchild.yaml")
+    assert "no packaged recipe 'paper-1.5'; did you mean 'paper-1.5b'" in message(
+        tmp_path, "base: paper-1.5\n"
+    )
+    assert "unknown section 'base'" in message(tmp_path, "", ["base=demo"])
+    assert "unknown key 'optim.lrr'" in message(tmp_path, "base: demo\noptim: {lrr: 1}\n")
 
 
 def test_a_dumped_config_loads_to_an_equal_one(tmp_path):
@@ -119,6 +223,35 @@ def test_noise_and_objective_must_fit(tmp_path):
     assert "'none' cannot be trained" in message(tmp_path, "", ["rollout.soft.noise=none"])
     discrete = load(tmp_path, "", ["rollout.soft.noise=none", "rollout.soft.enabled=false"])
     assert not discrete.rollout.soft.enabled
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["rollout.soft.noise=multiplex"], "'multiplex' cannot be trained: its record holds"),
+        (
+            ["rollout.soft.noise=dirichlet", "algorithm.objective=official"],
+            "'official' is a density of Gumbel noise; rollout.soft.noise 'dirichlet' needs",
+        ),
+        (["rollout.soft.noise=gaussian"], "draws the weights themselves; set tau=1"),
+        (
+            [
+                "rollout.soft.noise=gaussian",
+                "rollout.soft.tau=1",
+                "algorithm.correction.mode=truncate",
+            ],
+            "algorithm.correction.mode: the record of 'gaussian' noise does not give",
+        ),
+        (["algorithm.ratio_level=sequence"], "set algorithm.loss_aggregation=sequence"),
+        (["algorithm.overlong_buffer=33"], "33 is more than rollout.max_new_tokens (32)"),
+        (["algorithm.correction.max=1"], "algorithm.correction.max: 1 is not allowed: must be > 1"),
+        (["algorithm.kl_estimator=k4"], "must be one of k1, k2, k3"),
+        (["health.window=5"], "a trend needs >= 10 steps"),
+        (["health.window=0", "health.stop=true"], "a trend needs >= 10 steps"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path, overrides, expected):
+    assert expected in message(tmp_path, "", overrides)
 
 
 def test_a_config_made_in_python_passes_the_same_cross_checks():

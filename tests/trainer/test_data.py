@@ -88,20 +88,50 @@ def test_named_columns_and_templates(tmp_path):
 
 
 def test_the_layout_of_verl_is_recognised(tmp_path):
+    """The schema that verl's examples/data_preprocess/gsm8k.py writes."""
     rows = [
         {
-            "data_source": "gsm8k",
-            "prompt": [{"role": "user", "content": "What is 1 + 1?"}],
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": 'What is 1 + 1? Answer after "####".'}],
+            "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": "2"},
-            "extra_info": {"index": 0},
+            "extra_info": {
+                "split": "train",
+                "index": 0,
+                "answer": "1 + 1 = 2 #### 2",
+                "question": "What is 1 + 1?",
+            },
         }
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     (example,) = load_examples(str(tmp_path / "a.parquet"), DataConfig())
-    assert example.prompt == [{"role": "user", "content": "What is 1 + 1?"}]
-    assert (example.text, example.answer) == ("What is 1 + 1?", "2")
-    assert example.columns["data_source"] == "gsm8k"
-    assert example.columns["extra_info"] == {"index": 0}
+    assert example.prompt == rows[0]["prompt"]
+    assert example.answer == "2"
+    columns = {key: value for key, value in rows[0].items() if key != "prompt"}
+    assert example.columns == {**columns, "answer": "2"}
+
+
+def test_the_layouts_of_trl_are_recognised(tmp_path):
+    """`prompt` as text or as messages, and whatever columns the rewards ask for."""
+    standard = {"prompt": "The sky is", "ground_truth": "blue", "level": 3}
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sky?"}]
+    conversational = {"prompt": turns, "ground_truth": "blue", "level": 3}
+    data = DataConfig(answer_key=None)
+    for name, row in (("a", standard), ("b", conversational)):
+        table = pyarrow.Table.from_pylist([row])
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        write_jsonl(tmp_path / f"{name}.jsonl", [row])
+        for file in (f"{name}.parquet", f"{name}.jsonl"):
+            (example,) = load_examples(str(tmp_path / file), data)
+            columns = {"ground_truth": "blue", "level": 3}
+            assert example == Example(row["prompt"], "", columns)
+    named = DataConfig(answer_key="ground_truth")
+    (example,) = load_examples(str(tmp_path / "b.jsonl"), named)
+    assert example.columns == {"ground_truth": "blue", "level": 3, "answer": "blue"}
+    assert failure(tmp_path / "a.jsonl").endswith(
+        "no column 'answer' (data.answer_key); columns: prompt, ground_truth, level; "
+        "data.answer_key=null where no reward needs one"
+    )
 
 
 def test_mistakes_in_files(tmp_path):
@@ -286,6 +316,19 @@ def test_a_prompt_that_is_too_long_is_found_before_the_run(tmp_path):
     data = TrainingData(config(short, f"data.eval={held_out}", *overrides[1:]))
     with pytest.raises(DataError, match=r"b\.jsonl, example 0: the prompt has"):
         data.prepare(ChatTokenizer())
+
+
+def test_long_training_prompts_can_be_left_out(tmp_path):
+    rows = [ROWS[0], {"prompt": "x" * 300, "answer": "1"}, ROWS[1]]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    overrides = ["data.eval=null", "data.few_shot=[]", "data.drop_long_prompts=true"]
+    data = TrainingData(config(path, *overrides, "data.max_prompt_tokens=120"))
+    data.prepare(ChatTokenizer())
+    assert [example.text for example in data.train] == [row["prompt"] for row in ROWS]
+    assert data.too_long == 1
+    none_left = TrainingData(config(path, *overrides, "data.max_prompt_tokens=2"))
+    with pytest.raises(DataError, match=r"every prompt is longer than data\.max_prompt_tokens"):
+        none_left.prepare(ChatTokenizer())
 
 
 def test_held_out_texts_are_removed_from_training(tmp_path):

@@ -104,9 +104,7 @@ def test_policy_loss_equals_numpy_in_every_region():
     expected = 0.0
     for new, old, a, w, ref in zip(NEW, OLD, ADVANTAGE, WEIGHT, REFERENCE, strict=True):
         ratio, d = np.exp(new - old), new - ref
-        expected += w * (
-            -numpy_surrogate(ratio, a, 0.2, 0.3, 3.0) + 0.05 * (np.exp(-d) - 1 + d)
-        )
+        expected += w * (-numpy_surrogate(ratio, a, 0.2, 0.3, 3.0) + 0.05 * (np.exp(-d) - 1 + d))
     assert result.loss.item() == pytest.approx(expected, rel=1e-12)
     # All regions are reached: clipped above, below, dual clip.
     ratio = np.exp(NEW - OLD)
@@ -184,9 +182,7 @@ def test_kl_estimates_and_what_their_gradients_pull_to(estimator):
         reverse = (policy * np.log(policy / q)).sum()
         return (q * np.log(q / policy)).sum() if estimator == "k3" else reverse
 
-    numeric = [
-        (divergence(logits + h) - divergence(logits - h)) / 2e-6 for h in 1e-6 * np.eye(9)
-    ]
+    numeric = [(divergence(logits + h) - divergence(logits - h)) / 2e-6 for h in 1e-6 * np.eye(9)]
     np.testing.assert_allclose(leaf.grad, numeric, atol=1e-8)
     if estimator != "k2":  # unbiased
         assert (p * terms.detach().numpy()).sum() == pytest.approx((p * np.log(p / q)).sum())

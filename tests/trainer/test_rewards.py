@@ -1,5 +1,6 @@
 """The mathematical reward, and a runner that survives every reward function."""
 
+import asyncio
 import dataclasses
 import os
 import subprocess
@@ -23,7 +24,7 @@ from softgrpo.rewards import (
 from softgrpo.rewards.worker import RewardCall
 
 FUNCTIONS = """
-import os, time
+import asyncio, os, time
 
 def length(prompts, completions, **columns):
     return [len(c) for c in completions]
@@ -50,6 +51,17 @@ def nothing(prompts, completions, **columns):
 
 def sometimes(prompts, completions, level, **columns):
     return [None if value is None else 10 * value for value in level]
+
+async def judge(prompts, completions, **columns):
+    async def one(text):
+        await asyncio.sleep(0.05)
+        if text == "hang":
+            await asyncio.sleep(1000)
+        return len(text)
+    return await asyncio.gather(*map(one, completions))
+
+def tokens(completion_ids, **columns):
+    return [ids[0] for ids in completion_ids]
 
 def process(prompts, completions, **columns):
     return [os.getpid() for _ in completions]
@@ -82,7 +94,8 @@ def runner(functions):
 
 
 def call(*completions, **columns):
-    return RewardCall(["q"] * len(completions), list(completions), columns)
+    ids = [[ord(character) for character in text] for text in completions]
+    return RewardCall(["q"] * len(completions), list(completions), ids, columns)
 
 
 def score(*completions, answer):
@@ -246,7 +259,7 @@ def test_callables_run_in_this_process():
         return [float(len(seen))] * len(completions)
 
     assert RewardRunner(RewardConfig(), [count]).rewards(call("a", level=[1])) == {"count": [1.0]}
-    assert seen == [(["q"], {"level": [1]})]
+    assert seen == [(["q"], {"level": [1], "completion_ids": [[97]]})]
 
 
 SCRIPT = """
@@ -256,7 +269,7 @@ from softgrpo.rewards import RewardRunner
 from softgrpo.rewards.worker import RewardCall
 runner = RewardRunner(RewardConfig(functions=[RewardFunction(sys.argv[1])], timeout_s=60))
 print(runner._workers[0]._process.pid, flush=True)
-runner.rewards(RewardCall(["q"], ["hang"], {"answer": ["a"]}))
+runner.rewards(RewardCall(["q"], ["hang"], [[0]], {"answer": ["a"]}))
 """
 
 
@@ -287,7 +300,10 @@ def _is_running(pid):
 
 
 def outputs(*texts_and_reasons):
-    samples = [SimpleNamespace(text=t, finish_reason=r) for t, r in texts_and_reasons]
+    samples = [
+        SimpleNamespace(text=t, finish_reason=r, token_ids=list(map(ord, t)))
+        for t, r in texts_and_reasons
+    ]
     return SimpleNamespace(samples=samples)
 
 
@@ -323,6 +339,71 @@ def test_a_sample_without_any_reward_has_none():
     total, _ = runner.score([prompt], [outputs(("a", "stop"), ("b", "stop"))])
     assert total[0].isnan()
     assert total[1] == 1.0
+
+
+# --- functions as TRL's documentation writes them -----------------------------------------------
+
+
+def format_reward(completions, **kwargs):
+    return [1.0 if c[0]["content"].startswith("<think>") else 0.0 for c in completions]
+
+
+async def length_judge(prompts, completions, ground_truth, **kwargs):
+    await asyncio.sleep(0)
+    return [float(c[0]["content"] == g) for c, g in zip(completions, ground_truth, strict=True)]
+
+
+def len_reward(completion_ids, **kwargs):
+    return [-float(len(ids)) for ids in completion_ids]
+
+
+def test_trl_s_functions_sync_async_and_weighted_run_unchanged():
+    prompt = [{"role": "user", "content": "q"}]
+    prompts = [Prompt(Example(prompt, "", {"ground_truth": "ab"}), [0])]
+    results = [outputs(("ab", "stop"), ("<think>c", "stop"))]
+    functions = [format_reward, length_judge, len_reward]
+    runner = RewardRunner(RewardConfig(), functions, [2.0, 10.0, 0.5])
+    total, by_function = runner.score(prompts, results)
+    assert total.tolist() == [2 * 0 + 10 * 1 - 0.5 * 2, 2 * 1 + 10 * 0 - 0.5 * 8]
+    assert by_function["length_judge"].tolist() == [1.0, 0.0]
+    assert by_function["len_reward"].tolist() == [-2.0, -8.0]
+
+
+def test_an_async_function_runs_inside_of_an_event_loop():
+    """As in a notebook, where asyncio.run alone raises."""
+    runner = RewardRunner(RewardConfig(), [length_judge])
+    prompts = [Prompt(Example([{"role": "user", "content": "q"}], "", {"ground_truth": "a"}), [0])]
+
+    async def notebook():
+        return runner.score(prompts, [outputs(("a", "stop"), ("b", "stop"))])[0]
+
+    assert asyncio.run(notebook()).tolist() == [1.0, 0.0]
+
+
+def test_async_functions_in_a_worker_wait_together_and_can_be_killed(runner):
+    one = runner("judge", timeout_s=2.0)
+    started = time.monotonic()
+    assert one.rewards(call(*["ab"] * 40)) == {"judge": [2.0] * 40}
+    assert time.monotonic() - started < 1.5  # 40 times 0.05 s one after the other is 2 s
+    two = runner("judge", timeout_s=0.5)
+    assert two.rewards(call("a", "hang", "abc")) == {"judge": [1.0, None, 3.0]}
+    assert two.lost == 1
+
+
+def test_completion_ids_reach_a_worker(runner):
+    assert runner("tokens", workers=2).rewards(call("a", "b")) == {"tokens": [97.0, 98.0]}
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "expected"),
+    [
+        ([format_reward, len_reward], [1.0], "2 reward functions have 1 weights"),
+        (None, [1.0], "reward.functions"),
+    ],
+)
+def test_weights_that_fit_no_function(functions, weights, expected):
+    with pytest.raises(RewardError, match=expected):
+        RewardRunner(RewardConfig(), functions, weights)
 
 
 def test_require_eos_takes_what_a_cut_response_earned_and_keeps_penalties():
