@@ -42,10 +42,17 @@ class RunFolder:
     def append_metrics(self, row: dict[str, Any]) -> None:
         _append(self.metrics, [row])
 
+    def step_rows(self) -> list[dict[str, Any]]:
+        """The rows of training steps, without those of evaluations."""
+        return [row for row in self._rows() if "reward" in row]
+
     def has_evaluation(self, step: int) -> bool:
         """Whether the metrics hold a held-out evaluation of that step."""
-        rows = read_jsonl(self.metrics) if self.metrics.exists() else []
+        rows = self._rows()
         return any(r["step"] == step and any(k.startswith("eval/") for k in r) for r in rows)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.metrics) if self.metrics.exists() else []
 
     def append_samples(self, rows: Iterable[dict[str, Any]]) -> None:
         _append(self.samples, rows)
@@ -57,16 +64,23 @@ class RunFolder:
                 kept = [row for row in read_jsonl(file) if row.get("step", step + 1) <= step]
                 write_atomically(file, "".join(_line(row) for row in kept))
 
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        paths = self.checkpoints.glob("step_*") if self.checkpoints.exists() else []
+        complete = [path for path in paths if path.suffix != ".tmp" and (path / _STATE).exists()]
+        return sorted(int(path.name.removeprefix("step_")) for path in complete)
+
     def latest_step(self) -> int:
         """Step of the newest complete checkpoint, 0 when there is none."""
-        latest = self.latest_checkpoint()
-        return int(latest.name.removeprefix("step_")) if latest else 0
+        return max(self.checkpoint_steps(), default=0)
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, None when there is none."""
-        steps = sorted(self.checkpoints.glob("step_*")) if self.checkpoints.exists() else []
-        complete = [path for path in steps if path.suffix != ".tmp" and (path / _STATE).exists()]
-        return complete[-1] if complete else None
+        step = self.latest_step()
+        return self.checkpoint(step) if step else None
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:06d}"
 
     def save_checkpoint(
         self,
@@ -75,13 +89,15 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         state: dict[str, Any],
         keep: int,
+        best: int | None = None,
     ) -> Path:
-        """Writes ``checkpoints/step_NNNNNN`` and removes all but the newest ``keep``.
+        """Writes ``checkpoints/step_NNNNNN`` and removes all but the newest ``keep`` and that of
+        step ``best``.
 
         The checkpoint appears by one rename after everything in it has reached the disk, so that a
         kill at any moment leaves the previous one or this one, never half of one.
         """
-        target = self.checkpoints / f"step_{step:06d}"
+        target = self.checkpoint(step)
         temporary = target.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -95,14 +111,22 @@ class RunFolder:
             shutil.rmtree(target)
         os.replace(temporary, target)
         _sync(self.checkpoints)
-        complete = sorted(p for p in self.checkpoints.glob("step_*") if p.suffix != ".tmp")
-        for old in complete[:-keep]:
-            shutil.rmtree(old)
+        for old in self.checkpoint_steps()[:-keep]:
+            if old != best:
+                shutil.rmtree(self.checkpoint(old))
         return target
 
 
 # What may differ between the run that wrote a checkpoint and the one that continues it.
-_FREE_TO_CHANGE = ("run.max_steps", "run.resume", "run.output_dir", "checkpoint.", "log.", "eval.")
+_FREE_TO_CHANGE = (
+    "run.max_steps",
+    "run.resume",
+    "run.output_dir",
+    "checkpoint.",
+    "log.",
+    "eval.",
+    "health.",
+)
 
 
 def find_checkpoint(folder: RunFolder, config: Config) -> Path | None:

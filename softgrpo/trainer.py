@@ -20,6 +20,7 @@ from softgrpo.config import Config
 from softgrpo.data import Prompt, TrainingData
 from softgrpo.evaluator import evaluate, evaluation_row
 from softgrpo.export import export_model
+from softgrpo.health import HealthWatch
 from softgrpo.metrics import completion_metrics, reward_metrics, soft_metrics
 from softgrpo.policy import Policy
 from softgrpo.progress import TrainProgress
@@ -81,6 +82,7 @@ class Trainer:
         self.llm.check_fits(prompts, sampling_params(config.rollout))
         self.policy, self.update = self._make_policy()
         self.progress = TrainProgress()
+        self.health = HealthWatch(config.health.window)
         self.done_steps = 0
         self.rounds = 0  # of prompts, drawn so far; more than steps with dynamic sampling
         self.num_tokens = 0
@@ -91,10 +93,12 @@ class Trainer:
         with self.progress:
             self._start()
             self.progress.start(config.run.max_steps, self.done_steps, config.run.name)
-            while self.done_steps < config.run.max_steps:
+            while self.done_steps < config.run.max_steps and not self._has_given_up:
                 row = self.step(self.done_steps + 1)
                 self.folder.append_metrics(row)
                 self.progress.step(row)
+                for warning in self.health.observe(row):
+                    self.progress.message(f"warning: {warning.text}")
                 if self._due(config.eval.every):
                     self._evaluate()
                 if self._due(config.checkpoint.every):
@@ -221,6 +225,8 @@ class Trainer:
             limit = f"longer than {config.data.max_prompt_tokens} tokens"
             self.progress.message(f"left out {self.data.too_long} training prompts {limit}")
         self.folder.truncate_after(self.done_steps if self.checkpoint else -1)
+        for row in self.folder.step_rows():
+            self.health.observe(row)
         if self.checkpoint is None and config.eval.before_train and self.data.held_out:
             self._evaluate()
 
@@ -229,6 +235,8 @@ class Trainer:
         config = self.config
         if self.folder.latest_step() != self.done_steps:
             self._save_checkpoint()
+        if self._has_given_up:
+            self._return_to_best()
         wanted = config.eval.after_train and bool(self.data.held_out)
         if wanted and not self.folder.has_evaluation(self.done_steps):
             self._evaluate()
@@ -242,6 +250,23 @@ class Trainer:
         build_report(self.folder.path)
         self.rewards.close()
 
+    @property
+    def _has_given_up(self) -> bool:
+        return self.config.health.stop and self.health.collapsed
+
+    def _return_to_best(self) -> None:
+        """Takes the weights of the best checkpoint for what follows the last step."""
+        best = self.health.best(self.folder.checkpoint_steps())
+        state = load_checkpoint(
+            self.folder.checkpoint(best), self.policy.decoder, self.update.optimizer
+        )
+        self._sync(state["weight_version"])
+        self.progress.message(
+            f"stopped after step {self.done_steps} (health.stop); the model is that of step {best}"
+        )
+        self.done_steps = best
+        self.folder.append_metrics({"step": best, "summary/model_of_step": best})
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.done_steps % every == 0
 
@@ -251,12 +276,16 @@ class Trainer:
             "num_tokens": self.num_tokens,
             "weight_version": self.llm.weight_version,
         }
+        best = None
+        if self.config.health.stop:
+            best = self.health.best([*self.folder.checkpoint_steps(), self.done_steps])
         self.folder.save_checkpoint(
             self.done_steps,
             self.policy.decoder,
             self.update.optimizer,
             state,
             self.config.checkpoint.keep,
+            best,
         )
 
     def _evaluate(self) -> None:

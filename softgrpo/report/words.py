@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from softgrpo.health import health_warnings
 from softgrpo.report.read import Row, Run, number
 
 
@@ -79,7 +80,13 @@ def sentences(run: Run) -> list[str]:
         )
     elif reward:
         said.append(f"Mean training reward so far: {reward.before:.3f}.")
-    return said + _speed(run)
+    return said + _health(run) + _speed(run)
+
+
+def _health(run: Run) -> list[str]:
+    """What the health watch warned of, the latest last."""
+    warnings = health_warnings(run.steps, int(number(run.setting("health.window")) or 0))
+    return [f"Warning at step {warning.step}: {warning.text}." for warning in warnings[-3:]]
 
 
 def duration(seconds: float) -> str:

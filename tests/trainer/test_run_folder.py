@@ -50,6 +50,14 @@ def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path):
     assert folder.latest_checkpoint() == folder.checkpoints / "step_000020"
 
 
+def test_the_best_checkpoint_stays(tmp_path):
+    folder = RunFolder(tmp_path)
+    model, optimizer = make_model(0)
+    for step in (1, 2, 3, 4):
+        folder.save_checkpoint(step, model, optimizer, {}, keep=1, best=min(step, 2))
+    assert folder.checkpoint_steps() == [2, 4]
+
+
 def test_rows_after_the_checkpoint_are_dropped_and_a_cut_line_is_no_error(tmp_path):
     folder = RunFolder(tmp_path)
     for step in range(1, 5):
