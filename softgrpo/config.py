@@ -135,7 +135,7 @@ class RolloutConfig:
     top_k: of discrete positions; 0 or -1: the whole vocabulary
     max_batch_size: samples decoded at a time
     max_batch_tokens: tokens of one forward pass over prompts
-    kv_memory: GiB of the KV cache, null: what the run needs
+    kv_memory: GiB of the KV cache; null: for a full batch, at most a quarter of the free memory
     """
 
     engine: Literal["native"] = "native"
@@ -179,7 +179,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class CorrectionConfig:
-    """Importance weights for what the engine's probabilities differ from the trainer's.
+    """Importance weights for the difference between engine and trainer.
 
     mode: `truncate`: weight min(ratio, max); `mask`: weight 0 outside of [1/max, max]
     level: the ratio of a `token`, or of a `sequence`: the product over its tokens
@@ -193,7 +193,7 @@ class CorrectionConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """The objective; formulas: softgrpo.density, softgrpo.advantages, softgrpo.loss.
+    """What is maximised.
 
     objective: density of a soft position
     discrete_logprob: a discrete position is scored over its recorded `candidates` or the `full`
@@ -300,7 +300,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """Warnings in words while a run goes wrong (softgrpo.health).
+    """Warnings in words while a run goes wrong.
 
     window: steps over which trends are judged; 0: no warnings
     stop: end a run that went wrong, with the best checkpoint as its model

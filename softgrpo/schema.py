@@ -31,8 +31,8 @@ class Range:
         return (value > self.low if self.open_low else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
-        low = f"{'>' if self.open_low else '>='} {self.low:g}"
-        return low if self.high == math.inf else f"{low} and <= {self.high:g}"
+        low = f"{'>' if self.open_low else '>='} {self.low}"
+        return low if self.high == math.inf else f"{low} and <= {self.high}"
 
 
 def build(cls: type, values: Any, path: str = "", root: type | None = None) -> Any:

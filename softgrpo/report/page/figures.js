@@ -43,6 +43,19 @@ const FIGURES = [
     ],
   },
   {
+    title: "Ratios beyond the bound",
+    caption: "Share of positions whose engine/trainer ratio is beyond algorithm.correction.max.",
+    percent: true,
+    zero: true,
+    lines: [["share", "sampling/beyond_max_ratio"]],
+  },
+  {
+    title: "Entropy",
+    caption: "Of the policy over the recorded candidates, in nats.",
+    zero: true,
+    lines: [["entropy", "candidate_entropy"]],
+  },
+  {
     title: "Loss",
     caption: "Of the policy update. Near zero by construction; it is no measure of progress.",
     lines: [["loss", "loss"]],

@@ -1,0 +1,64 @@
+"""docs/training.md: the table of keys is current, and its examples load and run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from softgrpo.config import Config, recipe_names
+from softgrpo.config_table import with_config_table
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
+
+
+@pytest.fixture(scope="module")
+def text():
+    return DOCUMENT.read_text()
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_table_of_keys_is_current(text):
+    assert with_config_table(text) == text, "run: python -m softgrpo.config_table docs/training.md"
+
+
+def test_a_document_without_marks_is_refused():
+    with pytest.raises(ValueError, match="has no <!-- keys"):
+        with_config_table("# Training\n")
+
+
+def test_the_yaml_examples_load(text, tmp_path):
+    for number, block in enumerate(blocks(text, "yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block)
+        Config.load(path, [] if {"base", "data"} & set(yaml.safe_load(block)) else ["data.train=a"])
+
+
+def test_the_reward_example_does_what_it_says(text):
+    (source,) = blocks(text, "python")
+    names = {}
+    exec(source, names)
+    rewards = names["larger"](["898.", "898 is larger than 857", "It is 898", "857"], ["898"] * 4)
+    assert rewards == [1.0, 0.0, 0.5, 0.0]
+
+
+def test_the_recipes_that_it_names_exist(text):
+    named = set(re.findall(r"`((?:demo|paper|figure)[\w.-]*)`", text)) - {"paper-1.5b.yaml"}
+    assert named <= set(recipe_names())
+    assert len(named) > 5
+
+
+def test_the_metrics_and_settings_that_it_names_exist(text):
+    """Every `section.key` in backticks is a key."""
+    sections = Config.__dataclass_fields__
+    for key in re.findall(r"`([a-z]+\.[a-z_.]+)(?:=[^`]*)?`", text):
+        section, *rest = key.split(".")
+        if section not in sections or rest[-1] in ("html", "yaml", "jsonl"):
+            continue
+        value = Config.load("demo")
+        for name in key.split("."):
+            assert hasattr(value, name), key
+            value = getattr(value, name)
