@@ -49,15 +49,16 @@ class Trainer:
         Trainer(Config.load("demo"), reward_funcs=[my_reward]).train()
 
     Everything that can be wrong with the configuration, the data and the rewards is checked before
-    the model is loaded. reward_funcs replaces ``reward.functions`` of the configuration: callables
-    with TRL's signature ``reward(prompts, completions, completion_ids, **columns) ->
-    list[float | None]``, async ones too; reward_weights: 1 each by default.
+    the model is loaded. reward_funcs, one or several callables, replace ``reward.functions`` of the
+    configuration; reward_weights: 1 each by default. They have TRL's signature
+    ``reward(prompts, completions, completion_ids, **columns) -> list[float | None]`` and may be
+    async.
     """
 
     def __init__(
         self,
         config: Config,
-        reward_funcs: Sequence[RewardFunc] | None = None,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
         reward_weights: Sequence[float] | None = None,
     ) -> None:
         self.config = config

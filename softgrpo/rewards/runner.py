@@ -50,14 +50,14 @@ class RewardRunner:
     def __init__(
         self,
         config: RewardConfig,
-        functions: Sequence[RewardFunc] | None = None,
+        functions: RewardFunc | Sequence[RewardFunc] | None = None,
         weights: Sequence[float] | None = None,
     ) -> None:
         self.config = config
         self.lost = 0
-        self.functions = list(functions or [])
-        if functions:
-            self.names = [getattr(f, "__name__", type(f).__name__) for f in functions]
+        self.functions = [functions] if callable(functions) else list(functions or [])
+        if self.functions:
+            self.names = [getattr(f, "__name__", type(f).__name__) for f in self.functions]
             self.weights = [1.0] * len(self.names) if weights is None else list(weights)
             if len(self.weights) != len(self.names):
                 raise RewardError(

@@ -6,6 +6,7 @@ import pytest
 
 from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
+from softgrpo.config import recipe_names
 from softgrpo.data import TrainingData
 
 QUICK = ["checkpoint.export_hf=false", "log.samples_every=0"]
@@ -135,3 +136,45 @@ def test_options_train_and_watch_the_mismatch(name, tiny_config, tmp_path):
         assert known == pytest.approx(1.0, abs=0.6 if name == "discrete-full" else 1e-3)
         assert row.get("sampling/beyond_max_ratio", 0.0) == 0.0 or name == "discrete-full"
         assert ("candidate_entropy" in row) == (name != "vocabulary")
+
+
+SMALL = {
+    "model.dtype": "float32",
+    "run.max_steps": 2,
+    "data.eval": "null",
+    "data.max_prompt_tokens": 110,
+    "rollout.prompts_per_step": 4,
+    "rollout.group_size": 4,
+    "rollout.max_new_tokens": 10,
+    "rollout.max_batch_size": 16,
+    "rollout.kv_memory": 0.01,
+    "optim.minibatch_prompts": 2,
+    "optim.lr": 1e-3,
+    "reward.workers": 1,
+    "checkpoint.every": 0,
+    "eval.every": 0,
+}
+
+
+# The 3B and 7B ones differ in nothing that a tiny model could tell.
+@pytest.mark.parametrize(
+    "name", [n for n in recipe_names() if n.startswith(("paper-1.5b", "figure"))]
+)
+def test_the_paper_s_recipes_run_on_a_tiny_model(name, tmp_path, tiny_model, tiny_reward):
+    """Everything of them but the sizes, the model and the data."""
+    data = tmp_path / "deepscaler.jsonl"
+    rows = [{"problem": f"say {c}", "answer": c, "solution": c} for c in "abcdefgh"]
+    rows.append({"problem": "x" * 90, "answer": "x", "solution": "x"})
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = [f"{key}={value}" for key, value in SMALL.items()]
+    overrides = [f"model.path={tiny_model}", f"data.train={data}", f"run.output_dir={tmp_path}"]
+    overrides.append(f'reward.functions=[{{path: "{tiny_reward}:early_letters"}}]')
+    trainer = Trainer(Config.load(name, [*QUICK, *small, *overrides]))
+    folder = trainer.train()
+    assert trainer.data.too_long == 1
+    assert trainer.data.train[0].prompt.startswith("say a Let's think step by step and output")
+    for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        assert row["grad_norm"] > 0
+        assert row["sampling/sampling_logp_difference/max"] < 1e-3
+        assert row["kl"] >= 0
+        assert ("soft/top_weight" in row) == (not name.endswith("discrete"))

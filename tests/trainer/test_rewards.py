@@ -371,7 +371,7 @@ def test_trl_s_functions_sync_async_and_weighted_run_unchanged():
 
 def test_an_async_function_runs_inside_of_an_event_loop():
     """As in a notebook, where asyncio.run alone raises."""
-    runner = RewardRunner(RewardConfig(), [length_judge])
+    runner = RewardRunner(RewardConfig(), length_judge)  # one function needs no list
     prompts = [Prompt(Example([{"role": "user", "content": "q"}], "", {"ground_truth": "a"}), [0])]
 
     async def notebook():
