@@ -120,6 +120,10 @@ class ScoredRollout:
         """The groups whose rewards are not all the same."""
         return groups_with_spread(self.rewards_S, self._group_S)
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sample.token_ids) for output in self.outputs for sample in output.samples)
+
     def choose(self, count: int) -> ScoredRollout:
         """At most count groups in the order drawn: the useful ones first, then others to fill up
         (dynamic sampling of DAPO, arXiv 2503.14476, with a batch of constant size)."""

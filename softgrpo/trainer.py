@@ -111,15 +111,11 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """One training step (1-based): rollout, reward, advantage, update, sync."""
         config, times = self.config, defaultdict[str, float](float)
-        drawn = self._draw(times)
-        for _ in range(config.algorithm.dynamic_sampling_rounds):
-            if len(drawn.useful_groups) >= config.rollout.prompts_per_step:
-                break
-            drawn += self._draw(times)
-        everything = self._batch(drawn.outputs)
+        drawn = self._sample(times)
+        rollout_metrics = self._rollout_metrics(drawn)
         with self._timed("train", times):
             chosen = drawn.choose(config.rollout.prompts_per_step)
-            batch = self._batch(chosen.outputs)
+            batch = self._batch(chosen)
             advantages_S = group_advantages(
                 chosen.rewards_S + self._overlong_penalty(batch),
                 batch.group,
@@ -131,23 +127,29 @@ class Trainer:
             if updates:
                 self._sync(self.llm.weight_version + updates)
         self.done_steps = step
+        self.num_tokens += drawn.num_tokens
         self._show_samples(chosen, advantages_S)
-        self.num_tokens += len(everything.soft.token)
         return {
             "step": step,
-            **self._reward_metrics(drawn, everything),
-            **completion_metrics(everything),
-            **soft_metrics(everything, self.policy.settings),
+            **rollout_metrics,
             **update_metrics,
             "learning_rate": lr,
             "num_tokens": self.num_tokens,
-            "tokens_per_second": len(everything.soft.token) / times["time/rollout"],
+            "tokens_per_second": drawn.num_tokens / times["time/rollout"],
             "step_time": sum(times.values()),
             **times,
         }
 
-    def _draw(self, times: defaultdict[str, float]) -> ScoredRollout:
-        """The next round of prompts: rollout and reward."""
+    def _sample(self, times: defaultdict[str, float]) -> ScoredRollout:
+        """A round of prompts with rewards; further rounds while too few groups would teach."""
+        drawn = self._sample_round(times)
+        for _ in range(self.config.algorithm.dynamic_sampling_rounds):
+            if len(drawn.useful_groups) >= self.config.rollout.prompts_per_step:
+                break
+            drawn += self._sample_round(times)
+        return drawn
+
+    def _sample_round(self, times: defaultdict[str, float]) -> ScoredRollout:
         config = self.config
         with self._timed("rollout", times):
             prompts = self.data.prompts_of_round(self.rounds)
@@ -165,9 +167,9 @@ class Trainer:
             rewards_S, by_function = self.rewards.score(prompts, outputs)
         return ScoredRollout(prompts, outputs, rewards_S, by_function)
 
-    def _batch(self, outputs: Sequence[Output]) -> RolloutBatch:
+    def _batch(self, rollout: ScoredRollout) -> RolloutBatch:
         return RolloutBatch.from_outputs(
-            outputs,
+            rollout.outputs,
             seed=self.config.run.seed,
             stream=ROLLOUT_STREAM,
             weight_version=self.llm.weight_version,
@@ -179,12 +181,17 @@ class Trainer:
             batch.response_lens, config.rollout.max_new_tokens, config.algorithm.overlong_buffer
         )
 
-    def _reward_metrics(self, drawn: ScoredRollout, batch: RolloutBatch) -> dict[str, float]:
+    def _rollout_metrics(self, drawn: ScoredRollout) -> dict[str, float]:
         """Of everything that was drawn: what a refill leaves out counts too."""
-        by_function, algorithm = drawn.by_function, self.config.algorithm
+        batch, algorithm = self._batch(drawn), self.config.algorithm
+        by_function = drawn.by_function
         if algorithm.overlong_buffer:
             by_function = {**by_function, "overlong_penalty": self._overlong_penalty(batch)}
-        row = reward_metrics(drawn.rewards_S, by_function, batch.group)
+        row = {
+            **reward_metrics(drawn.rewards_S, by_function, batch.group),
+            **completion_metrics(batch),
+            **soft_metrics(batch, self.policy.settings),
+        }
         if algorithm.dynamic_sampling_rounds:
             row["dynamic_sampling/groups"] = float(len(drawn.outputs))
             row["dynamic_sampling/useful_groups"] = float(len(drawn.useful_groups))
