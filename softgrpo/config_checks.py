@@ -36,6 +36,10 @@ def check(config: Config) -> None:
             f"health.window: {config.health.window} is not allowed: a trend needs >= 10 steps; "
             "0, without health.stop, switches the watch off"
         )
+    if config.health.stop and not config.checkpoint.every:
+        raise ConfigError(
+            "health.stop: there is no checkpoint to go back to; set checkpoint.every above 0"
+        )
 
 
 def _check_noise(config: Config) -> None:

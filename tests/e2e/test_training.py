@@ -104,8 +104,17 @@ def _check_export(path):
     assert soft[0].samples[0].soft.kind[0] == 1
 
 
-def test_it_learns(tiny_config, tmp_path):
-    train(tiny_config, "run.max_steps=25", "checkpoint.every=0", "checkpoint.export_hf=false")
+NOISES = {
+    "gumbel": (),
+    "dirichlet": ("rollout.soft.noise_scale=5", "rollout.soft.tau=1"),
+    "gaussian": ("rollout.soft.noise_scale=0.2", "rollout.soft.tau=1"),
+}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_it_learns(noise, tiny_config, tmp_path):
+    quick = ("run.max_steps=25", "checkpoint.every=0", "checkpoint.export_hf=false")
+    train(tiny_config, f"rollout.soft.noise={noise}", *quick, *NOISES[noise])
     rewards = [row["reward"] for row in rows_of(tmp_path / "runs" / "tiny")]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 

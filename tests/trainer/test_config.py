@@ -248,6 +248,7 @@ def test_noise_and_objective_must_fit(tmp_path):
         (["algorithm.kl_estimator=k4"], "must be one of k1, k2, k3"),
         (["health.window=5"], "a trend needs >= 10 steps"),
         (["health.window=0", "health.stop=true"], "a trend needs >= 10 steps"),
+        (["checkpoint.every=0", "health.stop=true"], "no checkpoint to go back to"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path, overrides, expected):
