@@ -133,14 +133,14 @@ def dirichlet_density(logq: Tensor, gprime: Tensor, concentration: float) -> Ten
     """Log-density [N] of the weights x = exp(g') under Dirichlet(concentration * q).
 
     logq, gprime: [N, K], dead slots -inf in g'. With a = concentration * q, over the live slots:
-    lgamma(concentration) - sum lgamma(a_i) + sum (a_i - 1) log x_i. 0 where one slot is live.
+    lgamma(concentration) - sum lgamma(a_i) + sum a_i log x_i, the density against prod dx_i / x_i:
+    against dx the sum of log x_i, -1e4 where q is small, would leave nothing of the rest in fp32.
     """
     live = gprime > -math.inf
     shape = (concentration * torch.where(live, logq, 0.0).exp()).clamp(min=MIN_SHAPE)
     log_x = torch.where(live, gprime, 0.0)
-    terms = torch.where(live, (shape - 1.0) * log_x - torch.lgamma(shape), 0.0)
-    density = terms.sum(-1) + math.lgamma(concentration)
-    return torch.where(live.sum(-1) > 1, density, 0.0)
+    terms = torch.where(live, shape * log_x - torch.lgamma(shape), 0.0).sum(-1)
+    return torch.where(live.any(-1), math.lgamma(concentration) + terms, 0.0)
 
 
 def gaussian_density(logq: Tensor, gprime: Tensor, sigma: float) -> Tensor:
