@@ -381,13 +381,12 @@ def test_an_async_function_runs_inside_of_an_event_loop():
 
 
 def test_async_functions_in_a_worker_wait_together_and_can_be_killed(runner):
-    one = runner("judge", timeout_s=2.0)
+    one = runner("judge", timeout_s=1.0)
     started = time.monotonic()
     assert one.rewards(call(*["ab"] * 40)) == {"judge": [2.0] * 40}
-    assert time.monotonic() - started < 1.5  # 40 times 0.05 s one after the other is 2 s
-    two = runner("judge", timeout_s=0.5)
-    assert two.rewards(call("a", "hang", "abc")) == {"judge": [1.0, None, 3.0]}
-    assert two.lost == 1
+    assert time.monotonic() - started < 1.0  # 40 times 0.05 s one after the other is 2 s
+    assert one.rewards(call("a", "hang", "abc")) == {"judge": [1.0, None, 3.0]}
+    assert one.lost == 1
 
 
 def test_completion_ids_reach_a_worker(runner):
