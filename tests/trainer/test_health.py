@@ -70,6 +70,17 @@ def test_a_healthy_run_is_left_alone(seed):
     assert health_warnings(run(*healthy, seed=seed), 50) == []
 
 
+def test_the_published_run_that_held_has_a_rising_mismatch_and_no_more():
+    """(top_p 0.95, tau 0.1): mismatch 0.0023 to 0.0042, KL to 0.010, best reward at the end."""
+    held = (
+        rises(0.35, 0.52, 624),
+        lambda step: 0.0023 + 0.0019 * step / STEPS,
+        lambda step: 0.010 * step / STEPS,
+    )
+    texts = {warning.text.split(" rises")[0] for warning in health_warnings(run(*held), 50)}
+    assert texts == {"the engine/trainer mismatch"}
+
+
 def test_a_falling_reward_alone_is_no_collapse():
     """Harder data: the policy did not drift."""
     steady = (official_collapse, lambda step: 0.0023, lambda step: 0.001)

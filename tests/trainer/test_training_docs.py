@@ -1,7 +1,9 @@
 """docs/training.md: the table of keys is current, and its examples load and run."""
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -37,12 +39,23 @@ def test_the_yaml_examples_load(text, tmp_path):
         Config.load(path, [] if {"base", "data"} & set(yaml.safe_load(block)) else ["data.train=a"])
 
 
-def test_the_reward_example_does_what_it_says(text):
-    (source,) = blocks(text, "python")
+def test_the_reward_examples_do_what_they_say(text, monkeypatch):
+    own, verl = blocks(text, "python")
     names = {}
-    exec(source, names)
+    exec(own, names)
     rewards = names["larger"](["898.", "898 is larger than 857", "It is 898", "857"], ["898"] * 4)
     assert rewards == [1.0, 0.0, 0.5, 0.0]
+    theirs = SimpleNamespace(
+        compute_score=lambda data_source, solution_str, ground_truth, extra_info: float(
+            (data_source, solution_str, extra_info) == ("gsm8k", ground_truth, {"index": 0})
+        )
+    )
+    monkeypatch.setitem(sys.modules, "my_project", theirs)
+    exec(verl, names)
+    columns = {"data_source": ["gsm8k"] * 2, "answer": ["1", "2"], "ability": ["math"] * 2}
+    completions = [[{"role": "assistant", "content": text}] for text in ("1", "1")]
+    scores = names["verl_score"](completions, extra_info=[{"index": 0}] * 2, **columns)
+    assert scores == [1.0, 0.0]
 
 
 def test_the_recipes_that_it_names_exist(text):
