@@ -48,7 +48,7 @@ def groups_with_spread(rewards_S: Tensor, group_S: Tensor) -> list[int]:
 
 
 def overlong_penalty(response_lens_S: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
-    """What a response loses for its length, [S] in [-1, 0] (DAPO, arXiv 2503.14476, eq. 13).
+    """What a response loses for its length, [S] in [-1, 0] (DAPO, arXiv 2503.14476).
 
     0 up to max_new_tokens - buffer tokens, from there linearly down to -1 at max_new_tokens.
     response_lens_S: int [S]. buffer: tokens; 0 means no penalty.

@@ -54,7 +54,7 @@ def test_groups_with_spread():
 
 
 def test_overlong_penalty_equals_the_formula_of_dapo():
-    """arXiv 2503.14476, eq. 13, with L_max = 100 and L_cache = 20."""
+    """Soft overlong punishment of arXiv 2503.14476, with L_max = 100 and L_cache = 20."""
     lens = [0, 79, 80, 81, 90, 99, 100]
     expected = []
     for n in lens:
@@ -114,7 +114,7 @@ def test_policy_loss_equals_numpy_in_every_region():
 
 
 def test_sequence_level_ratio_equals_numpy():
-    """GSPO (arXiv 2507.18071, eq. 5 and 7): s_i = (pi_new(y_i) / pi_old(y_i))^(1 / |y_i|)."""
+    """GSPO (arXiv 2507.18071): s_i = (pi_new(y_i) / pi_old(y_i))^(1 / |y_i|)."""
     algorithm = AlgorithmConfig(
         ratio_level="sequence", loss_aggregation="sequence", clip_low=0.1, clip_high=0.2
     )
