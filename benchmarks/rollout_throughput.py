@@ -2,9 +2,11 @@
 
     python benchmarks/rollout_throughput.py --compare transformers --json results.json
 
-All sample with the same temperature, top_k and top_p, from distinct prompts of 40 tokens, and all
-produce the same number of tokens. Time includes the prompts. The runs of a repeat are interleaved,
-so that a slow moment of the machine hits all of them; a figure is the median of the repeats.
+All sample with the same temperature, top_k and top_p, from distinct prompts of equal length, and
+all produce the same number of tokens. Time includes the prompts; `decode` is what is left of it
+without the time of the same run with one new token. The runs of a repeat are interleaved, so that a
+slow moment of the machine hits all of them (vLLM and llama.cpp run after them, as processes of
+their own); a figure is the median of the repeats.
 
 The limit is what the measured GEMM rate and memory bandwidth allow: a step reads all weights and
 the keys and values, and does two operations for each weight and token.
@@ -22,13 +24,13 @@ from typing import Any, Literal
 
 import torch
 from _machine import hardware, seconds_of, spread, versions
+from _peers import Absent, PeerSettings, Seconds, llama_cpp, vllm
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 
-PROMPT_TOKENS = 40
 TEXT = (
     "{0} apples, {1} pears and {2} plums lie in a basket; {3} of them are eaten on the first day "
     "and {4} more on the next one. How many pieces of fruit are left in the end? Think about it "
@@ -36,42 +38,78 @@ TEXT = (
 )
 
 
+# Takes the prompts and the number of new tokens.
+Run = Callable[[list[list[int]], int], None]
+
+
 @dataclass
 class Row:
-    """One line of the result: how many tokens a second, median over the repeats."""
+    """One line of the result: how many tokens a second, median over the repeats.
+
+    seconds: of whole runs; first_seconds: of runs that stop at the first new token.
+    """
 
     engine: str
     mode: str
     batch: int
     new_tokens: int
     seconds: list[float] = field(default_factory=list)
+    first_seconds: list[float] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
         return self.batch * self.new_tokens / median(self.seconds)
 
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Without the prompts; None where it was not measured."""
+        if not self.first_seconds:
+            return None
+        decode = median(self.seconds) - median(self.first_seconds)
+        return self.batch * (self.new_tokens - 1) / decode
+
     def to_dict(self) -> dict[str, Any]:
+        decode = self.decode_tokens_per_second
         return {
             "engine": self.engine,
             "mode": self.mode,
             "batch": self.batch,
             "new_tokens": self.new_tokens,
             "tokens_per_second": round(self.tokens_per_second, 2),
+            "decode_tokens_per_second": decode and round(decode, 2),
             "spread": round(spread(self.seconds), 3),
         }
 
 
 def main() -> None:
+    """Measures, prints and writes."""
     arguments = _parser().parse_args()
+    torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
     llm = LLM(
         arguments.model,
-        max_model_len=PROMPT_TOKENS + arguments.new_tokens,
+        max_model_len=arguments.prompt_tokens + arguments.new_tokens,
         max_batch_size=max(arguments.batch_sizes),
     )
-    runs = _runs(arguments, llm)
     machine = hardware(device)
+    rows = _measure(arguments, _runs(arguments, llm), llm.tokenizer, device)
+    absent = _measure_others(arguments, llm, rows)
+    limits = {batch: _limit(llm, machine, batch, arguments) for batch in arguments.batch_sizes}
+    _print(console, rows, limits, machine, arguments)
+    for name, reason in absent.items():
+        console.print(f"[yellow]{name} is absent: {reason}[/]")
+    if arguments.json:
+        _write(arguments, machine, rows, limits, absent)
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    runs: dict[tuple[str, str], Run],
+    tokenizer: Any,
+    device: torch.device,
+) -> list[Row]:
+    """The engines of this process, interleaved."""
     rows = [
         Row(engine, mode, batch, arguments.new_tokens)
         for batch in arguments.batch_sizes
@@ -81,34 +119,71 @@ def main() -> None:
         task = bar.add_task("measuring", total=len(rows) * (arguments.repeats + 1))
         for repeat in range(-1, arguments.repeats):  # the first round only warms up
             for i, row in enumerate(rows):
-                # Prompts of its own for every run: none finds those of another in the prefix cache.
-                prompts = _prompts(llm.tokenizer, row.batch, (repeat + 1) * len(rows) + i)
                 run = runs[row.engine, row.mode]
-                new_tokens = row.new_tokens if repeat >= 0 else min(4, row.new_tokens)
-                seconds = seconds_of(lambda: run(prompts, new_tokens), device)  # noqa: B023
-                if repeat >= 0:
-                    row.seconds.append(seconds)
+                # Prompts of its own for every run: none finds those of another in the prefix cache.
+                salt = 2 * ((repeat + 1) * len(rows) + i)
+                for new_tokens, seconds in ((row.new_tokens, row.seconds), (1, row.first_seconds)):
+                    prompts = _prompts(tokenizer, row.batch, arguments.prompt_tokens, salt)
+                    tokens = new_tokens if repeat >= 0 else min(4, new_tokens)
+                    taken = seconds_of(lambda: run(prompts, tokens), device)  # noqa: B023
+                    if repeat >= 0:
+                        seconds.append(taken)
+                    salt += 1
                 bar.advance(task)
-    limits = {
-        batch: _limit(llm, machine, batch, arguments.new_tokens) for batch in arguments.batch_sizes
+    return rows
+
+
+def _measure_others(arguments: argparse.Namespace, llm: LLM, rows: list[Row]) -> dict[str, str]:
+    """Adds the rows of engines in other processes; returns why one is absent."""
+    settings = PeerSettings(
+        model=str(llm.model_path),
+        sampling=_sampling(arguments),
+        **{
+            name: getattr(arguments, name)
+            for name in ("batch_sizes", "prompt_tokens", "new_tokens", "repeats", "threads")
+        },
+    )
+    peers: dict[str, Callable[[], Seconds]] = {
+        "vllm": lambda: vllm(arguments.vllm_python, settings),
+        "llama.cpp": lambda: llama_cpp(arguments.llama_bench, arguments.llama_gguf, settings),
     }
-    _print(console, rows, limits, machine, arguments)
-    if arguments.json:
-        document = {
-            "hardware": machine,
-            "versions": versions(),
-            "settings": {
-                **{key: value for key, value in vars(arguments).items() if key != "json"},
-                "prompt_tokens": PROMPT_TOKENS,
-                "dtype": "bfloat16",
-            },
-            "rows": [
-                {**row.to_dict(), "of_limit": round(row.tokens_per_second / limits[row.batch], 3)}
-                for row in rows
-            ],
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    absent = {}
+    for name in arguments.compare:
+        if name not in peers:
+            continue
+        try:
+            found = peers[name]()
+        except Absent as error:
+            absent[name] = str(error)
+            continue
+        for mode, batches in found.items():
+            for batch, seconds in batches.items():
+                rows.append(Row(name, mode, batch, arguments.new_tokens, seconds))
+    return absent
+
+
+def _write(
+    arguments: argparse.Namespace,
+    machine: dict[str, Any],
+    rows: list[Row],
+    limits: dict[int, float],
+    absent: dict[str, str],
+) -> None:
+    # Paths say nothing to others.
+    hidden = ("json", "vllm_python", "llama_bench", "llama_gguf")
+    settings = {key: value for key, value in vars(arguments).items() if key not in hidden}
+    document = {
+        "hardware": machine,
+        "versions": versions(),
+        "settings": {**settings, "dtype": "bfloat16"},
+        "absent": absent,
+        "rows": [
+            {**row.to_dict(), "of_limit": round(row.tokens_per_second / limits[row.batch], 3)}
+            for row in rows
+        ],
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,7 +195,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="directory, hub id or alias")
     add("--batch-sizes", type=_numbers, default=[1, 8, 32, 64], metavar="1,8,...", help="samples")
     add("--new-tokens", type=int, default=64, help="generated tokens of every sample")
-    add("--compare", choices=["transformers"], help="measure this as well")
+    add("--prompt-tokens", type=int, default=40, help="of every prompt")
+    peers = ["transformers", "vllm", "llama.cpp"]
+    add("--compare", nargs="+", choices=peers, default=[], help="measure these as well")
+    add("--vllm-python", type=Path, metavar="PYTHON", help="interpreter that has vLLM")
+    add("--llama-bench", type=Path, metavar="BINARY", help="llama-batched-bench of llama.cpp")
+    add("--llama-gguf", type=Path, metavar="FILE", help="the model for it, in bf16")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of all")
     add("--repeats", type=int, default=3, help="the median is shown")
     add("--temperature", type=float, default=1.0, help="of all")
     add("--top-k", type=int, default=5, help="of all")
@@ -134,18 +215,20 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _prompts(tokenizer: Any, batch: int, salt: int) -> list[list[int]]:
+def _prompts(tokenizer: Any, batch: int, length: int, salt: int) -> list[list[int]]:
     """Distinct prompts of equal length, other ones for every salt."""
     first = 1000 + 37 * (batch + 200 * salt)
     texts = [TEXT.format(*(first + i + 11 * j for j in range(5))) for i in range(batch)]
-    return [tokenizer.encode(text, add_special_tokens=False)[:PROMPT_TOKENS] for text in texts]
+    repeated = [text * (1 + length // 40) for text in texts]
+    return [tokenizer.encode(text, add_special_tokens=False)[:length] for text in repeated]
 
 
-Run = Callable[[list[list[int]], int], None]
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
 
 
 def _runs(arguments: argparse.Namespace, llm: LLM) -> dict[tuple[str, str], Run]:
-    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+    sampling = _sampling(arguments)
     soft = SoftParams(**sampling, tau=arguments.tau, end_of_thinking=None)
 
     def ours(prompts: list[list[int]], new_tokens: int, mode: SoftParams | Literal[False]) -> None:
@@ -157,7 +240,7 @@ def _runs(arguments: argparse.Namespace, llm: LLM) -> dict[tuple[str, str], Run]
         ("softgrpo", "soft"): lambda prompts, n: ours(prompts, n, soft),
         ("softgrpo", "discrete"): lambda prompts, n: ours(prompts, n, False),
     }
-    if arguments.compare:
+    if "transformers" in arguments.compare:
         runs["transformers", "discrete"] = _transformers(llm, sampling)
     return runs
 
@@ -187,18 +270,25 @@ def _transformers(llm: LLM, sampling: dict[str, Any]) -> Run:
     return run
 
 
-def _limit(llm: LLM, machine: dict[str, Any], batch: int, new_tokens: int) -> float:
+def _limit(llm: LLM, machine: dict[str, Any], batch: int, arguments: argparse.Namespace) -> float:
     """Tokens a second that GEMM rate and bandwidth of the machine allow."""
     decoder, config = llm.runner.decoder, llm.config
     flops, bandwidth = machine["bf16_gemm_gflops"] * 1e9, machine["memory_gb_per_s"] * 1e9
     head = config.vocab_size * config.hidden_size
     body = sum(p.numel() for name, p in decoder.named_parameters() if "layers" in name)
     kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    context = PROMPT_TOKENS + new_tokens / 2
-    prompts = 2 * (body * batch * PROMPT_TOKENS + head * batch) / flops
+    new_tokens = arguments.new_tokens
+    context = arguments.prompt_tokens + new_tokens / 2
+    prompts = 2 * (body * batch * arguments.prompt_tokens + head * batch) / flops
     gemm = max(2 * (body + head) * batch / flops, 2 * (body + head) / bandwidth)
     step = gemm + batch * context * kv_bytes / bandwidth
     return batch * new_tokens / (prompts + (new_tokens - 1) * step)
+
+
+def _with_ratio(
+    speed: dict[tuple[str, str, int], float], key: tuple[str, str, int], soft: float
+) -> str:
+    return f"{speed[key]:.0f} ({soft / speed[key]:.1f}x)"
 
 
 def _print(
@@ -209,20 +299,25 @@ def _print(
     arguments: argparse.Namespace,
 ) -> None:
     speed = {(r.engine, r.mode, r.batch): r.tokens_per_second for r in rows}
+    decode = {(r.engine, r.mode, r.batch): r.decode_tokens_per_second for r in rows}
+    soft = {batch: speed["softgrpo", "soft", batch] for batch in arguments.batch_sizes}
     table = Table(title=f"{arguments.model}: tokens/s, {arguments.new_tokens} new tokens")
-    columns = ["batch", "soft", "discrete", "soft / discrete", "limit", "soft / limit"]
-    if arguments.compare:
-        columns += [arguments.compare, f"soft / {arguments.compare}"]
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+    table.add_column("batch")
     for batch in arguments.batch_sizes:
-        soft, discrete = speed["softgrpo", "soft", batch], speed["softgrpo", "discrete", batch]
-        limit = limits[batch]
-        cells = [soft, discrete, soft / discrete, limit, soft / limit]
-        if arguments.compare:
-            theirs = speed[arguments.compare, "discrete", batch]
-            cells += [theirs, soft / theirs]
-        table.add_row(str(batch), *(f"{x:.2f}" if x < 20 else f"{x:.0f}" for x in cells))
+        table.add_column(str(batch), justify="right")
+
+    def line(name: str, cell: Callable[[int], str]) -> None:
+        table.add_row(name, *(cell(batch) for batch in arguments.batch_sizes))
+
+    for engine, mode in dict.fromkeys((row.engine, row.mode) for row in rows):
+        name = f"{engine} {mode}"
+        if engine != "softgrpo":
+            line(f"{name} (soft / it)", lambda b: _with_ratio(speed, (engine, mode, b), soft[b]))  # noqa: B023
+            continue
+        line(name, lambda b: f"{speed[engine, mode, b]:.0f}")  # noqa: B023
+        line("  without the prompts", lambda b: f"{decode[engine, mode, b] or 0:.0f}")  # noqa: B023
+    line("soft / discrete", lambda b: f"{soft[b] / speed['softgrpo', 'discrete', b]:.2f}")
+    line("limit (soft / it)", lambda b: f"{limits[b]:.0f} ({soft[b] / limits[b]:.2f})")
     console.print(table)
     console.print(
         f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, bf16 GEMM "

@@ -1,0 +1,80 @@
+"""Other engines for rollout_throughput.py, each in a process of its own.
+
+A peer is timed after ours, on the idle machine. One that cannot run is reported absent, with the
+reason, and the benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# mode -> batch -> seconds of the repeats
+Seconds = dict[str, dict[int, list[float]]]
+
+
+@dataclass(frozen=True)
+class PeerSettings:
+    """What all engines are asked to do."""
+
+    model: str
+    batch_sizes: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    threads: int
+    sampling: dict[str, Any]
+
+
+class Absent(Exception):
+    """The peer cannot run here; the message says why."""
+
+
+def vllm(python: Path | None, settings: PeerSettings) -> Seconds:
+    """vLLM in the interpreter `python`: the same sampling, and greedy."""
+    if python is None or not python.exists():
+        raise Absent("give its interpreter with --vllm-python")
+    done = _run(
+        [str(python), str(Path(__file__).parent / "_vllm_peer.py")],
+        settings.threads,
+        json.dumps(vars(settings)),
+    )
+    found = json.loads(done.splitlines()[-1])
+    return {
+        mode: {int(batch): s for batch, s in batches.items()} for mode, batches in found.items()
+    }
+
+
+def llama_cpp(binary: Path | None, gguf: Path | None, settings: PeerSettings) -> Seconds:
+    """`llama-batched-bench` on a GGUF of the same weights; it does not sample at all."""
+    if binary is None or not binary.exists() or gguf is None or not gguf.exists():
+        raise Absent("give llama-batched-bench with --llama-bench and its model with --llama-gguf")
+    length = settings.prompt_tokens + settings.new_tokens
+    batches = ",".join(map(str, settings.batch_sizes))
+    command = [
+        str(binary), "-m", str(gguf), "-c", str(2 * length * max(settings.batch_sizes)),
+        "-npp", str(settings.prompt_tokens), "-ntg", str(settings.new_tokens), "-npl", batches,
+        "-t", str(settings.threads), "--output-format", "jsonl",
+    ]  # fmt: skip
+    seconds: dict[int, list[float]] = {}
+    for _ in range(settings.repeats):
+        for line in _run(command, settings.threads).splitlines():
+            if line.startswith("{"):
+                row = json.loads(line)
+                seconds.setdefault(row["pl"], []).append(row["t"])
+    return {"no sampling": seconds}
+
+
+def _run(command: list[str], threads: int, text: str = "") -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, check=False, env=environment
+    )
+    if done.returncode != 0 or not done.stdout.strip():
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+        raise Absent(f"{Path(command[0]).name} failed: {lines[-1]}")
+    return done.stdout

@@ -1,0 +1,60 @@
+"""Times vLLM for rollout_throughput.py: run by the interpreter that has vLLM, settings on stdin.
+
+Prints one JSON line: {mode: {batch: [seconds of a repeat, ...]}}.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+
+# Two threads without pinning: elsewhere vLLM binds them to cores that this process may not have.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+
+
+def main() -> None:
+    settings = json.loads(sys.stdin.read())
+    from vllm import LLM, SamplingParams
+
+    sampling = settings["sampling"]
+    top_k = sampling["top_k"] if sampling["top_k"] > 0 else 0
+    modes = {
+        "discrete": sampling | {"top_k": top_k},
+        "greedy": {"temperature": 0.0},
+    }
+    llm = LLM(
+        settings["model"],
+        dtype="bfloat16",
+        max_model_len=settings["prompt_tokens"] + settings["new_tokens"],
+        max_num_seqs=max(settings["batch_sizes"]),
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+    draw = random.Random(0)
+    seconds: dict[str, dict[int, list[float]]] = {}
+    for repeat in range(-1, settings["repeats"]):  # the first round only warms up
+        for mode, options in modes.items():
+            for batch in settings["batch_sizes"]:
+                prompts = [
+                    {
+                        "prompt_token_ids": draw.choices(
+                            range(1000, 40000), k=settings["prompt_tokens"]
+                        )
+                    }
+                    for _ in range(batch)
+                ]
+                params = SamplingParams(
+                    max_tokens=settings["new_tokens"], ignore_eos=True, detokenize=False, **options
+                )
+                start = time.perf_counter()
+                llm.generate(prompts, params, use_tqdm=False)
+                if repeat >= 0:
+                    taken = seconds.setdefault(mode, {}).setdefault(batch, [])
+                    taken.append(time.perf_counter() - start)
+    print(json.dumps(seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
