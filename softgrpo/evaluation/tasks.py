@@ -20,13 +20,14 @@ GraderName = Literal["math", "choice", "code", "reasoning_gym"]
 Row = Mapping[str, Any]
 
 LETTERS = "ABCD"
+_FILES = (".jsonl", ".json", ".parquet")
 BOXED = " Let's think step by step and output the final answer within \\boxed{}."
 _FENCED = "Think step by step, then give the whole program in one ```python block."
 
 
 @dataclass(frozen=True)
 class Task:
-    """One set of questions. name: as the user gave it, without a file. label: what tables show."""
+    """One set of questions. name: as the user gave it, of a benchmark without its file."""
 
     name: str
     examples: list[Example]
@@ -34,8 +35,7 @@ class Task:
 
     @property
     def label(self) -> str:
-        name = self.name.removeprefix("reasoning_gym:").partition("?")[0]
-        return Path(name).stem if Path(name).suffix in (".jsonl", ".json", ".parquet") else name
+        return task_label(self.name)
 
     def digest(self) -> str:
         """Changes with any question or answer."""
@@ -141,6 +141,13 @@ BENCHMARKS = {
 }
 
 
+def task_label(name: str) -> str:
+    """The short name that tables show."""
+    if name.startswith("reasoning_gym:"):
+        return name.removeprefix("reasoning_gym:").partition("?")[0]
+    return Path(name).stem if Path(name).suffix in _FILES else name
+
+
 def split_names(text: str) -> list[str]:
     """The task names of a comma-separated list; commas inside brackets belong to a name."""
     return [name.strip() for name in re.split(r",(?![^\[\]{}]*[\]}])", text) if name.strip()]
@@ -182,7 +189,7 @@ def _benchmark_rows(name: str, file: str | None) -> Iterator[Example]:
     rows: Iterator[Row]
     if file is None:
         rows = hub_rows(benchmark.hub, benchmark.config, benchmark.split)
-    elif Path(file).suffix in (".jsonl", ".json", ".parquet"):
+    elif Path(file).suffix in _FILES:
         rows = read_rows(file)
     else:
         raise DataError(f"{name}={file}: give a .jsonl, .json or .parquet file")
