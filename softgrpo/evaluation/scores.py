@@ -103,12 +103,14 @@ def score_cell(rows: Sequence[Row], estimator: Estimator, *, votes: bool) -> lis
 def cell_summary(rows: Sequence[Row], estimator: Estimator, *, votes: bool) -> Row:
     """Everything that stands in the table for the finished questions of one cell.
 
-    rows: as in samples.jsonl. length: tokens of a response. truncated, soft: shares of samples and
-    of tokens. effective_candidates: mean 1/sum w^2 over soft positions. lost: samples whose
-    grader was killed; they count as wrong.
+    rows: as in samples.jsonl. answered: share of samples that give an answer at all, right or
+    wrong; None where the answer is a program. length: tokens of a response. truncated: share of
+    samples. soft: share of tokens. effective_candidates: mean 1/sum w^2 over soft positions.
+    lost: samples whose grader was killed; they count as wrong.
     """
     task, mode, temperature = cell_key(rows[0])
     samples = [sample for row in rows for sample in row["samples"]]
+    answered = sum(sample["answer"] is not None for sample in samples) / len(samples)
     lengths = np.array([sample["tokens"] for sample in samples])
     soft = sum(sample["soft"] for sample in samples)
     effective = sum(s["soft"] * s["effective_candidates"] for s in samples if s["soft"])
@@ -119,6 +121,7 @@ def cell_summary(rows: Sequence[Row], estimator: Estimator, *, votes: bool) -> R
         "questions": len(rows),
         "samples": len(rows[0]["samples"]),
         **interval_table(score_cell(rows, estimator, votes=votes)),
+        "answered": answered if votes else None,
         "length": {
             "mean": float(lengths.mean()),
             "median": float(np.median(lengths)),
