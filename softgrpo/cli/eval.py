@@ -100,8 +100,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     prompts = encode_tasks(tasks, tokenizer, data)
     settings = _settings(arguments, model, tasks, data)
-    name = f"{Path(arguments.model).name}-{settings.digest()}"
-    folder = EvalFolder(arguments.output or Path("runs/eval") / name, settings)
+    folder = EvalFolder(arguments.output or _default_output(settings), settings)
     try:
         cells = cells_to_do(settings, tasks, folder.rows())
         if cells:
@@ -187,6 +186,13 @@ def _settings(
         for temperature in settings.temperatures:
             sampling(settings, mode, temperature)  # raises for a value that is not allowed
     return settings
+
+
+def _default_output(settings: Settings) -> Path:
+    """The same for the same settings; a run's `runs/NAME/model` goes by its NAME."""
+    path = Path(settings.model)
+    name = path.parent.name if path.name == "model" else path.name
+    return Path("runs/eval") / f"{name}-{settings.digest()}"
 
 
 def _table_ks(arguments: argparse.Namespace) -> list[int]:

@@ -120,8 +120,9 @@ def _generate(
     # Named by their prompt alone: a sample does not depend on what else is evaluated, and both
     # modes see the same noise.
     uids = [default_uids(prompt, settings.samples) for prompt in ids]
+    show = sys.stderr.isatty()
     groups = llm.iter_groups(
-        ids, params, soft or False, settings.seed, uids, EVALUATION_STREAM, progress=True
+        ids, params, soft or False, settings.seed, uids, EVALUATION_STREAM, progress=show
     )
     before = time.perf_counter()
     for i, output in groups:

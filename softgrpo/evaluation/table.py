@@ -73,7 +73,8 @@ def _changes(row: Row, ks: Sequence[int], n: int | None) -> str:
 
 
 def _signed(entry: Row) -> str:
-    return f"{entry['value']:+.3f} ({entry['low']:+.3f} {entry['high']:+.3f})"
+    value, low, high = (round(entry[name], 3) + 0.0 for name in ("value", "low", "high"))  # no -0.0
+    return f"{value:+.3f} ({low:+.3f} {high:+.3f})"
 
 
 def _console() -> Console:

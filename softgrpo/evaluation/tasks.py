@@ -173,10 +173,9 @@ def load_task(spec: str, template: str | None = None, limit: int | None = None) 
         ]
         return Task(spec, examples, "reasoning_gym")
     if "/" not in spec and not Path(spec).suffix:
-        guess = did_you_mean(spec, list(BENCHMARKS))
         raise DataError(
-            f"no task {spec!r}{guess or ': give ' + ', '.join(BENCHMARKS)}, reasoning_gym:NAME, or "
-            "a .jsonl or .parquet file with prompt and answer"
+            f"no task {spec!r}{did_you_mean(spec, list(BENCHMARKS))}; or give reasoning_gym:NAME, "
+            "or a .jsonl or .parquet file with prompt and answer"
         )
     examples = load_examples(spec, DataConfig(prompt_template=template))[:limit]
     return Task(spec, [Example(e.prompt, e.answer, {}) for e in examples], "math")

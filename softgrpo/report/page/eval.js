@@ -4,6 +4,8 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const MODE_COLOURS = { soft: "c1", discrete: "c2" };
 const DASHES = ["", "6 4", "2 4", "9 3 2 3"]; // by temperature
 
+const MOST_BANDS = 2; // more of them hide each other
+
 /** The cells of a task: its modes and temperatures. */
 function cellsOf(task) {
   return DATA.cells.filter((cell) => cell.task === task);
@@ -20,7 +22,7 @@ function passFigure(task, i) {
     label: cell.label,
     steps: ks,
     values: cell.pass.value,
-    band: { low: cell.pass.low, high: cell.pass.high },
+    band: cellsOf(i).length <= MOST_BANDS ? { low: cell.pass.low, high: cell.pass.high } : null,
     ...styleOf(cell),
   }));
   const caption = DATA.estimator === "unbiased" ? "Unbiased estimate from all samples." : "Estimate from the first k samples.";
@@ -35,7 +37,8 @@ function lengthFigure(task, i) {
   const outline = (shares) => shares.flatMap((share, b) => (edges[b + 1] - edges[b] > 1 ? [share, share] : [share]));
   const lines = cellsOf(i).map((cell) => {
     const values = outline(cell.lengths);
-    return { label: cell.label, steps, values, band: { low: values.map(() => 0), high: values }, ...styleOf(cell) };
+    const band = cellsOf(i).length <= MOST_BANDS ? { low: values.map(() => 0), high: values } : null;
+    return { label: cell.label, steps, values, band, ...styleOf(cell) };
   });
   const caption = "Share of responses by their number of tokens.";
   const span = [edges[0], Math.max(edges.at(-1) - 1, edges[0] + 1)];
