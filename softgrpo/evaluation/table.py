@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from softgrpo.evaluation.scores import Row, cell_key
@@ -18,10 +19,10 @@ def print_results(results: dict[str, Any], ks: Sequence[int]) -> None:
     n = results["settings"]["samples"]
     speeds = {cell_key(row): row["tokens_per_second"] for row in results["speed"]}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("task", overflow="ellipsis")
+    table.add_column("task", no_wrap=True)
     table.add_column("mode", no_wrap=True)
-    numbers = [f"mean@{n}", "95 %", *(f"pass@{k}" for k in ks), f"maj@{n}"]
-    for name in ("T", "asked", *numbers, "length", "cut", "cand.", "tokens/s"):
+    scores = [f"mean@{n}", "95 %", *(f"pass@{k}" for k in ks), f"maj@{n}"]
+    for name in ("T", "of", *scores, "len", "cut", "cand", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in results["cells"]:
         speed, effective = speeds[cell_key(cell)], cell["effective_candidates"]
@@ -31,7 +32,7 @@ def print_results(results: dict[str, Any], ks: Sequence[int]) -> None:
             f"{cell['temperature']:g}",
             str(cell["questions"]),
             f"{cell['mean']['value']:.3f}",
-            f"{cell['mean']['low']:.3f}-{cell['mean']['high']:.3f}",
+            f"{cell['mean']['low']:.2f}-{cell['mean']['high']:.2f}",
             *(f"{cell['pass'][k - 1]['value']:.3f}" for k in ks),
             f"{cell['maj']['value']:.3f}" if cell["maj"] else "-",
             f"{cell['length']['mean']:.0f}",
@@ -39,17 +40,20 @@ def print_results(results: dict[str, Any], ks: Sequence[int]) -> None:
             f"{effective:.2f}" if effective else "-",
             f"{speed:.0f}" if speed else "-",
         )
-    console = _console()
+    console = Console(highlight=False)
+    # A wide table is wrapped by a narrow terminal; columns would be cut to nothing.
+    natural = Measurement.get(console, console.options.update(width=1000), table).maximum
+    console.width = max(console.width, natural)
     console.print(table)
     for row in results["soft_minus_discrete"]:
         place = f"{task_label(row['task'])}, T {row['temperature']:g}"
-        console.print(f"soft - discrete  {place}:  {_changes(row, ks, n)}")
-    console.print(_notes(results), style="dim")
+        console.print(f"soft - discrete, {place}: {_changes(row, ks, n)}", soft_wrap=True)
+    console.print(_notes(results), style="dim", soft_wrap=True)
 
 
 def print_comparison(rows: Sequence[Row], ks: Sequence[int] | None) -> None:
     """A line for each pair of cells: A - B with its interval."""
-    console = _console()
+    console = Console(highlight=False)
     console.print("A - B, mean over questions (95 % paired bootstrap over questions)")
     for row in rows:
         most = len(row["pass"])
@@ -60,7 +64,7 @@ def print_comparison(rows: Sequence[Row], ks: Sequence[int] | None) -> None:
         place = f"{task_label(row['task'])}, {row['questions']} questions, {mode} T {temperature:g}"
         if row["ours"] != theirs:
             place += f" - {theirs[0]} T {theirs[1]:g}"
-        console.print(f"{place}:  {_changes(row, shown, None)}")
+        console.print(f"{place}: {_changes(row, shown, None)}", soft_wrap=True)
 
 
 def _changes(row: Row, ks: Sequence[int], n: int | None) -> str:
@@ -77,15 +81,11 @@ def _signed(entry: Row) -> str:
     return f"{value:+.3f} ({low:+.3f} {high:+.3f})"
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160  # a file has no width: nothing is cut
-    return console
-
-
 def _notes(results: dict[str, Any]) -> str:
     kind = "unbiased pass@k" if results["estimator"] == "unbiased" else "pass@k of the first k"
-    said = f"{kind}; 95 % bootstrap intervals over questions; cand.: effective candidates"
+    said = (
+        f"of: questions; 95 %: bootstrap over questions; {kind}; len: mean tokens; cut: share at "
+        "the token limit; cand: effective candidates of a soft position"
+    )
     lost = sum(cell["lost"] for cell in results["cells"])
     return said + (f"; {lost} samples whose grader was killed count as wrong" if lost else "")
