@@ -108,9 +108,8 @@ class LLM:
         params = params or SamplingParams()
         ids = [encode(prompt, self.tokenizer) for prompt in as_list(prompts)]
         uids = [default_uids(prompt, params.n) for prompt in ids]
-        return self.generate_groups(
-            ids, params, soft, seed=_seed(params), uids=uids, progress=progress
-        )
+        seed = _seed(params)
+        return self.generate_groups(ids, params, soft, seed=seed, uids=uids, progress=progress)
 
     def generate_groups(
         self,
@@ -150,10 +149,7 @@ class LLM:
             ) as bar:
                 task = bar.add_task("generating", total=len(sequences))
                 while groups:
-                    ended = [
-                        i for i, group in groups.items() if all(s.finish_reason for s in group)
-                    ]
-                    for i in ended:
+                    for i in [i for i, g in groups.items() if all(s.finish_reason for s in g)]:
                         samples = [self._samples.pop(s) for s in groups.pop(i)]
                         yield i, Output(list(prompts[i]), samples)
                     if groups:

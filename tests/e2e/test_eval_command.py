@@ -13,6 +13,8 @@ import pytest
 
 from softgrpo.cli.eval import main
 from softgrpo.evaluation.graders import Grade, Grader
+from softgrpo_engine import LLM, SamplingParams, SoftParams
+from softgrpo_engine.prompts import default_uids
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,28 @@ def test_a_question_does_not_depend_on_the_others(finished, command, tmp_path):
     among = [row for row in read(finished)["results"] if row["question"] == 1]
     tokens = [[s["text"] for s in row["samples"]] for row in among if row["mode"] == "soft"]
     assert [[s["text"] for s in row["samples"]] for row in alone] == tokens
+
+
+def test_samples_are_those_of_the_engine(finished, tiny_model):
+    """One temperature for both modes, and the noise stream of evaluations."""
+    settings = json.loads((finished / "settings.json").read_text())
+    llm = LLM(tiny_model, dtype="float32", max_model_len=96)
+    prompt = llm.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say d please"}],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    uids = [default_uids(prompt, 4)]
+    params = SamplingParams(temperature=0.8, top_p=0.95, top_k=5, max_tokens=24)
+    for mode in ("soft", "discrete"):
+        soft = SoftParams(**settings["soft"], temperature=0.8) if mode == "soft" else False
+        (output,) = llm.generate_groups([prompt], params, soft, seed=0, uids=uids, stream=1)
+        (row,) = [
+            row
+            for row in read(finished)["results"]
+            if (row["mode"], row["temperature"], row["question"]) == (mode, 0.8, 3)
+        ]
+        assert [s.text for s in output.samples] == [s["text"] for s in row["samples"]]
 
 
 def test_another_seed_gives_other_samples(finished, command, tmp_path):
