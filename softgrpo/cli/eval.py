@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="DIR", help="default: runs/eval/MODEL-SETTINGS")
     add("--dtype", default="bfloat16", help="bfloat16 or float32 (%(default)s)")
     add("--batch-size", type=int, default=256, help="samples in progress (%(default)s)")
+    add("--batch-invariant", action="store_true", help="the same bits at any batch size, on a CPU")
     add("--estimator", choices=("unbiased", "prefix"), default="unbiased", help="of pass@k")
     add("--allow-code-execution", action="store_true", help="run programs that the model writes")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results: paired A - B")
@@ -111,6 +112,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 dtype=settings.dtype,
                 max_model_len=longest + settings.max_tokens,
                 max_batch_size=arguments.batch_size,
+                batch_invariant=settings.batch_invariant,
             )
             run_cells(llm, settings, cells, prompts, folder)
         graders = {task.name: task.grader for task in tasks}
@@ -168,6 +170,7 @@ def _settings(
     settings = Settings(
         model=arguments.model,
         dtype=arguments.dtype,
+        batch_invariant=arguments.batch_invariant,
         tasks=[task.name for task in tasks],
         modes=list(dict.fromkeys(modes)),
         temperatures=list(dict.fromkeys(_numbers(arguments.temperature, float, "--temperature"))),

@@ -23,6 +23,7 @@ class Settings:
 
     model: str
     dtype: str
+    batch_invariant: bool
     tasks: list[str]
     modes: list[str]
     temperatures: list[float]

@@ -15,6 +15,7 @@ from softgrpo.cli.eval import main
 from softgrpo.evaluation.graders import Grade, Grader
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_engine.prompts import default_uids
+from softgrpo_kernels.extension import cpu_extension
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,16 @@ def test_what_an_evaluation_leaves(finished, questions):
 def test_samples_do_not_depend_on_the_batch(finished, command, tmp_path):
     assert main(command(tmp_path / "small", "--batch-size", "7")) == 0
     assert_same(read(tmp_path / "small"), read(finished))
+
+
+@pytest.mark.skipif(cpu_extension() is None, reason="needs the C++ kernels")
+def test_batch_invariant_means_the_same_bits_in_bfloat16(command, tmp_path):
+    results = []
+    for size in ("2", "40"):
+        more = ["--dtype", "bfloat16", "--batch-invariant", "--batch-size", size, "--limit", "4"]
+        assert main(command(tmp_path / size, *more)) == 0
+        results.append(read(tmp_path / size))
+    assert results[0] == results[1]
 
 
 def test_a_question_does_not_depend_on_the_others(finished, command, tmp_path):
