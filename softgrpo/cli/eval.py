@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from softgrpo.cli.errors import one_line_errors
+from softgrpo.config import Config, DataConfig
 
 if TYPE_CHECKING:
-    from softgrpo.config import DataConfig
     from softgrpo.evaluation.folder import Settings
     from softgrpo.evaluation.tasks import Task
 
@@ -23,7 +23,7 @@ Number = TypeVar("Number", int, float)
 EPILOG = """\
 tasks: aime24 aime25 amc23 math500 gsm8k gpqa_diamond humaneval mbpp (from the hub, or NAME=FILE
 with the same columns), reasoning_gym:NAME?key=value&..., or a file with prompt and answer.
-example: softgrpo-eval --task 'reasoning_gym:chain_sum?size=20' --recipe demo --samples 8
+example: softgrpo-eval --model runs/demo/model --recipe demo --samples 16
 """
 
 
@@ -51,12 +51,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="directory, hub id or alias (%(default)s)")
-    add("--task", action="append", metavar="T[,T...]", help="what to ask, see below")
+    add(
+        "--task",
+        action="append",
+        metavar="T[,T...]",
+        help="see below (held-out data of the recipe)",
+    )
     add("--mode", default="soft,discrete", help="soft, discrete or both (%(default)s)")
     add("--temperature", default="1.0", metavar="T[,T...]", help="of both modes (%(default)s)")
     add("--samples", type=int, default=32, metavar="N", help="of each question (%(default)s)")
     add("--k", metavar="K[,K...]", help="which pass@k the table shows (N)")
-    add("--max-tokens", type=int, default=4096, help="most new tokens (%(default)s)")
+    add("--max-tokens", type=int, help="most new tokens (those of the recipe, else 4096)")
     add("--top-k", type=int, help="candidates of both modes (the model's own, else 5)")
     add("--top-p", type=float, help="nucleus of both modes (the model's own, else 0.95)")
     add("--tau", type=float, help="temperature of the mixture (the model's own, else 0.1)")
@@ -84,7 +89,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     ks = _table_ks(arguments)
-    tasks, data = _tasks(arguments)
+    recipe = _recipe(arguments)
+    data = recipe.data if recipe else DataConfig()
+    tasks = _tasks(arguments, data)
     # Heavy imports come after the tasks are known to be good.
     from transformers import AutoTokenizer
 
@@ -126,9 +133,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"report   {folder.report}")
 
 
-def _tasks(arguments: argparse.Namespace) -> tuple[list[Task], DataConfig]:
-    """The tasks, and the system prompt, worked examples and template they are asked with."""
-    from softgrpo.config import Config, DataConfig
+def _recipe(arguments: argparse.Namespace) -> Config | None:
+    """The recipe, which also fills in --max-tokens and --task where they are not given."""
+    recipe = Config.load(arguments.recipe) if arguments.recipe else None
+    if arguments.max_tokens is None:
+        arguments.max_tokens = recipe.rollout.max_new_tokens if recipe else 4096
+    if not arguments.task and recipe and recipe.data.eval:
+        # The questions that training holds out; later ones of the same data may be in it.
+        arguments.task, size = [recipe.data.eval], recipe.data.eval_size
+        arguments.limit = size if arguments.limit is None else min(size, arguments.limit)
+    return recipe
+
+
+def _tasks(arguments: argparse.Namespace, data: DataConfig) -> list[Task]:
     from softgrpo.evaluation.tasks import BENCHMARKS, load_task, split_names, task_names
 
     specs = [name for text in arguments.task or [] for name in split_names(text)]
@@ -142,13 +159,12 @@ def _tasks(arguments: argparse.Namespace) -> tuple[list[Task], DataConfig]:
         )
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit {arguments.limit} is not allowed: must be >= 1")
-    data = Config.load(arguments.recipe).data if arguments.recipe else DataConfig()
-    tasks = [load_task(spec, data.prompt_template, arguments.limit) for spec in specs]
+    tasks = [load_task(spec, data, arguments.limit) for spec in specs]
     if code:
         from softgrpo.evaluation.sandbox import passes
 
         passes("pass")  # raises where programs cannot be shut in
-    return tasks, data
+    return tasks
 
 
 def _settings(

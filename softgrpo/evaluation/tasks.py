@@ -7,8 +7,8 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,32 +153,43 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in re.split(r",(?![^\[\]{}]*[\]}])", text) if name.strip()]
 
 
-def load_task(spec: str, template: str | None = None, limit: int | None = None) -> Task:
+def load_task(spec: str, data: DataConfig | None = None, limit: int | None = None) -> Task:
     """Reads a task: a benchmark, `benchmark=FILE` with the columns of its hub dataset,
     `reasoning_gym:NAME?key=value&...`, or a .jsonl, .json, .parquet file or hub dataset with prompt
     and answer.
 
-    template: rewrites the questions of the last two from their columns. limit: only the first so
+    data: how it is asked. Its prompt_template rewrites the questions of the last two from their
+    columns; a question that is one of its worked examples is left out. limit: only the first so
     many questions. Raises DataError, one line.
     """
+    data = data or DataConfig()
     name, equals, file = spec.partition("=")
+    grader: GraderName
+    examples: Iterable[Example]
     if name in BENCHMARKS:
-        rows = _benchmark_rows(name, file if equals else None)
-        return Task(name, list(itertools.islice(rows, limit)), BENCHMARKS[name].grader)
-    if spec.startswith("reasoning_gym:"):
-        data = DataConfig(prompt_template=template or "{question}" + BOXED)
+        grader = BENCHMARKS[name].grader
+        examples = _benchmark_rows(name, file if equals else None)
+    elif spec.startswith("reasoning_gym:"):
+        name, grader = spec, "reasoning_gym"
+        template = data.prompt_template or "{question}" + BOXED
         examples = [
             Example(e.prompt, e.answer, {"spec": spec, "index": i})
-            for i, e in enumerate(load_examples(spec, data)[:limit])
+            for i, e in enumerate(load_examples(spec, replace(data, prompt_template=template)))
         ]
-        return Task(spec, examples, "reasoning_gym")
-    if "/" not in spec and not Path(spec).suffix:
+    elif "/" in spec or Path(spec).suffix:
+        name, grader = spec, "math"
+        examples = [Example(e.prompt, e.answer, {}) for e in load_examples(spec, data)]
+        empty = next((i for i, e in enumerate(examples) if not e.answer.strip()), None)
+        if empty is not None:
+            raise DataError(f"{spec}, example {empty}: the answer is empty")
+    else:
         raise DataError(
             f"no task {spec!r}{did_you_mean(spec, list(BENCHMARKS))}; or give reasoning_gym:NAME, "
             "or a .jsonl or .parquet file with prompt and answer"
         )
-    examples = load_examples(spec, DataConfig(prompt_template=template))[:limit]
-    return Task(spec, [Example(e.prompt, e.answer, {}) for e in examples], "math")
+    shown = {shot.prompt for shot in data.few_shot}
+    asked = (example for example in examples if example.text not in shown)
+    return Task(name, list(itertools.islice(asked, limit)), grader)
 
 
 def _benchmark_rows(name: str, file: str | None) -> Iterator[Example]:

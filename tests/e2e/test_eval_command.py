@@ -212,6 +212,23 @@ def test_scores_follow_the_grades_and_a_second_call_only_scores(
     assert "pass@k of the first k" in capsys.readouterr().out
 
 
+def test_a_recipe_fills_in_the_task_and_how_it_is_asked(tiny_config, tiny_data, tmp_path):
+    recipe = tiny_config.read_text().replace(
+        "eval: null", f"eval: {tiny_data}, prompt_template: 'X'"
+    )
+    tiny_config.write_text(
+        recipe.replace("max_prompt_tokens", "system_prompt: be, eval_size: 2, max_prompt_tokens")
+    )
+    model = re.search(r"model: \{path: (.*?),", recipe)[1]
+    arguments = ["--model", model, "--recipe", str(tiny_config), "--samples", "1", "--mode", "soft"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    results = read(tmp_path / "out")
+    settings = results["settings"]
+    assert (settings["tasks"], settings["max_tokens"]) == ([str(tiny_data)], 10)
+    assert (settings["system_prompt"], settings["prompt_template"]) == ("be", "X")
+    assert [row["prompt"] for row in results["results"]] == ["X", "X"]
+
+
 def test_compare_prints_the_paired_differences(finished, capsys):
     assert main(["--compare", str(finished), str(finished / "results.json")]) == 0
     printed = capsys.readouterr().out

@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from softgrpo.config import DataConfig, FewShot
 from softgrpo.data import DataError
 from softgrpo.evaluation.tasks import BENCHMARKS, load_task, split_names, task_label, task_names
 
@@ -130,9 +131,12 @@ def test_files_and_reasoning_gym(tmp_path):
     assert (task.name, task.label, len(task.examples)) == (spec, "chain_sum", 3)
     assert task.examples[2].columns == {"spec": spec, "index": 2}
     assert task.examples[0].prompt.endswith("\\boxed{}.")
-    asked = load_task(spec, template="What is {expression}?").examples[0].prompt
-    assert asked.startswith("What is ")
-    assert "boxed" not in asked
+    asked = load_task(spec, DataConfig(prompt_template="What is {expression}?")).examples
+    assert asked[0].prompt.startswith("What is ")
+    assert "boxed" not in asked[0].prompt
+    shot = FewShot(asked[0].prompt, "its answer stands in the prompt")
+    data = DataConfig(prompt_template="What is {expression}?", few_shot=[shot])
+    assert load_task(spec, data, limit=2).examples == asked[1:3]
 
 
 def test_hub_ids_configs_and_splits(monkeypatch):
@@ -187,6 +191,9 @@ def test_errors_name_the_thing_and_the_remedy(tmp_path, monkeypatch):
         load_task(f"gsm8k={tmp_path / 'none.jsonl'}")
     with pytest.raises(DataError, match=r"gsm8k=x\.csv: give a \.jsonl"):
         load_task("gsm8k=x.csv")
+    gold = write(tmp_path / "gold.jsonl", [{"prompt": "?", "answer": " "}])
+    with pytest.raises(DataError, match="example 0: the answer is empty"):
+        load_task(str(gold))
     empty = write(tmp_path / "e.jsonl", [])
     with pytest.raises(DataError, match="is empty"):
         load_task(f"gsm8k={empty}")
