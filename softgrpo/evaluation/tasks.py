@@ -184,8 +184,8 @@ def load_task(spec: str, data: DataConfig | None = None, limit: int | None = Non
             raise DataError(f"{spec}, example {empty}: the answer is empty")
     else:
         raise DataError(
-            f"no task {spec!r}{did_you_mean(spec, list(BENCHMARKS))}; or give reasoning_gym:NAME, "
-            "or a .jsonl or .parquet file with prompt and answer"
+            f"no task {spec!r}{did_you_mean(spec, list(BENCHMARKS))} (or reasoning_gym:NAME, or a "
+            ".jsonl or .parquet file with prompt and answer)"
         )
     shown = {shot.prompt for shot in data.few_shot}
     asked = (example for example in examples if example.text not in shown)
@@ -217,7 +217,7 @@ def _benchmark_rows(name: str, file: str | None) -> Iterator[Example]:
     except DataError as error:
         if file is not None or number >= 0:
             raise
-        raise DataError(f"{error}: --task {name}=FILE with the columns {needed}") from None
+        raise DataError(f"{error}; from a file: --task {name}=FILE, columns {needed}") from None
     if number < 0:
         raise DataError(f"{where}: the dataset is empty")
 

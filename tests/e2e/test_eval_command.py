@@ -296,7 +296,7 @@ def one_line(capsys):
         (["--task", "gsm8k", "--k", "x"], "--k 'x' is not a list of numbers"),
         (["--task", "gsm8k", "--samples", "0"], "--samples 0"),
         (["--task", "gsm8k", "--limit", "0"], "--limit 0"),
-        (["--task", "gsm8k"], "--task gsm8k=FILE with the columns question, answer"),
+        (["--task", "gsm8k"], "--task gsm8k=FILE, columns question, answer"),
         (["--task", "none.jsonl"], "no such file: none.jsonl"),
         (["--task", "QUESTIONS", "--recipe", "dmo"], "dmo"),
         (["--task", "QUESTIONS", "--model", "/no/such"], "/no/such"),
