@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,9 @@ class Grader:
     (`softgrpo.evaluation.sandbox`).
     """
 
-    def __init__(self, kind: GraderName, workers: int = 2) -> None:
+    def __init__(self, kind: GraderName, workers: int | None = None) -> None:
+        """workers: processes that grade at once, by default one a core, at most 8."""
+        workers = workers or min(8, os.cpu_count() or 1)
         self.kind = kind
         self._runner: RewardRunner | None = None
         if kind in ("math", "reasoning_gym"):

@@ -26,11 +26,22 @@ MEMORY_BYTES, FILE_BYTES = 2 * 2**30, 16 * 2**20
 
 _CANNOT_START = 99  # exit status of a child that could not shut itself in
 
-# System calls by architecture: AUDIT_ARCH, clone, clone3, and those that are refused. Refused are
-# socket, kill, tkill, ptrace, io_uring_setup, setrlimit, prlimit64, (x86) fork, vfork.
+# By architecture: its AUDIT_ARCH, the numbers of clone and clone3, and of the calls refused: socket,
+# io_uring_setup; setrlimit, prlimit64; ptrace, process_vm_writev; kill, tkill, tgkill,
+# rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal; where they exist, fork and vfork.
 _ARCHITECTURES = {
-    "x86_64": (0xC000003E, 56, 435, (41, 62, 200, 101, 425, 160, 302, 57, 58)),
-    "aarch64": (0xC00000B7, 220, 435, (198, 129, 130, 117, 425, 164, 261)),
+    "x86_64": (
+        0xC000003E,
+        56,
+        435,
+        (41, 425, 160, 302, 101, 311, 62, 200, 234, 129, 297, 424, 57, 58),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        220,
+        435,
+        (198, 425, 164, 261, 117, 271, 129, 130, 131, 138, 240, 424),
+    ),
 }
 _CLONE_THREAD = 0x10000
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SECCOMP_MODE_FILTER = 22, 38, 2

@@ -1,5 +1,6 @@
 """Graders on right, wrong, odd and hanging answers; programs stay shut in."""
 
+import dataclasses
 import time
 
 import pytest
@@ -40,16 +41,15 @@ def test_tuples_and_words_of_math500(math_grader):
     assert [grade.correct for grade in right] == [True, False]
 
 
-def test_an_answer_that_hangs_is_lost_alone(math_grader, monkeypatch):
-    monkeypatch.setattr(
-        math_grader._runner, "config", type("Config", (), {"timeout_s": 1.0, "require_eos": False})
-    )
-    tower = "9^{9^{9^{9^{9^{9}}}}}!"
-    start = time.monotonic()
-    grades = math_grader.grade(Example("?", "7", {}), ["\\boxed{7}", f"\\boxed{{{tower}}}"])
-    assert grades[0] == Grade(1.0, "7")
-    assert grades[1].score is None
-    assert time.monotonic() - start < 12
+def test_an_answer_that_hangs_is_lost_and_the_next_is_graded(math_grader, monkeypatch):
+    runner = math_grader._runner
+    example = Example("?", "7", {})
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "config", dataclasses.replace(runner.config, timeout_s=1.5))
+        (grade,) = math_grader.grade(example, ["\\boxed{9^{9^{9^{9^{9^{9}}}}}!}"])
+    assert grade.score is None
+    assert not grade.correct
+    assert math_grader.grade(example, ["\\boxed{7}"]) == [Grade(1.0, "7")]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,7 @@ def test_choice_grades():
     grader.close()
 
 
+@pytest.mark.demo
 def test_reasoning_gym_uses_the_scorer_of_the_task():
     spec = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=4&max_digits=4&size=3"
     from softgrpo.data import reasoning_gym_dataset
@@ -138,6 +139,7 @@ REFUSED = "except PermissionError:\n    pass\nelse:\n    raise ValueError"
         (f"import os\ntry:\n    os.fork()\n{REFUSED}", True),
         (f"import subprocess\ntry:\n    subprocess.run(['true'])\n{REFUSED}", True),
         (f"import os\ntry:\n    os.kill(os.getppid(), 9)\n{REFUSED}", True),
+        (f"import signal\ntry:\n    signal.raise_signal(15)\n{REFUSED}", True),
         ("x = bytearray(3 * 2**30)", False),
         ("f = open('x', 'wb')\nfor _ in range(20): f.write(bytes(2**20))", False),
         ("import time; time.sleep(100)", False),
@@ -146,7 +148,7 @@ REFUSED = "except PermissionError:\n    pass\nelse:\n    raise ValueError"
 )
 def test_programs_are_shut_in(program, passed):
     start = time.monotonic()
-    assert passes(program, wall_seconds=1.5) is passed
+    assert passes(program, wall_seconds=20.0 if passed else 1.0) is passed
     assert time.monotonic() - start < 10
 
 

@@ -121,11 +121,15 @@ def test_code_tasks_carry_their_tests(tmp_path):
     assert MBPP["test_list"][0] in example.prompt
 
 
-def test_files_and_reasoning_gym(tmp_path):
+def test_files_of_prompt_and_answer(tmp_path):
     file = write(tmp_path / "mine.jsonl", [{"prompt": "1+1?", "answer": 2, "x": "y"}])
     task = load_task(str(file))
     assert (task.label, task.grader, task.examples[0].answer) == ("mine", "math", "2")
     assert task.examples[0].prompt == "1+1?"
+
+
+@pytest.mark.demo
+def test_reasoning_gym_and_worked_examples():
     spec = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&size=5"
     task = load_task(spec, limit=3)
     assert (task.name, task.label, len(task.examples)) == (spec, "chain_sum", 3)
