@@ -21,7 +21,8 @@ _SCRIPTS = ("charts.js", "token_view.js", "eval.js")
 _BINS = 32
 # A page should open at once, so of more positions only evenly spread questions keep theirs.
 _POSITIONS = 250_000
-_COLUMNS = ("task", "mode", "T", "questions", "answered", "length", "cut", "soft", "candidates")
+_MOST_SENTENCES = 6
+_COLUMNS = ("answered", "length", "cut", "soft", "candidates", "tokens/s")
 
 
 def write_page(folder: EvalFolder, results: dict[str, Any]) -> None:
@@ -143,9 +144,16 @@ def _facts(settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _sentences(results: dict[str, Any]) -> list[str]:
     """What the comparison of the modes says, for somebody who reads nothing else."""
-    n = results["settings"]["samples"]
+    n, rows = results["settings"]["samples"], results["soft_minus_discrete"]
+    if len(rows) > _MOST_SENTENCES:
+        above = sum(row["mean"]["low"] > 0 for row in rows)
+        below = sum(row["mean"]["high"] < 0 for row in rows)
+        return [
+            f"Of {len(rows)} comparisons at the same temperature, soft tokens have a higher "
+            f"mean@{n} in {above}, a lower one in {below}; in the rest they are not told apart."
+        ]
     said = []
-    for row in results["soft_minus_discrete"]:
+    for row in rows:
         mean, place = row["mean"], f"On {task_label(row['task'])} at T {row['temperature']:g}"
         between = f"(95 % interval {mean['low']:+.3f} to {mean['high']:+.3f})"
         if mean["low"] <= 0 <= mean["high"]:
@@ -171,41 +179,39 @@ def _note(results: dict[str, Any]) -> str:
 
 def _table_html(results: dict[str, Any]) -> str:
     n = results["settings"]["samples"]
-    left, right = _COLUMNS[:4], _COLUMNS[4:]
-    names = [*left, f"mean@{n}", f"pass@{n}", f"maj@{n}", *right, "tokens/s"]
-    head = "".join(f"<th{_left(name)}>{escape(name)}</th>" for name in names)
+    scores = (f"mean@{n}", f"pass@{n}", f"maj@{n}")
+    names = ("task", "mode", "T", "questions", *scores, *_COLUMNS)
     speeds = {cell_key(row): row["tokens_per_second"] for row in results["speed"]}
-    body = ""
-    for cell in results["cells"]:
-        effective, speed, answered = (
-            cell["effective_candidates"],
-            speeds[cell_key(cell)],
-            cell["answered"],
-        )
-        values = [
-            escape(task_label(cell["task"])),
-            escape(cell["mode"]),
-            f"{cell['temperature']:g}",
-            str(cell["questions"]),
-            _interval_html(cell["mean"]),
-            _interval_html(cell["pass"][-1]),
-            _interval_html(cell["maj"]) if cell["maj"] else "&ndash;",
-            f"{answered:.0%}" if answered is not None else "&ndash;",
-            f"{cell['length']['mean']:.0f}",
-            f"{cell['truncated']:.0%}",
-            f"{cell['soft']:.0%}",
-            f"{effective:.2f}" if effective else "&ndash;",
-            f"{speed:.0f}" if speed else "&ndash;",
-        ]
-        row = "".join(f"<td{_left(n)}>{v}</td>" for n, v in zip(names, values, strict=True))
-        body += f"<tr>{row}</tr>"
+    rows = [_cell_values(cell, speeds[cell_key(cell)]) for cell in results["cells"]]
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "".join(f"<tr>{''.join(f'<td>{value}</td>' for value in row)}</tr>" for row in rows)
     return f"<table class=scores><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _left(name: str) -> str:
-    return " class=name" if name in ("task", "mode") else ""
+def _cell_values(cell: Row, speed: float | None) -> list[str]:
+    return [
+        escape(task_label(cell["task"])),
+        escape(cell["mode"]),
+        f"{cell['temperature']:g}",
+        str(cell["questions"]),
+        _interval_html(cell["mean"]),
+        _interval_html(cell["pass"][-1]),
+        _interval_html(cell["maj"]),
+        _or_dash(cell["answered"], ".0%"),
+        f"{cell['length']['mean']:.0f}",
+        f"{cell['truncated']:.0%}",
+        f"{cell['soft']:.0%}",
+        _or_dash(cell["effective_candidates"], ".2f"),
+        _or_dash(speed, ".0f"),
+    ]
 
 
-def _interval_html(entry: Row) -> str:
+def _or_dash(value: float | None, form: str) -> str:
+    return "&ndash;" if value is None else format(value, form)
+
+
+def _interval_html(entry: Row | None) -> str:
+    if entry is None:
+        return "&ndash;"
     between = f"{entry['low']:.3f}&ndash;{entry['high']:.3f}"
     return f"{entry['value']:.3f}<span class=between>{between}</span>"

@@ -26,8 +26,8 @@ MEMORY_BYTES, FILE_BYTES = 2 * 2**30, 16 * 2**20
 
 _CANNOT_START = 99  # exit status of a child that could not shut itself in
 
-# By architecture: its AUDIT_ARCH, the numbers of clone and clone3, and of the calls refused: socket,
-# io_uring_setup; setrlimit, prlimit64; ptrace, process_vm_writev; kill, tkill, tgkill,
+# By architecture: its AUDIT_ARCH, the numbers of clone and clone3, and of the calls refused:
+# socket, io_uring_setup; setrlimit, prlimit64; ptrace, process_vm_writev; kill, tkill, tgkill,
 # rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal; where they exist, fork and vfork.
 _ARCHITECTURES = {
     "x86_64": (

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from softgrpo.evaluation.scores import Row, cell_key
 from softgrpo.evaluation.tasks import task_label
@@ -27,7 +28,7 @@ def print_results(results: dict[str, Any], ks: Sequence[int]) -> None:
     for cell in results["cells"]:
         speed, effective = speeds[cell_key(cell)], cell["effective_candidates"]
         table.add_row(
-            task_label(cell["task"]),
+            Text(task_label(cell["task"])),  # a file's name may look like markup
             cell["mode"],
             f"{cell['temperature']:g}",
             str(cell["questions"]),
@@ -47,7 +48,9 @@ def print_results(results: dict[str, Any], ks: Sequence[int]) -> None:
     console.print(table)
     for row in results["soft_minus_discrete"]:
         place = f"{task_label(row['task'])}, T {row['temperature']:g}"
-        console.print(f"soft - discrete, {place}: {_changes(row, ks, n)}", soft_wrap=True)
+        console.print(
+            f"soft - discrete, {place}: {_changes(row, ks, n)}", soft_wrap=True, markup=False
+        )
     console.print(_notes(results), style="dim", soft_wrap=True)
 
 
@@ -64,7 +67,7 @@ def print_comparison(rows: Sequence[Row], ks: Sequence[int] | None) -> None:
         place = f"{task_label(row['task'])}, {row['questions']} questions, {mode} T {temperature:g}"
         if row["ours"] != theirs:
             place += f" - {theirs[0]} T {theirs[1]:g}"
-        console.print(f"{place}: {_changes(row, shown, None)}", soft_wrap=True)
+        console.print(f"{place}: {_changes(row, shown, None)}", soft_wrap=True, markup=False)
 
 
 def _changes(row: Row, ks: Sequence[int], n: int | None) -> str:
