@@ -13,6 +13,7 @@ import pytest
 
 from softgrpo.cli.eval import main
 from softgrpo.evaluation.graders import Grade, Grader
+from softgrpo.evaluation.page import write_page
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_engine.prompts import default_uids
 from softgrpo_kernels.extension import cpu_extension
@@ -253,6 +254,23 @@ def test_the_page_needs_nothing_from_outside_and_keeps_text_text(tiny_model, tmp
     assert data["tasks"][0]["questions"][0]["prompt"] == hostile
     assert data["cells"][0]["samples"][0][0][1] == hostile
     assert len(data["cells"][0]["shown"]["0"]["0"]) == data["cells"][0]["samples"][0][0][2]
+
+
+def test_a_large_page_keeps_the_candidates_of_evenly_spread_questions(
+    finished, tmp_path, monkeypatch
+):
+    rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    results = json.loads((finished / "results.json").read_text())
+    folder = types.SimpleNamespace(report=tmp_path / "report.html", rows=lambda: rows)
+    total = sum(len(shown["positions"]) for row in rows for shown in row["shown"])
+    monkeypatch.setattr("softgrpo.evaluation.page._POSITIONS", total // 3 + 1)
+    monkeypatch.setattr("softgrpo.evaluation.page._MOST_SENTENCES", 1)
+    write_page(folder, results)
+    page = folder.report.read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert [sorted(map(int, cell["shown"])) for cell in data["cells"]] == [[0, 3, 6, 9]] * 4
+    assert all(len(cell["samples"]) == 10 for cell in data["cells"])
+    assert "Of 2 comparisons at the same temperature" in page
 
 
 @pytest.mark.parametrize(
