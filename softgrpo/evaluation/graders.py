@@ -81,6 +81,8 @@ class Grader:
         call = RewardCall(
             prompts=[example.prompt] * len(distinct),
             completions=[f"\\boxed{{{box}}}" for box in distinct],
+            completion_ids=[[]]
+            * len(distinct),  # a box is cut from its tokens; no grader reads them
             columns={name: [value] * len(distinct) for name, value in columns.items()},
         )
         (scores,) = self._runner.rewards(call).values()
