@@ -202,14 +202,15 @@ def load_examples(spec: str, data: DataConfig) -> list[Example]:
         rows = _reasoning_gym_rows(spec)
         data = dataclasses.replace(data, prompt_key="question", answer_key="answer")
     else:
-        rows = _rows(spec)
+        rows = read_rows(spec)
     examples = [_example(row, data, f"{spec}, example {index}") for index, row in enumerate(rows)]
     if not examples:
         raise DataError(f"{spec}: the dataset is empty")
     return examples
 
 
-def _rows(spec: str) -> Iterator[Mapping[str, Any]]:
+def read_rows(spec: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file or a hub dataset, as `load_examples` names them."""
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
     reader = readers.get(Path(spec).suffix)
     if reader is not None:
@@ -217,7 +218,8 @@ def _rows(spec: str) -> Iterator[Mapping[str, Any]]:
             raise DataError(f"no such file: {spec}")
         return reader(Path(spec))
     if _HUB_ID.fullmatch(spec):
-        return _hub_rows(spec)
+        name, _, split = spec.partition(":")
+        return hub_rows(name, None, split or "train")
     raise DataError(
         f"{spec!r} is no dataset: give reasoning_gym:NAME, a .jsonl, .json or .parquet file, or a "
         "hub id organisation/name[:split]"
@@ -259,23 +261,24 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     yield from rows
 
 
-def _hub_rows(spec: str) -> Iterator[Mapping[str, Any]]:
+def hub_rows(name: str, config: str | None, split: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a dataset of the Hugging Face hub."""
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{spec}: hub datasets need: pip install 'softgrpo[datasets]'") from None
-    name, _, split = spec.partition(":")
+        raise DataError(f"{name}: hub datasets need: pip install 'softgrpo[datasets]'") from None
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
+        rows = datasets.load_dataset(*filter(None, (name, config)), split=split)
     except Exception as error:  # datasets, huggingface_hub and requests each raise their own
         raise DataError(
-            f"cannot load {spec} from the hub ({_one_line(error)}); check the name and the "
+            f"cannot load {name} from the hub ({_one_line(error)}); check the name and the "
             "connection, or give a local file"
         ) from None
     yield from rows
 
 
-def _reasoning_gym_rows(spec: str) -> Iterator[Mapping[str, Any]]:
+def reasoning_gym_dataset(spec: str) -> Any:
+    """The dataset of `reasoning_gym:NAME?key=value&...`, with seed 0 unless the spec gives one."""
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError:
@@ -290,9 +293,16 @@ def _reasoning_gym_rows(spec: str) -> Iterator[Mapping[str, Any]]:
             raise DataError(f"{spec}: {name} has no parameter {key!r}{did_you_mean(key, known)}")
     try:
         # Without a seed reasoning_gym draws one from the clock: a resumed run saw other questions.
-        dataset = create_dataset(name, **{"seed": 0, **parameters})
-        items = [dataset[i] for i in range(len(dataset))]
+        return create_dataset(name, **{"seed": 0, **parameters})
     except Exception as error:  # assertions and whatever a generator trips over
+        raise DataError(f"{spec}: {_one_line(error)}") from None
+
+
+def _reasoning_gym_rows(spec: str) -> Iterator[Mapping[str, Any]]:
+    dataset = reasoning_gym_dataset(spec)
+    try:
+        items = [dataset[i] for i in range(len(dataset))]
+    except Exception as error:
         raise DataError(f"{spec}: {_one_line(error)}") from None
     for item in items:
         yield {**item["metadata"], "question": item["question"], "answer": item["answer"]}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from softgrpo_engine import Sample
+from softgrpo_engine import Sample, SoftTokens
 from softgrpo_kernels import soft_weights
 
 # A candidate under this weight contributes nothing that anyone could see.
@@ -26,9 +26,24 @@ def sample_row(
     tokenizer: Any,
 ) -> dict[str, Any]:
     """One sample with the candidates and weights of every position."""
-    record = sample.soft
+    return {
+        "step": step,
+        "phase": phase,
+        "prompt": prompt,
+        "answer": answer,
+        "text": sample.text,
+        "reward": reward,
+        "advantage": advantage,
+        "finish_reason": sample.finish_reason,
+        "uid": sample.uid,
+        "positions": position_rows(sample.soft, tau, tokenizer),
+    }
+
+
+def position_rows(record: SoftTokens, tau: float, tokenizer: Any) -> list[dict[str, Any]]:
+    """Token, kind, forced and the visible candidates with their weights, for every position."""
     weights = soft_weights(record.gprime, record.kind, tau)
-    positions = [
+    return [
         {
             "token": tokenizer.decode([token]),
             "kind": kind,
@@ -48,15 +63,3 @@ def sample_row(
             strict=True,
         )
     ]
-    return {
-        "step": step,
-        "phase": phase,
-        "prompt": prompt,
-        "answer": answer,
-        "text": sample.text,
-        "reward": reward,
-        "advantage": advantage,
-        "finish_reason": sample.finish_reason,
-        "uid": sample.uid,
-        "positions": positions,
-    }

@@ -108,9 +108,8 @@ class LLM:
         params = params or SamplingParams()
         ids = [encode(prompt, self.tokenizer) for prompt in as_list(prompts)]
         uids = [default_uids(prompt, params.n) for prompt in ids]
-        return self.generate_groups(
-            ids, params, soft, seed=_seed(params), uids=uids, progress=progress
-        )
+        seed = _seed(params)
+        return self.generate_groups(ids, params, soft, seed=seed, uids=uids, progress=progress)
 
     def generate_groups(
         self,
@@ -128,19 +127,33 @@ class LLM:
         A sample is a function of (weights, prompt, seed, stream, uid, parameters), up to the
         rounding of the GEMM; what it shares a batch with does not matter.
         """
-        groups = self._add(prompts, params, soft, seed, uids, stream)
-        sequences = [sequence for group in groups for sequence in group]
+        outputs = dict(self.iter_groups(prompts, params, soft, seed, uids, stream, progress))
+        return [outputs[i] for i in range(len(prompts))]
+
+    def iter_groups(
+        self,
+        prompts: Seq[list[int]],
+        params: SamplingParams,
+        soft: SoftParams | Literal[False] | None,
+        seed: int,
+        uids: Seq[Seq[int]],
+        stream: int = 0,
+        progress: bool = False,
+    ) -> Iterator[tuple[int, Output]]:
+        """Like ``generate_groups``; yields (prompt index, Output) as soon as a group has ended."""
+        groups = dict(enumerate(self._add(prompts, params, soft, seed, uids, stream)))
+        sequences = [s for group in groups.values() for s in group]
         try:
-            console = Console(stderr=True)
-            with Progress(console=console, disable=not progress, transient=True) as bar:
+            with Progress(
+                console=Console(stderr=True), disable=not progress, transient=True
+            ) as bar:
                 task = bar.add_task("generating", total=len(sequences))
-                while any(s.finish_reason is None for s in sequences):
-                    done = sum(s.finish_reason is not None for s in self.step())
-                    bar.advance(task, done)
-            return [
-                Output(list(prompt), [self._samples[s] for s in group])
-                for prompt, group in zip(prompts, groups, strict=True)
-            ]
+                while groups:
+                    for i in [i for i, g in groups.items() if all(s.finish_reason for s in g)]:
+                        samples = [self._samples.pop(s) for s in groups.pop(i)]
+                        yield i, Output(list(prompts[i]), samples)
+                    if groups:
+                        bar.advance(task, sum(s.finish_reason is not None for s in self.step()))
         finally:
             self._forget(sequences)
 

@@ -40,16 +40,15 @@ def _page(run: Run, other: Run | None) -> str:
     }
     parts = {
         "title": escape(run.name),
-        "style": _asset("style.css"),
+        "style": asset("style.css"),
         "facts": _facts_html(run),
         "words": _words_html(run, other),
         "tiles": _tiles_html(run, other),
         "config": _config_html(run),
         "data": embed_json(data),
-        "script": "\n".join(_asset(name) for name in _SCRIPTS),
+        "script": "\n".join(asset(name) for name in _SCRIPTS),
     }
-    # One pass, so that nothing inside a value is taken for a placeholder.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+    return fill_page("page.html", parts)
 
 
 def _facts_html(run: Run) -> str:
@@ -93,5 +92,12 @@ def _config_html(run: Run) -> str:
     )
 
 
-def _asset(name: str) -> str:
+def fill_page(template: str, parts: dict[str, str]) -> str:
+    """A page of `page/` with its `{{name}}` replaced by the parts, as they are."""
+    # One pass, so that nothing inside a value is taken for a placeholder.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset(template))
+
+
+def asset(name: str) -> str:
+    """A file of `page/`."""
     return (files("softgrpo.report") / "page" / name).read_text(encoding="utf-8")

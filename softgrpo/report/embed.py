@@ -46,7 +46,7 @@ def pack_samples(samples: Sequence[Row]) -> dict[str, Any]:
 def _pack_sample(sample: Row, vocabulary: dict[str, int]) -> dict[str, Any]:
     positions = sample.get("positions")
     packed = [
-        _pack_position(position, vocabulary)
+        pack_position(position, vocabulary)
         for position in (positions if isinstance(positions, list) else [])
         if isinstance(position, dict)
     ]
@@ -66,7 +66,9 @@ def _pack_sample(sample: Row, vocabulary: dict[str, int]) -> dict[str, Any]:
     return row
 
 
-def _pack_position(position: Row, vocabulary: dict[str, int]) -> list[int]:
+def pack_position(position: Row, vocabulary: dict[str, int]) -> list[int]:
+    """One position as in `pack_samples`; new texts go into the vocabulary."""
+
     def index(text: Any) -> int:
         return vocabulary.setdefault(_text(text), len(vocabulary))
 

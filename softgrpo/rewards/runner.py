@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from softgrpo.config import RewardConfig
 from softgrpo.rewards.worker import (
+    EXTRACT,
     RewardCall,
     RewardError,
     RewardFunc,
@@ -115,13 +116,17 @@ class RewardRunner:
             return {name: call_function(function, name, call) for name, function in named}
         return {name: self._remote(index, call) for index, name in enumerate(self.names)}
 
+    def answers(self, call: RewardCall) -> list[str | None]:
+        """`extract_answer` of every completion, for voting; None also where a worker was lost."""
+        return self._remote(EXTRACT, call)
+
     def close(self) -> None:
         """Ends the workers."""
         self._threads.shutdown()
         for worker in self._workers:
             worker.stop()
 
-    def _remote(self, index: int, call: RewardCall) -> list[float | None]:
+    def _remote(self, index: int, call: RewardCall) -> list[Any]:
         """One function on one batch, split among the workers."""
         count = len(self._workers)
         bounds = [len(call) * part // count for part in range(count + 1)]
@@ -131,8 +136,8 @@ class RewardRunner:
         self.lost += sum(lost for _, lost in results)
         return [reward for rewards, _ in results for reward in rewards]
 
-    def _ask(self, worker: _Worker, index: int, call: RewardCall) -> tuple[list[float | None], int]:
-        """The rewards of a part, and how many samples were lost: whole, else one by one."""
+    def _ask(self, worker: _Worker, index: int, call: RewardCall) -> tuple[list[Any], int]:
+        """The results of a part, and how many samples were lost: whole, else one by one."""
         if not len(call):
             return [], 0
         rewards = worker.ask(index, call, self.config.timeout_s)
@@ -197,8 +202,8 @@ class _Worker:
             if error is not None:
                 raise error
 
-    def ask(self, index: int, call: RewardCall, timeout_s: float) -> list[float | None] | None:
-        """The rewards; None when the worker did not answer in time or died (and was replaced)."""
+    def ask(self, index: int, call: RewardCall, timeout_s: float) -> list[Any] | None:
+        """The results; None when the worker did not answer in time or died (and was replaced)."""
         self.wait_until_ready()
         try:
             self._connection.send((index, call))
@@ -211,8 +216,8 @@ class _Worker:
             return None
         if isinstance(answer, RewardError):
             raise answer
-        rewards: list[float | None] = answer
-        return rewards
+        results: list[Any] = answer
+        return results
 
     def stop(self) -> None:
         self._finalizer()

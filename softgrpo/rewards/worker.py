@@ -22,6 +22,8 @@ from typing import Any
 Rewards = Sequence[float | None]
 RewardFunc = Callable[..., Rewards | Awaitable[Rewards]]
 
+EXTRACT = -1  # in place of a function's index: the normalised answers, which can hang as well
+
 
 class RewardError(ValueError):
     """A reward function that cannot be loaded or called; one line with its name and the cause."""
@@ -126,12 +128,15 @@ def call_function(function: RewardFunc, name: str, call: RewardCall) -> list[flo
 def serve(descriptor: int) -> None:
     """The worker: receives function paths, then (index, RewardCall), and answers each.
 
-    Answers are lists of rewards or a RewardError. Ends when the runner closes the connection, and
-    also, while a function hangs, when the runner is gone: its end of our standard input closes.
+    Answers are lists of rewards (of normalised answers for EXTRACT) or a RewardError. Ends when the
+    runner closes the connection, and also, while a function hangs, when the runner is gone: its end
+    of our standard input closes.
     """
     threading.Thread(target=_exit_with_runner, daemon=True).start()
     with suppress(OSError):  # Linux: an answer that eats all memory ends this process, not the run
         Path("/proc/self/oom_score_adj").write_text("1000")
+    from softgrpo.rewards.math import extract_answer
+
     connection = Connection(descriptor)
     functions: list[tuple[str, RewardFunc]] = []
     with suppress(EOFError):
@@ -143,6 +148,9 @@ def serve(descriptor: int) -> None:
             connection.send(error)
         while True:
             index, call = connection.recv()
+            if index == EXTRACT:
+                connection.send([extract_answer(text) for text in call.completions])
+                continue
             name, function = functions[index]
             try:
                 connection.send(call_function(function, name, call))

@@ -94,19 +94,20 @@ function markShape(shape, x, y, className) {
 
 const charts = [];
 
-/** Puts the cursor of every chart on a step; null takes it away. */
-function setCursor(step) {
-  for (const chart of charts) chart.cursor(step);
+/** Puts the cursor of every chart over the same unit on a step; null takes it away. */
+function setCursor(step, unit = "step") {
+  for (const chart of charts.filter((chart) => chart.unit === unit)) chart.cursor(step);
 }
 
 /**
- * One figure. spec: {title, caption, span: first and last step, percent, log, zero, whole, height, wide,
+ * One figure. spec: {title, caption, span: first and last step, unit ("step"), percent, log, zero, whole, height, wide,
  *   lines: [{label, steps, values, className, dash, kind: "line|raw|smooth|points", shape, band, average}],
  *   areas: [{label, steps, values, className}] stacked from the bottom up}.
  */
 class Chart {
   constructor(spec) {
     this.spec = spec;
+    this.unit = spec.unit ?? "step";
     this.at = html("span", { class: "at" });
     this.height = spec.height ?? 150;
     const plot = { class: "plot", height: this.height, tabindex: 0, role: "img" };
@@ -120,10 +121,10 @@ class Chart {
       this.plot,
     );
     this.findDomain();
-    this.plot.addEventListener("pointermove", (event) => setCursor(this.stepAt(event.offsetX)));
-    this.plot.addEventListener("pointerdown", (event) => setCursor(this.stepAt(event.offsetX)));
-    this.plot.addEventListener("pointerleave", () => setCursor(null));
-    this.plot.addEventListener("blur", () => setCursor(null));
+    this.plot.addEventListener("pointermove", (event) => setCursor(this.stepAt(event.offsetX), this.unit));
+    this.plot.addEventListener("pointerdown", (event) => setCursor(this.stepAt(event.offsetX), this.unit));
+    this.plot.addEventListener("pointerleave", () => setCursor(null, this.unit));
+    this.plot.addEventListener("blur", () => setCursor(null, this.unit));
     this.plot.addEventListener("keydown", (event) => this.onKey(event));
     new ResizeObserver(() => this.draw()).observe(this.plot);
     charts.push(this);
@@ -136,7 +137,7 @@ class Chart {
   describe() {
     const parts = this.series.map(({ label, steps, values }) => {
       const seen = values.map((v, i) => [steps[i], v]).filter(([, v]) => v !== null);
-      const say = ([step, v]) => `${format(v, this.spec.percent)} at step ${step}`;
+      const say = ([step, v]) => `${format(v, this.spec.percent)} at ${this.unit} ${step}`;
       return `${label} from ${say(seen[0])} to ${say(seen[seen.length - 1])}`;
     });
     return `${this.spec.title}: ${parts.join("; ")}`;
@@ -264,12 +265,12 @@ class Chart {
     event.preventDefault();
     const now = this.step === null ? this.steps.length : nearest(this.steps, this.step);
     const next = Math.max(0, Math.min(this.steps.length - 1, now + moves[event.key]));
-    setCursor(this.steps[next]);
+    setCursor(this.steps[next], this.unit);
   }
 
   cursor(step) {
     this.step = step;
-    this.at.textContent = `step ${step ?? this.steps[this.steps.length - 1]}`;
+    this.at.textContent = `${this.unit} ${step ?? this.steps[this.steps.length - 1]}`;
     this.series.forEach((series, i) => {
       this.values[i].textContent = format(valueAt(series, step), this.spec.percent);
     });

@@ -6,7 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from softgrpo.evaluation import bootstrap_interval, majority_at_k, mean_at_n, pass_at_k
+from softgrpo.evaluation import (
+    bootstrap_interval,
+    majority_at_k,
+    mean_at_n,
+    pass_at_k,
+    prefix_pass_at_k,
+)
+from softgrpo.evaluation.metrics import bootstrap_intervals
 
 
 def test_pass_at_k_equals_the_enumeration_of_all_subsets():
@@ -26,6 +33,17 @@ def test_pass_at_k_is_stable_for_large_n():
 def test_pass_at_k_refuses_impossible_counts(n, c, k):
     with pytest.raises(ValueError, match=r"pass@k needs"):
         pass_at_k(n, c, k)
+
+
+def test_prefix_estimate_depends_on_the_order_and_has_the_same_mean_over_orders():
+    correct = [False, False, True, False]
+    assert [prefix_pass_at_k(correct, k) for k in (1, 2, 3, 4)] == [0, 0, 1, 1]
+    orders = list(itertools.permutations([True, True, False, False, False]))
+    for k in range(1, 6):
+        mean = sum(prefix_pass_at_k(order, k) for order in orders) / len(orders)
+        assert math.isclose(mean, pass_at_k(5, 2, k))
+    with pytest.raises(ValueError, match="k = 5 of n = 4"):
+        prefix_pass_at_k(correct, 5)
 
 
 def test_mean_at_n():
@@ -63,3 +81,20 @@ def test_bootstrap_interval_is_the_normal_interval_for_many_values():
     assert bootstrap_interval([1.0]) == (1.0, 1.0)
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_interval([])
+
+
+def test_intervals_of_several_quantities_are_those_of_each_alone():
+    rng = np.random.default_rng(0)
+    values = rng.random((30, 4))
+    low, high = bootstrap_intervals(values, seed=5)
+    for m in range(4):
+        assert (low[m], high[m]) == pytest.approx(bootstrap_interval(values[:, m], seed=5))
+
+
+def test_paired_differences_have_a_narrower_interval_than_their_parts():
+    rng = np.random.default_rng(1)
+    ours = rng.random(200)
+    theirs = ours - 0.1 + 0.01 * rng.standard_normal(200)
+    low, high = bootstrap_interval(ours - theirs)
+    assert 0.09 < low < 0.1 < high < 0.11
+    assert np.diff(bootstrap_interval(ours))[0] > 10 * (high - low)
