@@ -8,24 +8,9 @@ from torch import Tensor
 from softgrpo_engine.params import NOISES
 from softgrpo_engine.sequence import Sequence
 from softgrpo_engine.soft_tokens import SoftTokens
-from softgrpo_kernels import soft_weights
+from softgrpo_kernels import RowParameters, SoftToken, soft_weights
 
 GREEDY, DISCRETE, SOFT = 0, 1, 2
-
-# Per-sample numbers that an op reads, one row of a table each.
-_FLOATS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "soft_temperature",
-    "soft_top_p",
-    "tau",
-    "noise_scale",
-    "noise_low",
-    "noise_high",
-    "eps",
-)
-_INTEGERS = ("top_k", "soft_top_k", "seed", "uid", "stream", "discrete_mode", "noise")
 
 
 class Record:
@@ -33,14 +18,18 @@ class Record:
 
     A sample keeps its row while it is preempted; its inputs are rebuilt from here alone. Tables
     grow with the longest answer and the most candidates that were asked for.
+
+    floats [8, 2 rows], ints [7, 2 rows]: RowParameters of every row, first as it draws discretely,
+    then softly; the position is that of its first new token. soft: uint8 [rows], 1 where the next
+    position is drawn softly.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows, self.device = rows, device
         self.capacity = self.candidates = 0
-        self.floats = torch.zeros(len(_FLOATS), rows, device=device)
-        self.integers = torch.zeros(len(_INTEGERS), rows, dtype=torch.int64, device=device)
-        self.mode = torch.zeros(rows, dtype=torch.uint8, device=device)
+        self.floats = torch.zeros(8, 2 * rows, device=device)
+        self.ints = torch.zeros(7, 2 * rows, dtype=torch.int64, device=device)
+        self.soft = torch.zeros(rows, dtype=torch.uint8, device=device)
         self.terminal_ids = torch.empty(rows, 0, dtype=torch.int32, device=device)
         self._allocate(0, 0)
 
@@ -72,34 +61,30 @@ class Record:
     def start(self, sequence: Sequence) -> None:
         """Writes the parameters of a sample that just got its row."""
         assert sequence.row is not None
-        params, soft = sequence.params, sequence.soft
-        low, high = (soft and soft.noise_clip) or (-torch.inf, torch.inf)
-        floats = {
-            "temperature": params.temperature or 1.0,
-            "top_p": params.top_p,
-            "min_p": params.min_p,
-            "soft_temperature": soft.temperature if soft else 1.0,
-            "soft_top_p": soft.top_p if soft else 1.0,
-            "tau": soft.tau if soft else 1.0,
-            "noise_scale": soft.noise_scale if soft else 1.0,
-            "noise_low": low,
-            "noise_high": high,
-            "eps": soft.eps if soft else 0.0,
-        }
-        integers = {
-            "top_k": params.top_k,
-            "soft_top_k": soft.top_k if soft else 1,
-            # The 64 bits of an unsigned seed in a signed word.
-            "seed": sequence.seed - 2**64 if sequence.seed >= 2**63 else sequence.seed,
-            "uid": sequence.uid,
-            "stream": sequence.stream,
-            "discrete_mode": GREEDY if params.temperature == 0 else DISCRETE,
-            "noise": NOISES.index(soft.noise) if soft else 0,
-        }
-        row = sequence.row
-        self.floats[:, row] = torch.tensor([floats[name] for name in _FLOATS])
-        self.integers[:, row] = torch.tensor([integers[name] for name in _INTEGERS])
-        self.mode[row] = SOFT if soft else integers["discrete_mode"]
+        row, params, soft = sequence.row, sequence.params, sequence.soft
+        # The 64 bits of an unsigned seed in a signed word.
+        seed = sequence.seed - 2**64 if sequence.seed >= 2**63 else sequence.seed
+        key = [seed, len(sequence.prompt), sequence.uid, sequence.stream]
+        unbounded = (-torch.inf, torch.inf)
+        floats = [params.temperature or 1.0, params.top_p, params.min_p, 1.0, 1.0, *unbounded, 0.0]
+        self.floats[:, row] = torch.tensor(floats)
+        mode = GREEDY if params.temperature == 0 else DISCRETE
+        self.ints[:, row] = torch.tensor([params.top_k, *key, mode, 0])
+        if soft is not None:
+            clip = soft.noise_clip or unbounded
+            floats = [
+                soft.temperature,
+                soft.top_p,
+                0.0,
+                soft.tau,
+                soft.noise_scale,
+                *clip,
+                soft.eps,
+            ]
+            self.floats[:, self.rows + row] = torch.tensor(floats)
+            noise = NOISES.index(soft.noise)
+            self.ints[:, self.rows + row] = torch.tensor([soft.top_k, *key, SOFT, noise])
+        self.soft[row] = int(soft is not None)
         terminal = sorted(sequence.end_ids)
         if sequence.thinking_end is not None:
             terminal.append(sequence.thinking_end)
@@ -113,19 +98,39 @@ class Record:
         self.terminal_ids[row] = -1
         self.terminal_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
 
-    def parameters(self, rows_B: Tensor) -> dict[str, Tensor]:
-        """The parameters of a batch, each a contiguous [B]."""
-        floats = self.floats.index_select(1, rows_B)
-        integers = self.integers.index_select(1, rows_B)
-        return {
-            **dict(zip(_FLOATS, floats.unbind(0), strict=True)),
-            **dict(zip(_INTEGERS, integers.unbind(0), strict=True)),
-        }
+    def parameters(self, rows_B: Tensor, index_B: Tensor) -> RowParameters:
+        """How to draw generated position index_B of these rows, each in its phase."""
+        column_B = self.soft[rows_B].long() * self.rows + rows_B
+        ints = self.ints.index_select(1, column_B)
+        ints[2] += index_B
+        return RowParameters(self.floats.index_select(1, column_B), ints, self.candidates)
+
+    def write(self, rows_B: Tensor, index_B: Tensor, drawn: SoftToken) -> None:
+        """Keeps what was drawn at these positions, and the phase that follows."""
+        self.ids[rows_B, index_B] = drawn.ids
+        self.gprime[rows_B, index_B] = drawn.gprime
+        self.kind[rows_B, index_B] = drawn.kind
+        self.forced[rows_B, index_B] = False
+        self.token[rows_B, index_B] = drawn.token
+        self.logprob[rows_B, index_B] = drawn.token_logp
+        self.soft[rows_B] = drawn.kind
+
+    def force(self, row: int, index: int, token: int) -> None:
+        """Puts ``token`` at a position already drawn; the phase is discrete from here."""
+        self.ids[row, index] = -1
+        self.ids[row, index, 0] = token
+        self.gprime[row, index] = -torch.inf
+        self.gprime[row, index, 0] = 0.0
+        self.kind[row, index] = 0
+        self.forced[row, index] = True
+        self.token[row, index] = token
+        self.logprob[row, index] = 0.0
+        self.soft[row] = 0
 
     def inputs(self, rows_T: Tensor, index_T: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates [T, K] int32 and weights [T, K] float32 of generated positions."""
         gprime, kind = self.gprime[rows_T, index_T], self.kind[rows_T, index_T]
-        tau = self.floats[_FLOATS.index("tau")].index_select(0, rows_T)
+        tau = self.floats[3].index_select(0, self.rows + rows_T)
         return self.ids[rows_T, index_T], soft_weights(gprime, kind, tau)
 
     def soft_tokens(self, sequence: Sequence) -> tuple[SoftTokens, Tensor]:

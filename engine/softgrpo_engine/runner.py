@@ -13,10 +13,10 @@ from torch import Tensor
 from softgrpo_engine.attention import PagedAttention
 from softgrpo_engine.kv_cache import PAGE_SIZE
 from softgrpo_engine.model import Decoder
-from softgrpo_engine.record import DISCRETE, SOFT, Record
+from softgrpo_engine.record import Record
 from softgrpo_engine.scheduler import Chunk, Plan
 from softgrpo_engine.sequence import Sequence
-from softgrpo_kernels import SoftToken, soft_embedding, soft_token
+from softgrpo_kernels import soft_embedding, soft_token_of_rows
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,22 @@ class Drawn:
     valid: list[bool]
 
 
+@dataclass(frozen=True)
+class DecodeInputs:
+    """What the device reads in a step of one position a sequence.
+
+    row, index: int64 [B], places in the record. position: int64 [B], in the sequence. slot: int64
+    [B], where its keys go. block_table: int32 [B, W]. seq_lens: int32 [B], this position included.
+    """
+
+    row: Tensor
+    index: Tensor
+    position: Tensor
+    slot: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+
+
 class Runner:
     """Owns the decoder, the KV pages and the record."""
 
@@ -37,8 +53,6 @@ class Runner:
         self.record = Record(rows, self.device)
         self.num_pages = num_pages
         self.allocate_pages()
-        self._batch_rows: list[int] = []
-        self._batch: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def allocate_pages(self) -> None:
         """Makes the KV cache: [layers, pages, Hkv, page_size, D] for keys and for values."""
@@ -61,26 +75,55 @@ class Runner:
     def start(self, sequence: Sequence) -> None:
         """Prepares the record row of a sample that is scheduled for the first time."""
         self.record.start(sequence)
-        self._batch = None
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Drawn:
         """Forward pass and draw of one step."""
-        hidden_TH = self._forward(plan.chunks)
-        if plan.copies:
-            source, target = (torch.tensor(side) for side in zip(*plan.copies, strict=True))
-            self.k_pages[:, target] = self.k_pages[:, source]
-            self.v_pages[:, target] = self.v_pages[:, source]
-        if not plan.samplers:
-            return Drawn([], [], [])
-        last_row = np.cumsum([chunk.length for chunk in plan.chunks]) - 1
-        rows = self._to_device(last_row[[index for _, index in plan.samplers]])
-        hidden_BH = hidden_TH.index_select(0, rows)
-        sequences = [sequence for sequence, _ in plan.samplers]
-        return self._draw(sequences, hidden_BH)
+        if plan.is_decode:
+            drawn = self._decode(self._decode_inputs(plan.chunks), self._held_back(plan.samplers))
+        else:
+            hidden_TH = self._prefill(plan.chunks)
+            self._copy_pages(plan.copies)
+            if not plan.samplers:
+                return Drawn([], [], [])
+            last_row = np.cumsum([chunk.length for chunk in plan.chunks]) - 1
+            rows = self._to_device(last_row[[index for _, index in plan.samplers]])
+            places = np.array([(s.row, s.num_generated) for s, _ in plan.samplers]).T
+            row_B, index_B = self._to_device(places)
+            held_back = self._held_back(plan.samplers)
+            drawn = self._draw(hidden_TH.index_select(0, rows), row_B, index_B, held_back)
+        token, soft, valid = drawn.tolist()
+        return Drawn(token, [bool(x) for x in soft], [bool(x) for x in valid])
 
-    def _forward(self, chunks: Seq[Chunk]) -> Tensor:
-        """Final hidden states [T, H] of the chunks, packed."""
+    def end_soft_phase(self, sequence: Sequence) -> None:
+        """The next position of the sample is drawn discretely."""
+        self.record.soft[sequence.row] = 0
+
+    def force(self, sequence: Sequence, token: int) -> None:
+        """Puts ``token`` at the position just drawn; the phase is discrete from here."""
+        assert sequence.row is not None
+        self.record.force(sequence.row, sequence.num_generated - 1, token)
+
+    def _decode_inputs(self, chunks: Seq[Chunk]) -> DecodeInputs:
+        per_sequence = [(c.sequence.row, c.sequence.num_generated, c.start) for c in chunks]
+        row, index, position = np.array(per_sequence, dtype=np.int64).T
+        table = _block_table(chunks)
+        page = table[np.arange(len(chunks)), position // PAGE_SIZE].astype(np.int64)
+        slot = page * PAGE_SIZE + position % PAGE_SIZE
+        row_B, index_B, position_B, slot_B = self._to_device(np.stack([row, index, position, slot]))
+        seq_lens = self._to_device((position + 1).astype(np.int32))
+        return DecodeInputs(row_B, index_B, position_B, slot_B, self._to_device(table), seq_lens)
+
+    def _decode(self, inputs: DecodeInputs, held_back: list[tuple[int, list[int]]]) -> Tensor:
+        """One position of every sequence, on the device alone: see `_draw`."""
+        attention = self._attention(inputs.slot, inputs.block_table, inputs.seq_lens, None)
+        candidates = self.record.inputs(inputs.row, inputs.index - 1)
+        embeds_BH = soft_embedding(*candidates, self.decoder.embed_weight)
+        hidden_BH = self.decoder(embeds_BH, inputs.position, attention)
+        return self._draw(hidden_BH, inputs.row, inputs.index, held_back)
+
+    def _prefill(self, chunks: Seq[Chunk]) -> Tensor:
+        """Final hidden states [T, H] of chunks of any length, packed."""
         per_chunk = [(c.start, c.length, len(c.sequence.prompt), c.sequence.row) for c in chunks]
         start, length, split, row = np.array(per_chunk, dtype=np.int64).T
         ends = length.cumsum()
@@ -88,19 +131,31 @@ class Runner:
         chunk_T = np.repeat(np.arange(len(chunks)), length)
         position_T = np.arange(ends[-1]) + (start - ends + length)[chunk_T]
         page_T = table[chunk_T, position_T // PAGE_SIZE].astype(np.int64)
-        attention = PagedAttention(
-            self.k_pages,
-            self.v_pages,
-            slot_mapping=self._to_device(page_T * PAGE_SIZE + position_T % PAGE_SIZE),
-            block_table=self._to_device(table),
-            seq_lens=self._to_device((start + length).astype(np.int32)),
-            query_starts=None
-            if ends[-1] == len(chunks)
-            else self._to_device(np.concatenate([[0], ends]).astype(np.int32)),
-            num_heads=self.decoder.config.num_heads,
+        attention = self._attention(
+            self._to_device(page_T * PAGE_SIZE + position_T % PAGE_SIZE),
+            self._to_device(table),
+            self._to_device((start + length).astype(np.int32)),
+            self._to_device(np.concatenate([[0], ends]).astype(np.int32)),
         )
         embeds_TH = self._embed(chunks, row[chunk_T], position_T - split[chunk_T])
         return self.decoder(embeds_TH, self._to_device(position_T), attention)
+
+    def _attention(
+        self,
+        slot_mapping: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_starts: Tensor | None,
+    ) -> PagedAttention:
+        return PagedAttention(
+            self.k_pages,
+            self.v_pages,
+            slot_mapping=slot_mapping,
+            block_table=block_table,
+            seq_lens=seq_lens,
+            query_starts=query_starts,
+            num_heads=self.decoder.config.num_heads,
+        )
 
     def _embed(self, chunks: Seq[Chunk], row_T: np.ndarray, index_T: np.ndarray) -> Tensor:
         """Input embeddings [T, H]: rows of the table for the prompt, mixtures from the record.
@@ -109,106 +164,58 @@ class Runner:
         """
         table = self.decoder.embed_weight
         generated = index_T >= 0
-        rows, index = self._to_device(row_T[generated]), self._to_device(index_T[generated])
-        if generated.all():
-            return soft_embedding(*self.record.inputs(rows, index), table)
         embeds = table.new_empty(len(row_T), table.shape[1])
         prompts = [c.sequence.prompt[c.start : c.start + c.length] for c in chunks]
-        tokens = torch.tensor(list(itertools.chain(*prompts)), device=self.device)
+        tokens = torch.tensor([*itertools.chain(*prompts)], dtype=torch.int64, device=self.device)
         embeds[self._to_device(np.flatnonzero(~generated))] = table[tokens]
         if generated.any():
+            rows, index = self._to_device(np.stack([row_T[generated], index_T[generated]]))
             mixtures = soft_embedding(*self.record.inputs(rows, index), table)
             embeds[self._to_device(np.flatnonzero(generated))] = mixtures
         return embeds
 
-    def _to_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+    def _draw(
+        self,
+        hidden_BH: Tensor,
+        row_B: Tensor,
+        index_B: Tensor,
+        held_back: list[tuple[int, list[int]]],
+    ) -> Tensor:
+        """Draws a position of every row into the record; int64 [3, B]: token, soft, valid.
 
-    def _draw(self, sequences: list[Sequence], hidden_BH: Tensor) -> Drawn:
-        """Draws one position for each sequence and writes it into the record."""
-        record, decoder = self.record, self.decoder
-        rows_B, parameters = self._parameters(sequences)
-        mode = record.mode[rows_B]
-        soft = mode == SOFT
-        index_B = torch.tensor([s.num_generated for s in sequences], device=self.device)
-        prompt_B = torch.tensor([len(s.prompt) for s in sequences], device=self.device)
-        logits_BV = decoder.logits(hidden_BH)
-        self._hold_back_the_end(sequences, logits_BV)
-        clamp = torch.stack([parameters["noise_low"], parameters["noise_high"]], dim=1)
-        drawn = soft_token(
+        held_back: (i, ids that row i may not draw).
+        """
+        logits_BV = self.decoder.logits(hidden_BH)
+        for i, ids in held_back:
+            logits_BV[i, ids] = -torch.inf
+        drawn = soft_token_of_rows(
             logits_BV,
-            temperature=torch.where(
-                soft, parameters["soft_temperature"], parameters["temperature"]
-            ),
-            top_k=torch.where(soft, parameters["soft_top_k"], parameters["top_k"]),
-            top_p=torch.where(soft, parameters["soft_top_p"], parameters["top_p"]),
-            min_p=torch.where(soft, 0.0, parameters["min_p"]),
-            gumbel_tau=parameters["tau"],
-            noise=parameters["noise"],
-            noise_scale=parameters["noise_scale"],
-            noise_clamp=clamp,
-            eps=parameters["eps"],
-            seed=parameters["seed"],
-            position=prompt_B + index_B,
-            uid=parameters["uid"],
-            stream=parameters["stream"],
-            mode=mode,
-            terminal_ids=record.terminal_ids[rows_B],
-            k_max=record.candidates,
+            self.record.parameters(row_B, index_B),
+            terminal_ids=self.record.terminal_ids[row_B],
             # bf16 logits carry a rounding of up to 2^-9 |z|: those of the candidates are computed
             # again in fp32, as the trainer does.
             hidden=hidden_BH,
-            lm_head=decoder.lm_head_weight,
+            lm_head=self.decoder.lm_head_weight,
         )
-        self._write(rows_B, index_B, drawn)
-        kind = drawn.kind
-        record.mode[rows_B] = torch.where(kind == 1, SOFT, parameters["discrete_mode"]).to(
-            torch.uint8
-        )
-        token, is_soft, valid = torch.stack(
-            [drawn.token.long(), kind.long(), drawn.valid.long()]
-        ).tolist()
-        return Drawn(token, [bool(x) for x in is_soft], [bool(x) for x in valid])
+        self.record.write(row_B, index_B, drawn)
+        return torch.stack([drawn.token.long(), drawn.kind.long(), drawn.valid.long()])
 
-    def force(self, sequence: Sequence, token: int) -> None:
-        """Puts ``token`` at the position just drawn; the phase is discrete from here."""
-        record, row, index = self.record, sequence.row, sequence.num_generated - 1
-        record.ids[row, index] = -1
-        record.ids[row, index, 0] = token
-        record.gprime[row, index] = -torch.inf
-        record.gprime[row, index, 0] = 0.0
-        record.kind[row, index] = 0
-        record.forced[row, index] = True
-        record.token[row, index] = token
-        record.logprob[row, index] = 0.0
-        self.end_soft_phase(sequence)
+    def _held_back(self, samplers: list[tuple[Sequence, int]]) -> list[tuple[int, list[int]]]:
+        """The ends of samples that have not yet their min_tokens."""
+        return [
+            (i, sorted(sequence.end_ids))
+            for i, (sequence, _) in enumerate(samplers)
+            if sequence.num_generated < sequence.params.min_tokens and sequence.end_ids
+        ]
 
-    def end_soft_phase(self, sequence: Sequence) -> None:
-        """The next position of the sample is drawn discretely."""
-        mode = DISCRETE if sequence.params.temperature else 0
-        self.record.mode[sequence.row] = mode
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        if copies:
+            source, target = (torch.tensor(side) for side in zip(*copies, strict=True))
+            self.k_pages[:, target] = self.k_pages[:, source]
+            self.v_pages[:, target] = self.v_pages[:, source]
 
-    def _parameters(self, sequences: list[Sequence]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gathered again only when the batch changes."""
-        rows = [s.row for s in sequences if s.row is not None]
-        if self._batch is None or rows != self._batch_rows:
-            rows_B = torch.tensor(rows, device=self.device)
-            self._batch_rows, self._batch = rows, (rows_B, self.record.parameters(rows_B))
-        return self._batch
-
-    def _hold_back_the_end(self, sequences: list[Sequence], logits_BV: Tensor) -> None:
-        for i, sequence in enumerate(sequences):
-            if sequence.num_generated < sequence.params.min_tokens and sequence.end_ids:
-                logits_BV[i, sorted(sequence.end_ids)] = -torch.inf
-
-    def _write(self, rows_B: Tensor, index_B: Tensor, drawn: SoftToken) -> None:
-        record = self.record
-        record.ids[rows_B, index_B] = drawn.ids
-        record.gprime[rows_B, index_B] = drawn.gprime
-        record.kind[rows_B, index_B] = drawn.kind
-        record.forced[rows_B, index_B] = False
-        record.token[rows_B, index_B] = drawn.token
-        record.logprob[rows_B, index_B] = drawn.token_logp
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
 
 def _block_table(chunks: Seq[Chunk]) -> np.ndarray:

@@ -33,6 +33,13 @@ class Plan:
     copies: list[tuple[int, int]] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
 
+    @property
+    def is_decode(self) -> bool:
+        """Every sequence computes the one position after its last new token."""
+        return bool(self.chunks) and all(
+            len(c.sequence.prompt) <= c.start == c.sequence.length - 1 for c in self.chunks
+        )
+
 
 class Scheduler:
     """Continuous batching: running sequences first, then new ones, within a token budget a step.

@@ -10,18 +10,20 @@ from softgrpo_kernels.logprob import (
 )
 from softgrpo_kernels.reference.soft_density import soft_density
 from softgrpo_kernels.reference.soft_embedding import soft_weights
-from softgrpo_kernels.rows import SoftToken
+from softgrpo_kernels.rows import RowParameters, SoftToken
 from softgrpo_kernels.sampling import (
     gumbel_noise,
     soft_embedding,
     soft_token,
     soft_token_from_hidden,
+    soft_token_of_rows,
 )
 
 __all__ = [
     "DecoderLayers",
     "LayerWeights",
     "PackedWeight",
+    "RowParameters",
     "SoftToken",
     "gumbel_noise",
     "linear_candidate_logprob",
@@ -38,5 +40,6 @@ __all__ = [
     "soft_embedding",
     "soft_token",
     "soft_token_from_hidden",
+    "soft_token_of_rows",
     "soft_weights",
 ]

@@ -222,6 +222,21 @@ class RowParameters:
                 table[i] = value
         return RowParameters(floats, ints, k_max)
 
+    def check_shape(self, rows: int, device: torch.device) -> None:
+        """Raises ValueError unless these are contiguous tables of so many rows on the device."""
+        for name, table, dtype, height in (
+            ("floats", self.floats, torch.float32, 8),
+            ("ints", self.ints, torch.int64, 7),
+        ):
+            if table.dtype != dtype or table.shape != (height, rows) or not table.is_contiguous():
+                raise ValueError(
+                    f"rows.{name} must be contiguous {dtype} [{height}, {rows}], not {table.dtype} "
+                    f"{list(table.shape)}"
+                )
+            check_device(f"rows.{name}", table, device)
+        if not 1 <= self.k_max <= MAX_CANDIDATES:
+            raise ValueError(f"k_max must be 1 to {MAX_CANDIDATES}, not {self.k_max}")
+
     def check(self) -> None:
         """Raises ValueError for a parameter out of its range; reads the tables: CPU only."""
         if self.mode.numel() and not self._within_all_bounds():

@@ -104,9 +104,7 @@ def soft_token(
         ValueError: shapes, dtypes or parameters that do not fit. Bad logits raise nothing: see
             `SoftToken.valid`.
     """
-    source, vocabulary = _check_source(logits, hidden, lm_head)
-    _check_tables(source, vocabulary, embed, terminal_ids)
-    _check_head(source, vocabulary, hidden, lm_head, bias, softcap, order)
+    source, _ = _check_source(logits, hidden, lm_head)
     rows = RowParameters.pack(
         source.shape[0],
         source.device,
@@ -126,6 +124,56 @@ def soft_token(
         mode=mode,
         noise=noise,
     )
+    return soft_token_of_rows(
+        logits,
+        rows,
+        embed,
+        terminal_ids=terminal_ids,
+        hidden=hidden,
+        lm_head=lm_head,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        order=order,
+        need_lse=need_lse,
+        need_entropy=need_entropy,
+        out=out,
+        backend=backend,
+    )
+
+
+@torch.no_grad()
+def soft_token_of_rows(
+    logits: Tensor | None,
+    rows: RowParameters,
+    embed: Tensor | None = None,
+    *,
+    terminal_ids: Tensor | None = None,
+    hidden: Tensor | None = None,
+    lm_head: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    order: str = "top_k_first",
+    need_lse: bool = False,
+    need_entropy: bool = False,
+    out: SoftToken | None = None,
+    backend: str = "auto",
+) -> SoftToken:
+    """`soft_token` with the parameters of its rows already in two tables, as an engine keeps them.
+
+    Args:
+        rows: on the device of the logits, [8, B] and [7, B]; see `RowParameters`.
+        The others are those of `soft_token`.
+
+    Raises:
+        ValueError: see `soft_token`.
+    """
+    source, vocabulary = _check_source(logits, hidden, lm_head)
+    _check_tables(source, vocabulary, embed, terminal_ids)
+    _check_head(source, vocabulary, hidden, lm_head, bias, softcap, order)
+    rows.check_shape(source.shape[0], source.device)
+    k_max = rows.k_max
     layout = SoftToken.layout(source, k_max, embed, need_lse, need_entropy)
     if out is None:
         out = SoftToken(**{name: _new(spec, source.device) for name, spec in layout.items()})  # type: ignore[arg-type]
