@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from softgrpo_engine.kv_cache import BlockPool
 from softgrpo_engine.memory import pages_that_fit
+from softgrpo_engine.metrics import TokenRate, sample_progress
 from softgrpo_engine.model import Decoder
 from softgrpo_engine.model_source import resolve_model
-from softgrpo_engine.outputs import Output, Sample
-from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
-from softgrpo_engine.prompts import Prompt, as_list, default_uids, encode, thinking_end_id
+from softgrpo_engine.outputs import FinishReason, Output, Sample
+from softgrpo_engine.params import SamplingParams, SoftParams
+from softgrpo_engine.prompts import Prompt, as_list, default_uids, encode
+from softgrpo_engine.requests import Call, check_fits, make_groups
 from softgrpo_engine.runner import Drawn, Runner
 from softgrpo_engine.scheduler import Plan, Scheduler
-from softgrpo_engine.sequence import Sequence, pages_for
+from softgrpo_engine.sequence import Sequence
 from softgrpo_engine.stopping import hits_stop_string, sample_text
-from softgrpo_engine.weights import load_decoder, load_weights
+from softgrpo_engine.weights import empty_decoder, load_decoder, load_weights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -60,9 +62,13 @@ class LLM:
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r} is not allowed: must be bfloat16 or float32")
-        for name, value in (("size", max_batch_size), ("tokens", max_batch_tokens)):
-            if value < 1:
-                raise ValueError(f"max_batch_{name}={value} is not allowed: must be >= 1")
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("max_batch_tokens", max_batch_tokens),
+            ("max_model_len", max_model_len),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not allowed: must be >= 1")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model_path: Path | None = None
@@ -72,10 +78,11 @@ class LLM:
             self.model_path = resolve_model(str(model))
             decoder = load_decoder(self.model_path, _DTYPES[dtype], device)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(self.model_path))
-        self.batch_invariant = batch_invariant
-        decoder.pack(batch_invariant=batch_invariant)
         self.tokenizer = tokenizer
         self.config = decoder.config
+        self.dtype = decoder.embed_weight.dtype
+        self.batch_invariant = batch_invariant
+        decoder.pack(batch_invariant=batch_invariant)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         if self.max_model_len > self.config.max_position_embeddings:
             raise ValueError(
@@ -84,14 +91,13 @@ class LLM:
             )
         self.default_soft = SoftParams.of_model(self.model_path) if self.model_path else None
         self.weight_version = 0
+        self._initial_weights = True
         num_pages = pages_that_fit(decoder, kv_memory, max_batch_size, self.max_model_len)
         self.pool = BlockPool(num_pages)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens)
         self.runner = Runner(decoder, num_pages, max_batch_size)
-        self.generated_tokens = 0
-        self._groups = 0
+        self.rate = TokenRate()
         self._awake = True
-        self._samples: dict[Sequence, Sample] = {}
 
     def generate(
         self,
@@ -105,11 +111,7 @@ class LLM:
         prompts: a text, token ids, chat messages, or a list of these. soft: None is the setting the
         model was exported with (softgrpo.json), else discrete; False is discrete.
         """
-        params = params or SamplingParams()
-        ids = [encode(prompt, self.tokenizer) for prompt in as_list(prompts)]
-        uids = [default_uids(prompt, params.n) for prompt in ids]
-        seed = _seed(params)
-        return self.generate_groups(ids, params, soft, seed=seed, uids=uids, progress=progress)
+        return self._finish(self.submit(prompts, params, soft), progress)
 
     def generate_groups(
         self,
@@ -127,8 +129,9 @@ class LLM:
         A sample is a function of (weights, prompt, seed, stream, uid, parameters), up to the
         rounding of the GEMM; what it shares a batch with does not matter.
         """
-        outputs = dict(self.iter_groups(prompts, params, soft, seed, uids, stream, progress))
-        return [outputs[i] for i in range(len(prompts))]
+        return self._finish(
+            self.submit(prompts, params, soft, seed=seed, uids=uids, stream=stream), progress
+        )
 
     def iter_groups(
         self,
@@ -141,21 +144,8 @@ class LLM:
         progress: bool = False,
     ) -> Iterator[tuple[int, Output]]:
         """Like ``generate_groups``; yields (prompt index, Output) as soon as a group has ended."""
-        groups = dict(enumerate(self._add(prompts, params, soft, seed, uids, stream)))
-        sequences = [s for group in groups.values() for s in group]
-        try:
-            with Progress(
-                console=Console(stderr=True), disable=not progress, transient=True
-            ) as bar:
-                task = bar.add_task("generating", total=len(sequences))
-                while groups:
-                    for i in [i for i, g in groups.items() if all(s.finish_reason for s in g)]:
-                        samples = [self._samples.pop(s) for s in groups.pop(i)]
-                        yield i, Output(list(prompts[i]), samples)
-                    if groups:
-                        bar.advance(task, sum(s.finish_reason is not None for s in self.step()))
-        finally:
-            self._forget(sequences)
+        call = self.submit(prompts, params, soft, seed=seed, uids=uids, stream=stream)
+        yield from self._outputs(call, progress)
 
     def stream(
         self,
@@ -167,41 +157,76 @@ class LLM:
 
         Streams may be read in turns: all that is in progress shares the steps.
         """
-        params = params or SamplingParams()
-        ids = [encode(prompt, self.tokenizer) for prompt in as_list(prompts)]
-        uids = [default_uids(prompt, params.n) for prompt in ids]
-        groups = self._add(ids, params, soft, _seed(params), uids, stream=0)
-        index = {sequence: i for i, group in enumerate(groups) for sequence in group}
-        shown = dict.fromkeys(index, 0)
+        call = self.submit(prompts, params, soft)
         try:
-            while shown:
-                news = [s for s in shown if s.finish_reason or s.num_generated > shown[s]]
-                if not news:
+            while not call.is_read:
+                if not call.has_news:
                     self.step()
-                for sequence in news:
-                    shown[sequence] = sequence.num_generated
-                    if sequence.finish_reason:
-                        del shown[sequence]
-                    yield index[sequence], self._samples.get(sequence) or self._sample(sequence)
+                yield from call.news()
         finally:
-            self._forget(list(index))
+            self.release(call)
+
+    def submit(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | None = None,
+        soft: SoftParams | Literal[False] | None = None,
+        *,
+        seed: int | None = None,
+        uids: Seq[Seq[int]] | None = None,
+        stream: int = 0,
+    ) -> Call:
+        """Queues samples that ``step`` computes, until ``release``.
+
+        Raises ValueError for a request that can never be done, before any of it is queued.
+        """
+        self._check_ready()
+        params = params or SamplingParams()
+        soft = self.default_soft if soft is None else soft or None
+        ids = [encode(prompt, self.tokenizer) for prompt in as_list(prompts)]
+        self.check_fits(ids, params)
+        if seed is None:
+            seed = params.seed if params.seed is not None else secrets.randbits(63)
+        if uids is None:
+            uids = [default_uids(prompt, params.n) for prompt in ids]
+        groups = make_groups(ids, params, soft, seed, uids, stream, self.config, self.tokenizer)
+        slots = max((sequence.slots for group in groups for sequence in group), default=1)
+        self.runner.record.reserve(params.max_tokens, slots)
+        call = Call(ids, groups, self._sample)
+        for sequence in call.sequences:
+            self.scheduler.add(sequence)
+        return call
 
     def step(self) -> list[Sequence]:
         """One step: plan, compute, draw, commit. Returns the sequences that got a token."""
-        plan = self.scheduler.schedule()
-        for sequence in plan.started:
-            self.runner.start(sequence)
+        if not self.scheduler.has_work:
+            return []
+        start = time.perf_counter()
         try:
+            plan = self.scheduler.schedule()
+            for sequence in plan.started:
+                self.runner.start(sequence)
             drawn = self.runner.run(plan)
             self._check_valid(plan, drawn)
-        except BaseException:
+            forced = [sequence.forced_token for sequence, _ in plan.samplers]
+            self.scheduler.commit(plan)
+            advanced = self._advance(plan, drawn, forced)
+        except BaseException as error:
             # Half a step cannot be taken up again: nothing that is in progress goes on.
             for sequence in self.scheduler.active:
+                sequence.error = error
                 self._end(sequence, "abort")
             raise
-        forced = [sequence.forced_token for sequence, _ in plan.samplers]
-        self.scheduler.commit(plan)
-        return self._advance(plan, drawn, forced)
+        self.rate.add(len(advanced), time.perf_counter() - start)
+        return advanced
+
+    def release(self, call: Call) -> None:
+        """Takes out what is left of a call: nothing stays behind, also after an error."""
+        for sequence in call.sequences:
+            if sequence.sample is None:
+                self._end(sequence, "abort")
+        if not self.scheduler.has_work:
+            self.scheduler.check()
 
     def abort(self, uid: int) -> None:
         """Ends the samples of that name; they come back with finish_reason "abort"."""
@@ -212,126 +237,117 @@ class LLM:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces the weights in place (Hugging Face names, every parameter once).
 
-        Nothing computed with the old weights is used again. The engine must be idle.
+        Nothing computed with the old weights is used again. The engine must be idle; it may sleep.
+        Raises ValueError for a name or shape that the model does not have, or one that is missing;
+        the engine then has no weights until an update succeeds.
         """
-        if self.scheduler.has_work:
-            raise RuntimeError("update_weights while samples are in progress: finish or abort them")
-        load_weights(self.runner.decoder, iter(named_tensors))
-        self.runner.decoder.pack(batch_invariant=self.batch_invariant)
-        self.pool.clear()
+        self._check_idle("update_weights")
+        self._initial_weights = False
+        decoder = self.runner.decoder
+        if not self.has_weights:
+            decoder = empty_decoder(self.config, self.dtype, self.runner.device)
+        self._drop_weights()  # for good, if some tensors turn out to be new and some old
+        load_weights(decoder, iter(named_tensors))
+        self._take_weights(decoder)
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Frees the KV cache until ``wake``; the weights stay and can be updated."""
-        if self.scheduler.has_work:
-            raise RuntimeError("sleep while samples are in progress: finish or abort them")
-        self.pool.clear()
+        """Frees the KV cache and the weights until ``wake``. The engine must be idle."""
+        self._check_idle("sleep")
+        self._drop_weights()
         self.runner.free_pages()
         self._awake = False
+        gc.collect()  # the modules of a decoder refer to each other
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        """Makes an empty KV cache after ``sleep``."""
-        self.runner.allocate_pages()
-        self._awake = True
+        """Makes an empty KV cache after ``sleep``.
+
+        The weights of ``model_path`` are read again if they had never been updated. All others
+        (updated ones, those of a Decoder) must come by ``update_weights``, before or after this.
+        """
+        if self.model_path is not None and self._initial_weights and not self.has_weights:
+            self._take_weights(load_decoder(self.model_path, self.dtype, self.runner.device))
+        if not self._awake:
+            self.runner.allocate_pages()
+            self._awake = True
+
+    @property
+    def has_weights(self) -> bool:
+        """False after ``sleep``, and after an update that failed."""
+        return not self.runner.decoder.embed_weight.is_meta
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start, and what is in progress now."""
-        scheduler = self.scheduler
+        """Counters since the start, and what is in progress now; rates are tokens/s of work."""
+        scheduler, pool = self.scheduler, self.pool
+        prompt_tokens = scheduler.prompt_tokens + scheduler.prefix_tokens
         return {
-            "generated_tokens": self.generated_tokens,
+            "generated_tokens": self.rate.tokens,
+            "tokens_per_second": self.rate.overall,
+            "tokens_per_second_recent": self.rate.recent,
             "prompt_tokens_computed": scheduler.prompt_tokens,
             "prefix_tokens_reused": scheduler.prefix_tokens,
+            "prefix_hit_rate": scheduler.prefix_tokens / max(1, prompt_tokens),
             "preemptions": scheduler.preemptions,
             "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
-            "kv_pages": self.pool.num_pages,
-            "kv_pages_free": self.pool.num_free,
+            "waiting": len(scheduler.active) - len(scheduler.running),
+            "kv_pages": pool.num_pages,
+            "kv_pages_free": pool.num_free,
+            "kv_use": 1 - pool.num_free / pool.num_pages,
             "weight_version": self.weight_version,
         }
 
     def check_fits(self, prompts: Seq[list[int]], params: SamplingParams) -> None:
         """Raises ValueError, naming the prompt, unless every prompt and its answer can fit."""
-        for index, prompt in enumerate(prompts):
-            longest = len(prompt) + params.max_tokens
-            if not prompt:
-                raise ValueError(f"prompt {index} is empty")
-            if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
-                token = next(t for t in prompt if not 0 <= t < self.config.vocab_size)
-                raise ValueError(
-                    f"prompt {index} has token id {token}, outside the model's vocabulary of "
-                    f"{self.config.vocab_size}"
-                )
-            if longest > self.max_model_len:
-                raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens; with max_tokens="
-                    f"{params.max_tokens} that is {longest}, and the context is "
-                    f"{self.max_model_len}: shorten one of them"
-                )
-            if pages_for(longest) > self.pool.num_pages:
-                raise ValueError(
-                    f"prompt {index} needs {pages_for(longest)} KV pages for {longest} tokens, "
-                    f"and there are {self.pool.num_pages}: raise kv_memory"
-                )
+        check_fits(
+            prompts,
+            params,
+            vocab_size=self.config.vocab_size,
+            max_model_len=self.max_model_len,
+            num_pages=self.pool.num_pages,
+        )
 
-    def _add(
-        self,
-        prompts: Seq[list[int]],
-        params: SamplingParams,
-        soft: SoftParams | Literal[False] | None,
-        seed: int,
-        uids: Seq[Seq[int]],
-        stream: int,
-    ) -> list[list[Sequence]]:
-        """Queues all samples; bad requests are refused before any of them is."""
+    def _finish(self, call: Call, progress: bool) -> list[Output]:
+        outputs = dict(self._outputs(call, progress))
+        return [outputs[i] for i in range(len(outputs))]
+
+    def _outputs(self, call: Call, progress: bool) -> Iterator[tuple[int, Output]]:
+        total = len(call.sequences)
+        try:
+            with sample_progress(progress) as bar:
+                task = bar.add_task("", total=total, rate=0.0)
+                while not call.is_done:
+                    yield from call.ended()
+                    if not call.is_done:
+                        self.step()
+                        bar.update(
+                            task, completed=total - call.num_unfinished, rate=self.rate.recent
+                        )
+        finally:
+            self.release(call)
+
+    def _check_ready(self) -> None:
         if not self._awake:
             raise RuntimeError("the engine sleeps: call wake() first")
-        if soft is None:
-            soft = self.default_soft
-        soft = soft or None
-        self.check_fits(prompts, params)
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this engine has none")
-        if len(uids) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts and uids for {len(uids)}: one list a prompt")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed={seed} is not allowed: must be >= 0 and < 2^64")
-        bad = [uid for group in uids for uid in group if not 0 <= uid < 2**32]
-        if bad:
-            raise ValueError(f"uid {bad[0]} is not allowed: must be >= 0 and < 2^32")
-        end_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            end_ids |= frozenset(self.config.eos_token_ids)
-        thinking_end = thinking_end_id(soft.end_of_thinking, self.tokenizer) if soft else None
-        if thinking_end is not None and not 0 <= thinking_end < self.config.vocab_size:
-            raise ValueError(f"end_of_thinking={thinking_end} is outside the model's vocabulary")
-        # A discrete position keeps its candidates where there are at most K_MAX of them.
-        discrete_slots = params.top_k if 1 <= params.top_k <= K_MAX else 1
-        slots = max(discrete_slots, soft.top_k if soft else 1)
-        self.runner.record.reserve(params.max_tokens, slots)
-        groups = []
-        for prompt, group_uids in zip(prompts, uids, strict=True):
-            self._groups += 1
-            group = [
-                Sequence(
-                    uid=uid,
-                    seed=seed,
-                    stream=stream,
-                    group=self._groups,
-                    prompt=list(prompt),
-                    params=params,
-                    soft=soft,
-                    end_ids=end_ids,
-                    thinking_end=thinking_end,
-                    slots=slots,
-                    soft_phase=soft is not None,
-                )
-                for uid in group_uids
-            ]
-            groups.append(group)
-        for group in groups:
-            for sequence in group:
-                self.scheduler.add(sequence)
-        return groups
+        if not self.has_weights:
+            raise RuntimeError(
+                "the engine has no weights since it slept, or since an update failed: "
+                "call update_weights()"
+            )
+
+    def _check_idle(self, action: str) -> None:
+        if self.scheduler.has_work:
+            raise RuntimeError(f"{action} while samples are in progress: finish or abort them")
+
+    def _take_weights(self, decoder: Decoder) -> None:
+        decoder.pack(batch_invariant=self.batch_invariant)
+        self.runner.decoder = decoder
+
+    def _drop_weights(self) -> None:
+        """Leaves a decoder without memory, and forgets what the old one computed."""
+        self.runner.decoder = empty_decoder(self.config, self.dtype, "meta")
+        self.pool.clear()
 
     def _check_valid(self, plan: Plan, drawn: Drawn) -> None:
         if not all(drawn.valid):
@@ -351,7 +367,6 @@ class LLM:
                 token, soft = override, False
             sequence.tokens.append(token)
             sequence.soft_phase = soft and self._within_budget(sequence)
-            self.generated_tokens += 1
             advanced.append(sequence)
             if token in sequence.end_ids or hits_stop_string(sequence, self.tokenizer):
                 self._end(sequence, "stop")
@@ -368,9 +383,9 @@ class LLM:
         self.runner.end_soft_phase(sequence)
         return False
 
-    def _end(self, sequence: Sequence, reason: Literal["stop", "length", "abort"]) -> None:
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
-        self._samples[sequence] = self._sample(sequence)
+        sequence.sample = self._sample(sequence)
         self.scheduler.abort(sequence)
 
     def _sample(self, sequence: Sequence) -> Sample:
@@ -383,16 +398,3 @@ class LLM:
             finish_reason=sequence.finish_reason,
             uid=sequence.uid,
         )
-
-    def _forget(self, sequences: list[Sequence]) -> None:
-        """Leaves nothing behind, also after an error or a stream that was not read to its end."""
-        for sequence in sequences:
-            if sequence.finish_reason is None:
-                self._end(sequence, "abort")
-            self._samples.pop(sequence, None)
-        if not self.scheduler.has_work:
-            self.scheduler.check()
-
-
-def _seed(params: SamplingParams) -> int:
-    return params.seed if params.seed is not None else secrets.randbits(63)

@@ -51,8 +51,12 @@ def thinking_end_id(setting: str | int | None, tokenizer: Any) -> int | None:
     """
     if setting is None or isinstance(setting, int):
         return setting
+    if tokenizer is None:
+        if setting == "auto":
+            return None
+        raise ValueError(f"end_of_thinking={setting!r} needs a tokenizer: give the token's id")
     text = "</think>" if setting == "auto" else setting
-    ids = tokenizer.encode(text, add_special_tokens=False) if tokenizer is not None else []
+    ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return int(ids[0])
     if setting == "auto":

@@ -48,6 +48,10 @@ class Scheduler:
     computed in one step. When no page is free the youngest running sequence gives up its pages and
     is computed again later, from its record. A sequence is admitted when the running ones can each
     take one more page after it, so that it is not thrown out again at once.
+
+    A long prompt never holds up decoding: there are no more running sequences than positions in a
+    step, and only the youngest can be in the middle of its prompt (admission ends where the budget
+    does), so that all others get their one position before it gets what is left.
     """
 
     def __init__(self, pool: BlockPool, max_batch_size: int, max_batch_tokens: int) -> None:
@@ -185,7 +189,11 @@ class Scheduler:
         to the queue and find the prompt in the prefix cache.
         """
         full, partial = divmod(len(leader.prompt), PAGE_SIZE)
-        while leader.followers and self._rows and self.pool.num_free > len(self.running):
+        while (
+            leader.followers
+            and self._rows
+            and len(self.running) < min(self.pool.num_free, self.max_batch_tokens)
+        ):
             sibling = leader.followers.pop(0)
             sibling.row = self._rows.pop()
             plan.started.append(sibling)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from softgrpo_engine.kv_cache import PAGE_SIZE
 from softgrpo_engine.outputs import FinishReason
 from softgrpo_engine.params import SamplingParams, SoftParams
+
+if TYPE_CHECKING:
+    from softgrpo_engine.outputs import Sample
 
 
 @dataclass(eq=False)
@@ -18,7 +22,8 @@ class Sequence:
     slots: candidates recorded at a position. num_computed: positions whose keys and values are in
     ``pages``. row: its row in the record, kept while it is preempted. soft_phase: the next position
     is drawn softly. tokens: generated so far, for text and stop strings; the inputs of the model
-    are rebuilt from the record alone. followers: siblings that wait for its prompt.
+    are rebuilt from the record alone. followers: siblings that wait for its prompt. sample: what it
+    has come to, once it has ended; error: what the step raised that ended it.
     """
 
     uid: int
@@ -39,6 +44,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     followers: list[Sequence] = field(default_factory=list)
+    sample: Sample | None = None
+    error: BaseException | None = None
 
     @property
     def length(self) -> int:

@@ -34,14 +34,19 @@ def load_decoder(
     path: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> Decoder:
     """A Decoder with the weights of a local Hugging Face model directory."""
-    config = DecoderConfig.from_pretrained(path)
+    decoder = empty_decoder(DecoderConfig.from_pretrained(path), dtype, device)
+    load_weights(decoder, read_weights(path))
+    return decoder
+
+
+def empty_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    """A Decoder whose weights are still to be loaded; on the device "meta" it takes no memory."""
     with torch.device("meta"):
         decoder = Decoder(config)
     frequencies, decoder.rope_scale = rope_parameters(config)
     decoder.to_empty(device=device)
     decoder.to(dtype)
     decoder.register_buffer("inverse_frequencies", frequencies.to(device), persistent=False)
-    load_weights(decoder, read_weights(path))
     return decoder
 
 

@@ -1,9 +1,11 @@
-"""LLM: greedy against transformers, phases, limits, groups, weight updates, refusals."""
+"""LLM: greedy against transformers, phases, limits, groups, weight updates."""
+
+import time
 
 import pytest
 import torch
 
-from softgrpo_engine import LLM, SamplingParams, SoftParams
+from softgrpo_engine import SamplingParams, SoftParams
 from softgrpo_engine.weights import load_weights
 from softgrpo_kernels import gumbel_noise
 
@@ -119,16 +121,6 @@ def test_update_weights_equals_a_fresh_engine(make_llm, hf_model, prompts):
         for a, b in zip(mine.samples, theirs.samples, strict=True):
             assert a.token_ids == b.token_ids
             assert torch.equal(a.soft.gprime, b.soft.gprime)
-
-
-def test_sleep_frees_the_cache_and_wake_starts_empty(make_llm, prompts):
-    llm = make_llm()
-    first = only(llm.generate(prompts[3], GREEDY, progress=False)).token_ids
-    llm.sleep()
-    with pytest.raises(RuntimeError, match="wake"):
-        llm.generate(prompts[3], GREEDY, progress=False)
-    llm.wake()
-    assert only(llm.generate(prompts[3], GREEDY, progress=False)).token_ids == first
 
 
 # Phases
@@ -290,122 +282,40 @@ def test_a_stream_left_early_leaves_nothing_behind(make_llm, prompts):
     assert metrics["kv_pages_free"] == metrics["kv_pages"]
 
 
-# Prompts
-
-
-class ChatTokenizer:
-    """Writes a BOS itself and has a chat template that writes one too, as Llama 3's do."""
-
-    bos_token = "<s>"
-
-    def encode(self, text, add_special_tokens=True):
-        ids = [0] if add_special_tokens else []
-        while text:
-            if text.startswith("<s>"):
-                ids.append(0)
-                text = text[3:]
-            else:
-                ids.append(3 + ord(text[0]) % 50)
-                text = text[1:]
-        return ids
-
-    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
-        assert add_generation_prompt
-        assert not tokenize
-        return "<s>" + "".join(message["content"] for message in messages) + ">"
-
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(map(str, ids))
-
-
-def test_prompts_of_every_kind_have_one_bos(make_llm):
+def test_an_error_reaches_streams_that_are_read_in_turns(make_llm, prompts):
+    """The step of one stream fails: the other one does not simply end."""
     llm = make_llm()
-    llm.tokenizer = ChatTokenizer()
-    params = SamplingParams(max_tokens=1)
-
-    def ids(prompt):
-        return [o.prompt_token_ids for o in llm.generate(prompt, params, progress=False)]
-
-    text = ids("hey")
-    assert text == ids("<s>hey") == ids(["hey"])
-    assert text[0][0] == 0
-    assert text[0].count(0) == 1
-    chat = [{"role": "user", "content": "hey"}]
-    assert ids(chat) == ids([chat]) == [text[0] + [3 + ord(">") % 50]]
-    assert ids([5, 6]) == ids([[5, 6]]) == [[5, 6]]
-    assert ids(["a", [5, 6], chat])[1] == [5, 6]
+    params = SamplingParams(max_tokens=10, ignore_eos=True)
+    one, other = llm.stream(prompts[0], params), llm.stream(prompts[1], params)
+    next(one), next(other), next(one)  # both have been given all there is
+    run, llm.runner.run = llm.runner.run, lambda plan: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        next(one)
+    llm.runner.run = run
+    with pytest.raises(ZeroDivisionError):
+        next(other)
+    assert llm.generate(prompts[0], params, progress=False)[0].samples[0].finish_reason == "length"
 
 
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("prompt", "params", "message"),
-    [
-        ([], {}, "prompt 1 is empty"),
-        ([3] * 300, {}, "prompt 1 has 300 tokens.*context is 256"),
-        ([3] * 200, {"max_tokens": 60}, "prompt 1 has 200 tokens.*max_tokens=60.*context is 256"),
-        ([3] * 100, {"max_tokens": 60}, "prompt 1 needs 10 KV pages.*there are 8.*kv_memory"),
-        ([3, VOCABULARY], {}, "prompt 1 has token id 97.*vocabulary of 97"),
-    ],
-)
-def test_requests_that_never_fit_are_refused_before_anything_runs(
-    make_llm, prompt, params, message
-):
-    llm = make_llm(pages=8)
-    with pytest.raises(ValueError, match=message):
-        llm.generate([[3, 4], prompt], SamplingParams(**{"max_tokens": 8} | params), progress=False)
-    assert llm.metrics()["prompt_tokens_computed"] == 0
-    assert llm.metrics()["waiting"] == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dtype": "float8"}, "dtype='float8'.*bfloat16 or float32"),
-        ({"max_model_len": 1024}, "max_model_len=1024 is more than the model's 512"),
-        ({"max_batch_size": 0}, "max_batch_size=0"),
-        ({"max_batch_tokens": 0}, "max_batch_tokens=0"),
-        ({"kv_memory": 1e-9}, "kv_memory=1e-09 GiB does not hold one page"),
-    ],
-)
-def test_bad_options_get_one_clear_line(make_llm, options, message):
-    with pytest.raises(ValueError, match=message) as error:
-        make_llm(**options)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("uids", [[[2**32]], [[-1]]])
-def test_uids_outside_the_counter_are_refused(make_llm, uids):
-    with pytest.raises(ValueError, match="uid"):
-        make_llm().generate_groups([[3]], SamplingParams(max_tokens=8), seed=0, uids=uids)
-
-
-def test_broken_weights_name_the_sample_and_the_version(make_llm, hf_model, prompts):
-    llm = make_llm()
-    state = {k: v.clone() for k, v in hf_model.state_dict().items()}
-    state["model.norm.weight"][3] = float("nan")
-    llm.update_weights(state.items(), version=12)
-    with pytest.raises(RuntimeError, match=r"uid 41\b.*weight version 12"):
-        llm.generate_groups(prompts[:1], SamplingParams(max_tokens=8), seed=0, uids=[[41, 42]])
-    # The engine is usable again once the weights are.
-    llm.update_weights(iter(hf_model.state_dict().items()), version=13)
-    llm.generate(prompts, SamplingParams(max_tokens=2), progress=False)
-
-
-def test_soft_settings_of_the_model_directory_are_the_default(tmp_path, hf_model, tokenizer):
-    hf_model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64).default_soft is None
-    soft = SoftParams(top_k=3, tau=0.5, noise_clip=(-1.5, 3.0))
-    import json
-
-    (tmp_path / "softgrpo.json").write_text(json.dumps({"soft": soft.to_dict()}))
-    llm = LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64)
-    assert llm.default_soft == soft
-    params = SamplingParams(max_tokens=4, ignore_eos=True)
-    assert only(llm.generate([5, 6], params, progress=False)).soft.kind.tolist() == [1] * 4
-    assert only(llm.generate([5, 6], params, False, progress=False)).soft.kind.tolist() == [0] * 4
-    (tmp_path / "softgrpo.json").write_text('{"soft": {"topk": 3}}')
-    with pytest.raises(ValueError, match=r"softgrpo.json.*unknown soft setting 'topk'"):
-        LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64)
+def test_metrics_tell_the_load_and_the_speed(make_llm, prompts):
+    llm = make_llm(max_batch_size=2)
+    idle = llm.metrics()
+    assert idle["tokens_per_second"] == idle["tokens_per_second_recent"] == idle["kv_use"] == 0
+    params = SamplingParams(max_tokens=5, n=3, ignore_eos=True, seed=1)
+    stream = llm.stream(prompts[3], params)  # 40 tokens: 3 pages
+    next(stream)
+    busy = llm.metrics()
+    assert (busy["running"], busy["waiting"], busy["generated_tokens"]) == (2, 1, 2)
+    assert busy["kv_use"] == 4 / busy["kv_pages"]  # two pages shared, a third of each
+    seconds = 0.0
+    while llm.metrics()["generated_tokens"] < 15:
+        start = time.perf_counter()
+        llm.step()
+        seconds += time.perf_counter() - start
+    metrics = llm.metrics()
+    assert metrics["tokens_per_second"] == pytest.approx(15 / seconds, rel=0.9)
+    assert metrics["tokens_per_second_recent"] == pytest.approx(metrics["tokens_per_second"])
+    # The second and the third sample found the 40 tokens that the first had computed; the third
+    # through its two full pages.
+    assert metrics["prefix_tokens_reused"] == 40 + 32
+    assert metrics["prefix_hit_rate"] == 72 / 120

@@ -1,0 +1,104 @@
+"""The engine for asyncio: callers share the steps, and the event loop is never blocked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from softgrpo_engine.llm import LLM
+from softgrpo_engine.outputs import Output, Sample
+from softgrpo_engine.params import SamplingParams, SoftParams
+from softgrpo_engine.prompts import Prompt
+from softgrpo_engine.requests import Call
+
+T = TypeVar("T")
+
+
+class AsyncLLM:
+    """`generate` and `stream` of an LLM for concurrent callers.
+
+        engine = AsyncLLM(LLM("smollm2-135m"))
+        async for index, sample in engine.stream("What is 2 + 3?"): ...
+
+    All work of the engine is done in one thread, step by step; a step computes the samples of every
+    caller. A caller that is cancelled takes its samples out, those of the others go on. What a step
+    raises reaches every caller whose samples were in progress. Use the LLM itself only while no
+    caller is waiting.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        # A new thread starts with the default number of OpenMP threads.
+        self._worker = ThreadPoolExecutor(
+            1, "softgrpo-engine", torch.set_num_threads, (torch.get_num_threads(),)
+        )
+        self._step: asyncio.Future[Any] | None = None
+
+    async def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | None = None,
+        soft: SoftParams | Literal[False] | None = None,
+    ) -> list[Output]:
+        """As `LLM.generate`."""
+        async with self._call(prompts, params, soft) as call:
+            outputs = dict(call.ended())
+            while not call.is_done:
+                await self._next_step()
+                outputs.update(call.ended())
+            return [outputs[i] for i in range(len(outputs))]
+
+    async def stream(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | None = None,
+        soft: SoftParams | Literal[False] | None = None,
+    ) -> AsyncIterator[tuple[int, Sample]]:
+        """As `LLM.stream`. To a slow reader an item can bring several new tokens."""
+        async with self._call(prompts, params, soft) as call:
+            while not call.is_read:
+                if not call.has_news:
+                    await self._next_step()
+                for item in await self._on_worker(lambda: list(call.news())):
+                    yield item
+
+    async def abort(self, uid: int) -> None:
+        """As `LLM.abort`."""
+        await self._on_worker(lambda: self.llm.abort(uid))
+
+    @asynccontextmanager
+    async def _call(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | None,
+        soft: SoftParams | Literal[False] | None,
+    ) -> AsyncIterator[Call]:
+        """Submits the samples, and takes them out in the end however that comes."""
+        calls: list[Call] = []
+
+        def release() -> None:
+            for call in calls:
+                self.llm.release(call)
+
+        try:
+            await self._on_worker(lambda: calls.append(self.llm.submit(prompts, params, soft)))
+            yield calls[0]
+        finally:
+            # The worker keeps the order: also a caller that was cancelled while it submitted is
+            # found here.
+            await asyncio.shield(self._on_worker(release))
+
+    async def _next_step(self) -> None:
+        """Waits for the step in progress, or for a new one: the callers share it."""
+        if self._step is None or self._step.done():
+            self._step = self._on_worker(self.llm.step)
+        await asyncio.shield(self._step)
+
+    def _on_worker(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._worker, work)

@@ -1,0 +1,144 @@
+"""What may be asked: prompts of every kind, and the refusals, each in one clear line."""
+
+import json
+
+import pytest
+
+from softgrpo_engine import LLM, SamplingParams, SoftParams
+
+VOCABULARY = 97
+
+
+def only(outputs):
+    assert len(outputs) == 1
+    assert len(outputs[0].samples) == 1
+    return outputs[0].samples[0]
+
+
+class ChatTokenizer:
+    """Writes a BOS itself and has a chat template that writes one too, as Llama 3's do."""
+
+    bos_token = "<s>"
+
+    def encode(self, text, add_special_tokens=True):
+        ids = [0] if add_special_tokens else []
+        while text:
+            if text.startswith("<s>"):
+                ids.append(0)
+                text = text[3:]
+            else:
+                ids.append(3 + ord(text[0]) % 50)
+                text = text[1:]
+        return ids
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        assert add_generation_prompt
+        assert not tokenize
+        return "<s>" + "".join(message["content"] for message in messages) + ">"
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
+
+
+def test_prompts_of_every_kind_have_one_bos(make_llm):
+    llm = make_llm()
+    llm.tokenizer = ChatTokenizer()
+    params = SamplingParams(max_tokens=1)
+
+    def ids(prompt):
+        return [o.prompt_token_ids for o in llm.generate(prompt, params, progress=False)]
+
+    text = ids("hey")
+    assert text == ids("<s>hey") == ids(["hey"])
+    assert text[0][0] == 0
+    assert text[0].count(0) == 1
+    chat = [{"role": "user", "content": "hey"}]
+    assert ids(chat) == ids([chat]) == [text[0] + [3 + ord(">") % 50]]
+    assert ids([5, 6]) == ids([[5, 6]]) == [[5, 6]]
+    assert ids(["a", [5, 6], chat])[1] == [5, 6]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "prompt 1 is empty"),
+        ([3] * 300, {}, "prompt 1 has 300 tokens.*context is 256"),
+        ([3] * 200, {"max_tokens": 60}, "prompt 1 has 200 tokens.*max_tokens=60.*context is 256"),
+        ([3] * 100, {"max_tokens": 60}, "prompt 1 needs 10 KV pages.*there are 8.*kv_memory"),
+        ([3, VOCABULARY], {}, "prompt 1 has token id 97.*vocabulary of 97"),
+    ],
+)
+def test_requests_that_never_fit_are_refused_before_anything_runs(
+    make_llm, prompt, params, message
+):
+    llm = make_llm(pages=8)
+    with pytest.raises(ValueError, match=message):
+        llm.generate([[3, 4], prompt], SamplingParams(**{"max_tokens": 8} | params), progress=False)
+    assert llm.metrics()["prompt_tokens_computed"] == 0
+    assert llm.metrics()["waiting"] == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "soft", "message"),
+    [
+        # With min_tokens, such an id would be written outside the logits in the middle of a step.
+        ({"stop_token_ids": (5, VOCABULARY)}, False, "stop_token_ids has 97.*vocabulary of 97"),
+        ({"stop_token_ids": (-1,)}, False, "stop_token_ids has -1"),
+        ({}, SoftParams(end_of_thinking=VOCABULARY), "end_of_thinking is 97"),
+        ({}, SoftParams(end_of_thinking="aaab"), "'aaab' is 2 tokens"),
+        ({"stop": "x"}, False, "stop strings need a tokenizer"),
+        ({}, SoftParams(end_of_thinking="</think>"), "'</think>' needs a tokenizer"),
+    ],
+)
+def test_settings_that_no_step_could_compute_are_refused(make_llm, params, soft, message):
+    llm = make_llm()
+    if "tokenizer" in message:
+        llm.tokenizer = None
+    with pytest.raises(ValueError, match=message):
+        llm.generate([3, 4], SamplingParams(max_tokens=8, **params), soft, progress=False)
+    assert not llm.scheduler.has_work
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float8"}, "dtype='float8'.*bfloat16 or float32"),
+        ({"max_model_len": 1024}, "max_model_len=1024 is more than the model's 512"),
+        ({"max_batch_size": 0}, "max_batch_size=0"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens=0"),
+        ({"max_model_len": -1}, "max_model_len=-1"),
+        ({"kv_memory": 1e-9}, "kv_memory=1e-09 GiB does not hold one page"),
+    ],
+)
+def test_bad_options_get_one_clear_line(make_llm, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_llm(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("uids", "message"),
+    [([[2**32]], "uid 4294967296"), ([[-1]], "uid -1"), ([[1], [2]], "1 prompts and uids for 2")],
+)
+def test_uids_outside_the_counter_are_refused(make_llm, uids, message):
+    with pytest.raises(ValueError, match=message):
+        make_llm().generate_groups([[3]], SamplingParams(max_tokens=8), seed=0, uids=uids)
+
+
+def test_soft_settings_of_the_model_directory_are_the_default(tmp_path, hf_model, tokenizer):
+    hf_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64).default_soft is None
+    soft = SoftParams(top_k=3, tau=0.5, noise_clip=(-1.5, 3.0))
+    (tmp_path / "softgrpo.json").write_text(json.dumps({"soft": soft.to_dict()}))
+    llm = LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64)
+    assert llm.default_soft == soft
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    assert only(llm.generate([5, 6], params, progress=False)).soft.kind.tolist() == [1] * 4
+    assert only(llm.generate([5, 6], params, False, progress=False)).soft.kind.tolist() == [0] * 4
+    (tmp_path / "softgrpo.json").write_text('{"soft": {"topk": 3}}')
+    with pytest.raises(ValueError, match=r"softgrpo.json.*unknown soft setting 'topk'"):
+        LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64)
