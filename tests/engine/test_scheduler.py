@@ -1,8 +1,17 @@
 """The scheduler without a model: random traffic, with every page accounted for after each step."""
 
-import random
+from collections import Counter
 
-import pytest
+from hypothesis import settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from hypothesis.strategies import booleans, integers
 
 from softgrpo_engine.kv_cache import PAGE_SIZE, BlockPool
 from softgrpo_engine.params import SamplingParams
@@ -119,42 +128,173 @@ def test_preempted_sequences_keep_their_row_and_go_first():
     assert preempted.pages == []
 
 
-def walk(seed):
-    rng = random.Random(seed)
-    pages, batch, budget = rng.randint(5, 20), rng.randint(1, 6), rng.randint(1, 40)
-    scheduler = Scheduler(BlockPool(pages), max_batch_size=batch, max_batch_tokens=budget)
-    alive, group, steps = [], 0, 0
-    common = [rng.randrange(4) for _ in range(48)]
-    while group < 12 or scheduler.has_work:
-        if group < 12 and (rng.random() < 0.3 or not scheduler.has_work):
-            group += 1
-            prompt = common[: rng.randint(1, 48)] + [rng.randrange(4)] * rng.randint(0, 3)
-            limit = min(20, pages * PAGE_SIZE - len(prompt))
-            new = sequences(group, prompt, rng.randint(1, 5), max_tokens=rng.randint(1, limit))
-            alive += new
-            for sequence in new:
-                scheduler.add(sequence)
+def test_siblings_join_only_as_far_as_a_step_reaches():
+    """More running samples than positions in a step, and the last ones would never get theirs."""
+    scheduler = Scheduler(BlockPool(64), max_batch_size=8, max_batch_tokens=3)
+    for sequence in sequences(1, [1, 2, 3], n=6):
+        scheduler.add(sequence)
+    scheduler.commit(scheduler.schedule())
+    assert len(scheduler.running) == 3
+    plan = scheduler.schedule()
+    check_plan(scheduler, plan, 3)
+    assert [chunk.sequence for chunk in plan.chunks] == scheduler.running
+
+
+# Operations, and what they have met, over all runs of the machine.
+SEEN: Counter[str] = Counter()
+
+
+class Traffic(RuleBasedStateMachine):
+    """Any operation at any time. Every page has contents here: what a sequence reads must be what
+    it would have computed itself, under the weights of now."""
+
+    @initialize(pages=integers(4, 8), rows=integers(2, 6), budget=integers(1, 40))
+    def start(self, pages, rows, budget):
+        self.pages, self.rows, self.budget = pages, rows, budget
+        self.scheduler = Scheduler(BlockPool(pages), rows, budget)
+        self.slots = {}  # (page, offset) -> what was computed there
+        self.alive, self.groups, self.version = [], 0, 0
+
+    def history(self, sequence, position):
+        """Keys and values hang on all that stands before: the prompt, then this sample's draws."""
+        prompt = sequence.prompt
+        if position < len(prompt):
+            return self.version, tuple(prompt[: position + 1])
+        return self.version, tuple(prompt), sequence.uid, position
+
+    def contents(self, sequence, length):
+        pages = sequence.pages
+        return [self.slots.get((pages[i // PAGE_SIZE], i % PAGE_SIZE)) for i in range(length)]
+
+    def check_contents(self, sequence, length):
+        expected = [self.history(sequence, i) for i in range(length)]
+        assert self.contents(sequence, length) == expected
+
+    @rule(family=integers(0, 1), length=integers(1, 40), n=integers(1, 4), answer=integers(1, 48))
+    def add(self, family, length, n, answer):
+        """Prompts of a family start alike."""
+        self.groups += 1
+        length = min(length, self.pages * PAGE_SIZE - answer)
+        prompt = [family] * (length - length % 3) + [self.groups] * (length % 3)
+        for sequence in sequences(self.groups, prompt, n, answer):
+            self.scheduler.add(sequence)
+            self.alive.append(sequence)
+        SEEN["add"] += 1
+
+    @precondition(lambda self: self.alive)
+    @rule(choice=integers(0, 10**6), of_preempted=booleans())
+    def abort(self, choice, of_preempted):
+        preempted = [s for s in self.scheduler.waiting if s.row is not None]
+        among = preempted if of_preempted and preempted else self.alive
+        sequence = among[choice % len(among)]
+        running = sequence in self.scheduler.running
+        where = "running" if running else "preempted" if sequence.row is not None else "waiting"
+        SEEN[f"abort of a {where} one"] += 1
+        self.scheduler.abort(sequence)
+        self.alive.remove(sequence)
+
+    @precondition(lambda self: any(s.num_generated for s in self.scheduler.running))
+    @rule(choice=integers(0, 10**6))
+    def finish(self, choice):
+        """An end that nobody foresaw, as EOS."""
+        begun = [s for s in self.scheduler.running if s.num_generated]
+        self.end(begun[choice % len(begun)])
+        SEEN["finish"] += 1
+
+    @precondition(lambda self: self.groups)
+    @rule()
+    def update_weights(self):
+        """Prefixes are forgotten at any time; the weights themselves change when nothing runs."""
+        self.scheduler.pool.clear()
+        idle = not self.scheduler.has_work
+        self.version += idle
+        SEEN["update" if idle else "clear"] += 1
+
+    @precondition(lambda self: self.alive)
+    @rule(times=integers(1, 20))
+    def steps(self, times):
+        for _ in range(times):
+            self.step()
+
+    def step(self):
+        scheduler = self.scheduler
+        if not scheduler.has_work:
+            return
+        SEEN["step"] += 1
+        before = (scheduler.preemptions, scheduler.prefix_tokens)
+        decoding = [s for s in scheduler.running if s.num_computed == s.length - 1]
         plan = scheduler.schedule()
-        check_plan(scheduler, plan, budget)
         assert plan.chunks, "no progress although there is work"
+        check_plan(scheduler, plan, self.budget)
+        planned = [chunk.sequence for chunk in plan.chunks]
+        assert all(s in planned for s in decoding if s in scheduler.running), "decoding starves"
+        for chunk in plan.chunks:
+            for i in range(chunk.start, chunk.start + chunk.length):
+                page = chunk.sequence.pages[i // PAGE_SIZE]
+                self.slots[page, i % PAGE_SIZE] = self.history(chunk.sequence, i)
+        for chunk in plan.chunks:
+            self.check_contents(chunk.sequence, chunk.start + chunk.length)
+        for source, target in plan.copies:
+            for i in range(PAGE_SIZE):
+                self.slots[target, i] = self.slots.get((source, i))
         scheduler.commit(plan)
-        finish_done(scheduler, plan)
-        alive = [s for s in alive if s.num_generated < s.params.max_tokens]
-        if alive and rng.random() < 0.05:
-            scheduler.abort(alive.pop(rng.randrange(len(alive))))
-        if rng.random() < 0.02:
-            # The pool forgets what is cached at any time, as an update of the weights makes it.
-            scheduler.pool.clear()
+        for sequence in scheduler.running:
+            self.check_contents(sequence, sequence.num_computed)
+        for sequence, _ in plan.samplers:
+            if sequence.num_generated == sequence.params.max_tokens:
+                self.end(sequence)
+        SEEN["preemption"] += scheduler.preemptions - before[0]
+        SEEN["prefix hit"] += scheduler.prefix_tokens > before[1]
+        SEEN["fork"] += len(plan.samplers) > len({index for _, index in plan.samplers})
+        SEEN["chunk of a prompt"] += any(
+            chunk.start + chunk.length < len(chunk.sequence.prompt) for chunk in plan.chunks
+        )
+
+    def end(self, sequence):
+        self.scheduler.finish(sequence)
+        self.alive.remove(sequence)
+
+    @invariant()
+    def every_page_and_row_is_accounted_for(self):
+        if not hasattr(self, "scheduler"):
+            return
+        scheduler, pool = self.scheduler, self.scheduler.pool
         scheduler.check()
-        steps += 1
-        assert steps < 10000
-    assert scheduler.pool.num_free == pages
-    assert sorted(scheduler._rows) == list(range(batch))
-    assert not alive
-    return scheduler.preemptions
+        assert sorted(s.uid for s in scheduler.active) == sorted(s.uid for s in self.alive)
+        rows = [s.row for s in self.alive if s.row is not None]
+        assert sorted([*rows, *scheduler._rows]) == list(range(self.rows))
+        held = Counter(page for s in self.alive for page in s.pages)
+        assert [held[page] for page in range(self.pages)] == pool._references
+        assert not {*pool._free, *pool._idle} & set(held)
+        assert sorted([*pool._free, *pool._idle, *held]) == list(range(self.pages))
+        assert all(not s.pages for s in self.alive if s not in scheduler.running)
+
+    def teardown(self):
+        """Everything that was admitted comes to its end, and leaves nothing behind."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(5000):
+            self.step()
+        assert not self.alive
+        assert not self.scheduler.has_work
+        self.every_page_and_row_is_accounted_for()
+        assert self.scheduler.pool.num_free == self.pages
 
 
-@pytest.mark.parametrize("block", range(4))
-def test_random_traffic_loses_no_page_and_always_ends(block):
-    preemptions = sum(walk(1000 * block + seed) for seed in range(100))
-    assert preemptions > 0, "the walk never ran out of pages: it tests nothing"
+def test_any_traffic_reads_only_its_own_history_loses_no_page_and_always_ends():
+    SEEN.clear()
+    few = settings(max_examples=60, stateful_step_count=50, derandomize=True, deadline=None)
+    run_state_machine_as_test(Traffic, settings=few)
+    assert sum(SEEN.values()) > 2000
+    for event in (
+        "preemption",
+        "prefix hit",
+        "fork",
+        "chunk of a prompt",
+        "update",
+        "finish",
+        "abort of a running one",
+        "abort of a preempted one",
+        "abort of a waiting one",
+    ):
+        assert SEEN[event] >= 5, f"{event}: {SEEN}"
