@@ -11,7 +11,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from hypothesis.strategies import booleans, integers
+from hypothesis.strategies import integers
 
 from softgrpo_engine.kv_cache import PAGE_SIZE, BlockPool
 from softgrpo_engine.params import SamplingParams
@@ -182,10 +182,10 @@ class Traffic(RuleBasedStateMachine):
         SEEN["add"] += 1
 
     @precondition(lambda self: self.alive)
-    @rule(choice=integers(0, 10**6), of_preempted=booleans())
-    def abort(self, choice, of_preempted):
-        preempted = [s for s in self.scheduler.waiting if s.row is not None]
-        among = preempted if of_preempted and preempted else self.alive
+    @rule(choice=integers(0, 10**6))
+    def abort(self, choice):
+        """Of a preempted one where there is any: they are rare."""
+        among = [s for s in self.scheduler.waiting if s.row is not None] or self.alive
         sequence = among[choice % len(among)]
         running = sequence in self.scheduler.running
         where = "running" if running else "preempted" if sequence.row is not None else "waiting"
@@ -213,8 +213,10 @@ class Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(times=integers(1, 20))
     def steps(self, times):
+        preemptions = self.scheduler.preemptions
         for _ in range(times):
-            self.step()
+            if self.scheduler.preemptions == preemptions:
+                self.step()
 
     def step(self):
         scheduler = self.scheduler
