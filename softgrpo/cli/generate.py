@@ -1,25 +1,28 @@
-"""softgrpo-generate: samples of a model, and what every soft position was mixed from."""
+"""softgrpo-generate: a chat in the terminal that shows what every position was mixed from."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from softgrpo.cli.errors import one_line_errors
 
 if TYPE_CHECKING:
-    from softgrpo_engine import Output, Sample, SamplingParams, SoftParams
+    from softgrpo_engine import LLM, Sample, SamplingParams, SoftParams
+    from softgrpo_engine.prompts import Prompt
 
-# A mixture can have more candidates than fit into a line; the best ones carry the weight.
-_CANDIDATES_SHOWN = 8
+_HELP = """\
+/candidates  what each position of the last answer was mixed from
+/clear       forget the conversation
+/quit        leave (as Ctrl-D); Ctrl-C ends an answer"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,60 +39,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="softgrpo-generate",
-        description="Sample a model, with soft or discrete tokens, and show both.",
+        description="Talk to a model, with soft or discrete tokens. A prompt from --prompt or a "
+        "pipe is answered once.",
     )
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="one or more; without any, all of stdin")
-    add("--model", default="smollm2-135m", help="directory, hub id or alias (%(default)s)")
-    add("--n", type=int, default=1, help="samples of each prompt (%(default)s)")
-    add("--max-tokens", type=int, default=128, help="most new tokens (%(default)s)")
+    add("model", nargs="?", default="smollm2-135m", metavar="MODEL",
+        help="directory, hub id or alias (%(default)s)")  # fmt: skip
+    add("--prompt", help="answer this and leave; the answer alone goes to stdout")
+    add("--raw", action="store_true", help="the prompt is text to be continued, no user's turn")
+    add("--n", type=int, default=1, help="answers to the one prompt (%(default)s)")
+    add("--candidates", action="store_true", help="show each position as it is drawn")
+    add("--max-tokens", type=int, default=256, help="most new tokens (%(default)s)")
     add("--temperature", type=float, help="of soft and discrete positions; 0 is greedy")
     add("--top-p", type=float, help="of soft and discrete positions")
     add("--top-k", type=int, help="of soft and discrete positions")
     add("--tau", type=float, help="temperature of the mixture: small is nearly one token")
-    add("--seed", type=int, help="the same seed gives the same samples")
-    add("--text", action="store_true", help="print the text only, without the candidates")
+    add("--max-soft-tokens", type=int, help="thinking budget: then the rest is discrete")
+    add("--seed", type=int, help="the same seed gives the same answers")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--soft", action="store_true", help="soft tokens, whatever the model was for")
     mode.add_argument("--discrete", action="store_true", help="ordinary tokens")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--chat", action="store_true", help="the prompt is a user's turn")
-    form.add_argument("--raw", action="store_true", help="the prompt is text to be continued")
     return parser
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    texts = arguments.prompts or [_stdin()]
+    text = arguments.prompt
+    if text is None and not sys.stdin.isatty():
+        text = sys.stdin.read().strip()
+        if not text:
+            raise ValueError("the prompt on stdin is empty")
+    if text is None and (arguments.raw or arguments.n > 1):
+        raise ValueError("--raw and --n need a --prompt")
     # Heavy imports come after the arguments are known to be good.
     from softgrpo_engine import LLM
 
     params = _sampling_params(arguments)
-    llm = LLM(arguments.model)
-    soft = _soft_params(arguments, llm.default_soft)
-    chat = arguments.chat or (not arguments.raw and bool(llm.tokenizer.chat_template))
-    if arguments.chat and not llm.tokenizer.chat_template:
-        raise ValueError(f"{arguments.model} has no chat template: use --raw")
-    prompts: Any = [[{"role": "user", "content": text}] for text in texts] if chat else texts
-    start = time.perf_counter()
-    outputs = llm.generate(prompts, params, soft)
-    seconds = time.perf_counter() - start
-    tau = soft.tau if soft else 1.0
-    console = Console(highlight=False)
-    for text, output in zip(texts, outputs, strict=True):
-        _show(console, text, output, llm.tokenizer, tau, arguments.text)
-    if not arguments.text:
-        tokens = sum(len(sample.token_ids) for output in outputs for sample in output.samples)
-        kind = f"soft, tau {soft.tau:g}" if soft else "discrete"
-        console.print(f"[dim]{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f}/s), {kind}")
-
-
-def _stdin() -> str:
-    if sys.stdin.isatty():
-        raise ValueError("no prompt: give one as an argument or on stdin")
-    text = sys.stdin.read().strip()
-    if not text:
-        raise ValueError("the prompt on stdin is empty")
-    return text
+    llm = LLM(arguments.model, max_batch_size=arguments.n)
+    session = _Session(llm, params, _soft_params(arguments, llm.default_soft), arguments.candidates)
+    has_template = bool(llm.tokenizer.chat_template)
+    if text is None and not has_template:
+        raise ValueError(f"{arguments.model} has no chat template: give a --prompt to be continued")
+    if text is None:
+        _chat(session, arguments.model)
+    else:
+        chat = has_template and not arguments.raw
+        session.answer([{"role": "user", "content": text}] if chat else text)
 
 
 def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
@@ -110,10 +104,10 @@ def _soft_params(
     from softgrpo_engine import SoftParams
 
     if arguments.discrete or (default is None and not arguments.soft):
-        if arguments.tau is not None:
-            raise ValueError("--tau is a setting of soft tokens: add --soft")
+        for name in _given(arguments, "tau", "max_soft_tokens"):
+            raise ValueError(f"--{name.replace('_', '-')} is a setting of soft tokens: add --soft")
         return False
-    changes = _given(arguments, "temperature", "top_p", "top_k", "tau")
+    changes = _given(arguments, "temperature", "top_p", "top_k", "tau", "max_soft_tokens")
     return dataclasses.replace(default or SoftParams(), **changes)
 
 
@@ -122,56 +116,129 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _show(
-    console: Console, text: str, output: Output, tokenizer: Any, tau: float, text_only: bool
-) -> None:
-    for i, sample in enumerate(output.samples):
-        if text_only:
-            print(sample.text)
+class _Session:
+    """A model with its settings: streams answers to stdout, remembers the last."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        soft: SoftParams | Literal[False],
+        show_candidates: bool,
+    ) -> None:
+        self.llm, self.params, self.soft = llm, params, soft
+        self.show_candidates = show_candidates
+        self.tau = soft.tau if soft else 1.0
+        self.console = Console(highlight=False)
+        self.last: Sample | None = None
+        self.interrupted = False
+
+    def answer(self, prompt: Prompt) -> Sample:
+        """Streams the answer; several are written one after the other, each when it is done."""
+        done: list[Sample] = []
+        seen = ""
+        positions = 0
+        for _, sample in self.llm.stream(prompt, self.params, self.soft):
+            self.last = sample
+            if sample.finish_reason:
+                done.append(sample)
+            if self.params.n > 1:
+                if sample.finish_reason:
+                    self._write_whole(sample)
+            elif self.show_candidates:
+                self._write_candidates(sample, positions)
+                positions = len(sample.token_ids)
+            # A character of several tokens is written when it is complete.
+            elif sample.finish_reason or not sample.text.endswith("\ufffd"):
+                sys.stdout.write(sample.text[len(seen) :])
+                sys.stdout.flush()
+                seen = sample.text
+            if self.interrupted:
+                self.llm.abort(sample.uid)
+        if self.params.n == 1:
+            print(f"\n{done[0].text}" if self.show_candidates else "")
+        return done[-1]
+
+    def candidates(self) -> None:
+        """The positions of the last answer."""
+        if self.last is not None:
+            self._write_candidates(self.last, 0)
+
+    def _write_whole(self, sample: Sample) -> None:
+        if self.show_candidates:
+            self._write_candidates(sample, 0)
+            print()
+        print(sample.text, flush=True)
+
+    def _write_candidates(self, sample: Sample, start: int) -> None:
+        # Here, because it imports torch.
+        from softgrpo.cli.candidates import candidate_lines
+
+        width = self.console.width if self.console.is_terminal else 1000
+        for line in candidate_lines(sample, self.llm.tokenizer, self.tau, width, start):
+            self.console.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+
+def _chat(session: _Session, name: str) -> None:
+    """Reads turns until Ctrl-D; commands start with a slash."""
+    import readline  # noqa: F401 - gives input() its history and line editing
+
+    kind = f"soft tokens, tau {session.tau:g}" if session.soft else "discrete tokens"
+    session.console.print(f"{name}, {kind}. /help lists the commands.", style="dim")
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D leaves)")
             continue
-        title = f"[bold]{_shorten(text)}[/]"
-        title += f"  sample {i + 1}/{len(output.samples)}" if len(output.samples) > 1 else ""
-        console.rule(title, align="left")
-        console.print(Text(sample.text))
-        console.print(f"[dim]{len(sample.token_ids)} tokens, ended by {sample.finish_reason}")
-        if bool(sample.soft.kind.any()):
-            console.print(_candidates(sample, tokenizer, tau))
+        if text == "/quit":
+            return
+        if text == "/clear":
+            turns.clear()
+        elif text == "/candidates":
+            session.candidates()
+        elif text.startswith("/"):
+            print(_HELP)
+        elif text:
+            _turn(session, turns, text)
 
 
-def _candidates(sample: Sample, tokenizer: Any, tau: float) -> Table:
-    """A line for each position of the soft phase: its candidates and their weights."""
-    from softgrpo_kernels import soft_weights
-
-    record = sample.soft
-    weights = soft_weights(record.gprime, record.kind, tau).tolist()
-    ids, kinds = record.ids.tolist(), record.kind.tolist()
-    width = min(_CANDIDATES_SHOWN, max(sum(i >= 0 for i in row) for row in ids))
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("", justify="right", style="dim", no_wrap=True, min_width=3)
-    for j in range(width):
-        table.add_column("token" if j == 0 else f"+{j}", no_wrap=True)
-        table.add_column("", justify="right", no_wrap=True, min_width=4)
-    last = max(i for i, kind in enumerate(kinds) if kind)
-    # The token after the last soft one ended the phase.
-    for i in range(min(last + 2, len(ids))):
-        cells: list[Text] = []
-        for token, weight in list(zip(ids[i], weights[i], strict=True))[:width]:
-            style = "bold" if weight >= 0.5 else "" if weight >= 0.01 else "dim"
-            shown = _visible(tokenizer.decode([token])) if token >= 0 else ""
-            cells += [Text(shown, style), Text(f"{weight:.2f}" if shown else "", style)]
-        table.add_row(str(i), *cells)
-    return table
+def _turn(session: _Session, turns: list[dict[str, str]], text: str) -> None:
+    """One question and its answer; what cannot be asked leaves the conversation as it was."""
+    question = {"role": "user", "content": text}
+    start = time.perf_counter()
+    try:
+        with _ctrl_c_interrupts(session):
+            sample = session.answer([*turns, question])
+    except ValueError as error:
+        session.console.print(f"{error} (/clear forgets the conversation)", style="red")
+        return
+    turns += [question, {"role": "assistant", "content": sample.text}]
+    tokens, seconds = len(sample.token_ids), time.perf_counter() - start
+    ended = {"length": ", cut at --max-tokens", "abort": ", interrupted"}
+    session.console.print(
+        f"{tokens} tokens, {tokens / seconds:.0f}/s{ended.get(sample.finish_reason or '', '')}",
+        style="dim",
+    )
 
 
-def _visible(token: str) -> str:
-    """A token with its spaces and line ends to be seen."""
-    return token.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+@contextmanager
+def _ctrl_c_interrupts(session: _Session) -> Iterator[None]:
+    """Ctrl-C ends the answer, between two steps of the engine, and not the program."""
 
+    def interrupt(*_: object) -> None:
+        session.interrupted = True
 
-def _shorten(text: str, width: int = 60) -> str:
-    line = " ".join(text.split())
-    line = line if len(line) <= width else line[: width - 1] + "…"
-    return line.replace("[", r"\[")
+    session.interrupted = False
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -184,11 +184,14 @@ class Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(choice=integers(0, 10**6))
     def abort(self, choice):
-        """Of a preempted one where there is any: they are rare."""
-        among = [s for s in self.scheduler.waiting if s.row is not None] or self.alive
+        """Rare states first: preempted, or siblings wait for the prompt of this one."""
+        preempted = [s for s in self.scheduler.waiting if s.row is not None]
+        leading = [s for s in self.scheduler.running if s.followers]
+        among = preempted or leading or self.alive
         sequence = among[choice % len(among)]
         running = sequence in self.scheduler.running
         where = "running" if running else "preempted" if sequence.row is not None else "waiting"
+        where = "leading" if sequence.followers else where
         SEEN[f"abort of a {where} one"] += 1
         self.scheduler.abort(sequence)
         self.alive.remove(sequence)
@@ -296,6 +299,7 @@ def test_any_traffic_reads_only_its_own_history_loses_no_page_and_always_ends():
         "update",
         "finish",
         "abort of a running one",
+        "abort of a leading one",
         "abort of a preempted one",
         "abort of a waiting one",
     ):
