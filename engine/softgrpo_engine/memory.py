@@ -27,7 +27,7 @@ def pages_that_fit(
     """Pages for ``kv_memory`` GiB; by default for the fullest batch, within the free memory."""
     wanted = max_batch_size * pages_for(max_model_len)
     if kv_memory is None:
-        kv_memory = _SHARE_OF_FREE_MEMORY * _free_memory(decoder.embed_weight.device) / 2**30
+        kv_memory = _SHARE_OF_FREE_MEMORY * free_memory(decoder.embed_weight.device) / 2**30
     pages = min(wanted, int(kv_memory * 2**30 // page_bytes(decoder)))
     if pages < 1:
         raise ValueError(
@@ -37,7 +37,8 @@ def pages_that_fit(
     return pages
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on the device without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")

@@ -148,7 +148,7 @@ class Traffic(RuleBasedStateMachine):
     """Any operation at any time. Every page has contents here: what a sequence reads must be what
     it would have computed itself, under the weights of now."""
 
-    @initialize(pages=integers(4, 8), rows=integers(2, 6), budget=integers(1, 40))
+    @initialize(pages=integers(4, 8), rows=integers(2, 6), budget=integers(1, 16))
     def start(self, pages, rows, budget):
         self.pages, self.rows, self.budget = pages, rows, budget
         self.scheduler = Scheduler(BlockPool(pages), rows, budget)
