@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from softgrpo_engine.kv_cache import BlockPool
 from softgrpo_engine.memory import pages_that_fit
-from softgrpo_engine.metrics import TokenRate, sample_progress
+from softgrpo_engine.metrics import TokenRate, load_metrics, sample_progress
 from softgrpo_engine.model import Decoder
 from softgrpo_engine.model_source import resolve_model
 from softgrpo_engine.outputs import FinishReason, Output, Sample
@@ -280,23 +280,7 @@ class LLM:
 
     def metrics(self) -> dict[str, float]:
         """Counters since the start, and what is in progress now; rates are tokens/s of work."""
-        scheduler, pool = self.scheduler, self.pool
-        prompt_tokens = scheduler.prompt_tokens + scheduler.prefix_tokens
-        return {
-            "generated_tokens": self.rate.tokens,
-            "tokens_per_second": self.rate.overall,
-            "tokens_per_second_recent": self.rate.recent,
-            "prompt_tokens_computed": scheduler.prompt_tokens,
-            "prefix_tokens_reused": scheduler.prefix_tokens,
-            "prefix_hit_rate": scheduler.prefix_tokens / max(1, prompt_tokens),
-            "preemptions": scheduler.preemptions,
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.active) - len(scheduler.running),
-            "kv_pages": pool.num_pages,
-            "kv_pages_free": pool.num_free,
-            "kv_use": 1 - pool.num_free / pool.num_pages,
-            "weight_version": self.weight_version,
-        }
+        return load_metrics(self.scheduler, self.rate) | {"weight_version": self.weight_version}
 
     def check_fits(self, prompts: Seq[list[int]], params: SamplingParams) -> None:
         """Raises ValueError, naming the prompt, unless every prompt and its answer can fit."""

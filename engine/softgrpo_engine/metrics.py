@@ -8,6 +8,8 @@ from collections import deque
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from softgrpo_engine.scheduler import Scheduler
+
 _RECENT_SECONDS = 10.0
 
 
@@ -42,6 +44,26 @@ class TokenRate:
         oldest = time.monotonic() - _RECENT_SECONDS
         while self._steps and self._steps[0][0] < oldest:
             self._steps.popleft()
+
+
+def load_metrics(scheduler: Scheduler, rate: TokenRate) -> dict[str, float]:
+    """What was computed, how fast, and what is in progress now."""
+    pool = scheduler.pool
+    prompt_tokens = scheduler.prompt_tokens + scheduler.prefix_tokens
+    return {
+        "generated_tokens": rate.tokens,
+        "tokens_per_second": rate.overall,
+        "tokens_per_second_recent": rate.recent,
+        "prompt_tokens_computed": scheduler.prompt_tokens,
+        "prefix_tokens_reused": scheduler.prefix_tokens,
+        "prefix_hit_rate": scheduler.prefix_tokens / max(1, prompt_tokens),
+        "preemptions": scheduler.preemptions,
+        "running": len(scheduler.running),
+        "waiting": len(scheduler.active) - len(scheduler.running),
+        "kv_pages": pool.num_pages,
+        "kv_pages_free": pool.num_free,
+        "kv_use": 1 - pool.num_free / pool.num_pages,
+    }
 
 
 def sample_progress(shown: bool) -> Progress:
