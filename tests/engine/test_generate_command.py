@@ -89,7 +89,7 @@ class Terminal:
     def __init__(self, *arguments):
         master, slave = pty.openpty()
         command = [sys.executable, "-m", "softgrpo.cli.generate", *map(str, arguments)]
-        environment = os.environ | {"TERM": "dumb", "COLUMNS": "160"}
+        environment = os.environ | {"TERM": "xterm", "COLUMNS": "160"}
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=environment, close_fds=True
         )
@@ -97,12 +97,14 @@ class Terminal:
         self.master = master
 
     def read(self, until="\n> "):
-        text, end = "", time.monotonic() + 30
-        while not text or not text.replace("\r", "").endswith(until):
+        """Lines up to ``until``, without colours and carriage returns."""
+        output, text, end = b"", "", time.monotonic() + 30
+        while not text or not text.endswith(until):
             ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
             assert ready, f"no {until!r} after {text!r}"
-            text += os.read(self.master, 4096).decode()
-        return re.sub(r"\x1b\[[0-9;?]*[a-z]", "", text).replace("\r", "").splitlines()
+            output += os.read(self.master, 4096)
+            text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", output.decode())
+        return text.splitlines()
 
     def say(self, line, until="\n> "):
         os.write(self.master, f"{line}\n".encode())

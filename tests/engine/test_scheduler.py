@@ -11,7 +11,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from hypothesis.strategies import integers
+from hypothesis.strategies import booleans, integers
 
 from softgrpo_engine.kv_cache import PAGE_SIZE, BlockPool
 from softgrpo_engine.params import SamplingParams
@@ -148,7 +148,7 @@ class Traffic(RuleBasedStateMachine):
     """Any operation at any time. Every page has contents here: what a sequence reads must be what
     it would have computed itself, under the weights of now."""
 
-    @initialize(pages=integers(4, 8), rows=integers(2, 6), budget=integers(1, 16))
+    @initialize(pages=integers(4, 8), rows=integers(2, 6), budget=integers(2, 20))
     def start(self, pages, rows, budget):
         self.pages, self.rows, self.budget = pages, rows, budget
         self.scheduler = Scheduler(BlockPool(pages), rows, budget)
@@ -170,7 +170,7 @@ class Traffic(RuleBasedStateMachine):
         expected = [self.history(sequence, i) for i in range(length)]
         assert self.contents(sequence, length) == expected
 
-    @rule(family=integers(0, 1), length=integers(1, 40), n=integers(1, 4), answer=integers(1, 48))
+    @rule(family=integers(0, 1), length=integers(1, 40), n=integers(1, 4), answer=integers(1, 40))
     def add(self, family, length, n, answer):
         """Prompts of a family start alike."""
         self.groups += 1
@@ -184,11 +184,22 @@ class Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(choice=integers(0, 10**6))
     def abort(self, choice):
-        """Rare states first: preempted, or siblings wait for the prompt of this one."""
-        preempted = [s for s in self.scheduler.waiting if s.row is not None]
-        leading = [s for s in self.scheduler.running if s.followers]
-        among = preempted or leading or self.alive
-        sequence = among[choice % len(among)]
+        self.take_out(self.alive[choice % len(self.alive)])
+
+    @precondition(lambda self: self.alive)
+    @rule(preempted=booleans())
+    def abort_a_rare_one(self, preempted):
+        """The next that is preempted, or whose siblings wait for its prompt."""
+        for _ in range(100):
+            rare = [s for s in self.scheduler.waiting if s.row is not None]
+            if not preempted:
+                rare = [s for s in self.scheduler.running if s.followers]
+            if rare:
+                self.take_out(rare[0])
+                return
+            self.step()
+
+    def take_out(self, sequence):
         running = sequence in self.scheduler.running
         where = "running" if running else "preempted" if sequence.row is not None else "waiting"
         where = "leading" if sequence.followers else where
@@ -216,10 +227,8 @@ class Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(times=integers(1, 20))
     def steps(self, times):
-        preemptions = self.scheduler.preemptions
         for _ in range(times):
-            if self.scheduler.preemptions == preemptions:
-                self.step()
+            self.step()
 
     def step(self):
         scheduler = self.scheduler
@@ -278,7 +287,7 @@ class Traffic(RuleBasedStateMachine):
         """Everything that was admitted comes to its end, and leaves nothing behind."""
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(5000):
+        for _ in range(20_000):
             self.step()
         assert not self.alive
         assert not self.scheduler.has_work
