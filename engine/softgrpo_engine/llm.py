@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import secrets
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from softgrpo_engine.kv_cache import BlockPool
-from softgrpo_engine.memory import pages_that_fit
+from softgrpo_engine.memory import pages_that_fit, return_freed_memory
 from softgrpo_engine.metrics import TokenRate, load_metrics, sample_progress
 from softgrpo_engine.model import Decoder
 from softgrpo_engine.model_source import resolve_model
@@ -257,9 +256,7 @@ class LLM:
         self._drop_weights()
         self.runner.free_pages()
         self._awake = False
-        gc.collect()  # the modules of a decoder refer to each other
-        if self.runner.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return_freed_memory(self.runner.device)
 
     def wake(self) -> None:
         """Makes an empty KV cache after ``sleep``.
@@ -305,9 +302,9 @@ class LLM:
                     yield from call.ended()
                     if not call.is_done:
                         self.step()
-                        bar.update(
-                            task, completed=total - call.num_unfinished, rate=self.rate.recent
-                        )
+                    if progress:
+                        done = total - call.num_unfinished
+                        bar.update(task, completed=done, rate=self.rate.recent)
         finally:
             self.release(call)
 

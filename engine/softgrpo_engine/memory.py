@@ -1,8 +1,11 @@
-"""How many KV pages to make."""
+"""How many KV pages to make, and giving memory back."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -46,3 +49,15 @@ def free_memory(device: torch.device) -> int:
         values = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return int(values["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Gives what tensors have left behind back to the machine, so that others can have it."""
+    gc.collect()  # the modules of a decoder refer to each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        # glibc keeps freed blocks of up to 32 MB, most of the weights, for itself.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -62,11 +62,11 @@ class Call:
     def ended(self) -> Iterator[tuple[int, Output]]:
         """(prompt index, Output) of every group that has ended, each once."""
         for index, group in list(self._open.items()):
-            samples = [sequence.sample for sequence in group if sequence.sample]
-            if len(samples) == len(group):
+            if all(sequence.sample for sequence in group):
                 for sequence in self._open.pop(index):
                     _raise_error(sequence)
                     del self._prompt_of[sequence], self._unread[sequence]
+                samples = [sequence.sample for sequence in group if sequence.sample]
                 yield index, Output(list(self._prompts[index]), samples)
 
     def news(self) -> Iterator[tuple[int, Sample]]:

@@ -1,5 +1,9 @@
 """The engine against transformers on a real model: SmolLM2-135M-Instruct, float32 and bfloat16."""
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -84,3 +88,17 @@ def test_soft_samples_do_not_depend_on_the_batch(llm, prompts):
             live = a.soft.ids >= 0
             assert torch.equal(a.soft.ids, b.soft.ids)
             assert (a.soft.gprime - b.soft.gprime)[live].abs().max() < 1e-3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sleep_gives_the_memory_back_to_the_machine(path):
+    """Freed tensors alone are not enough: the C library keeps most of these weights."""
+
+    def resident_mib():
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    llm = LLM(path, max_batch_size=2, max_model_len=64)
+    llm.generate([5, 6, 7], SamplingParams(max_tokens=2), progress=False)
+    awake = resident_mib()
+    llm.sleep()
+    assert resident_mib() < awake - 200  # 257 MiB of weights, and as much again where packed
