@@ -66,6 +66,20 @@ def test_soft_record_is_what_the_model_says(make_llm, hf_model, prompts):
     assert torch.equal(torch.sort(logits.topk(4).indices).values, record.ids.long().sort().values)
 
 
+def test_logprobs_of_discrete_positions_are_those_of_the_draw(make_llm, hf_model, prompts):
+    """Temperature, the kept candidates and their renormalisation, as transformers' logits say."""
+    params = SamplingParams(max_tokens=20, seed=3, ignore_eos=True, temperature=0.6, top_k=4)
+    sample = only(make_llm().generate(prompts[2], params, soft=False, progress=False))
+    logits = hf_model(torch.tensor([prompts[2] + sample.token_ids])).logits[0]
+    kept = (logits[len(prompts[2]) - 1 : -1].detach() / 0.6).topk(4)
+    tokens = torch.tensor(sample.token_ids)
+    assert bool((kept.indices == tokens[:, None]).any(-1).all())
+    expected = kept.values.log_softmax(-1)[kept.indices == tokens[:, None]]
+    torch.testing.assert_close(sample.logprobs, expected, atol=2e-5, rtol=0)
+    assert float(expected.min()) < -1  # not always the best one
+    assert torch.equal(sample.soft.ids.sort().values.int(), kept.indices.sort().values.int())
+
+
 def test_a_group_computes_its_prompt_once(make_llm, prompts):
     llm = make_llm()
     params = SamplingParams(max_tokens=6, ignore_eos=True)
