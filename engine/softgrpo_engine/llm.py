@@ -88,6 +88,7 @@ class LLM:
         self.pool = BlockPool(num_pages)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens)
         self.runner = Runner(decoder, num_pages, max_batch_size)
+        self.device = self.runner.device
         self.generated_tokens = 0
         self._groups = 0
         self._awake = True
