@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="RECIPE_OR_FILE",
         help=f"packaged recipe ({', '.join(recipe_names())}) or YAML file (default: demo)",
     )
-    parser.add_argument("--engine", help="rollout engine: native (same as rollout.engine=native)")
+    parser.add_argument("--engine", help="native, hf or an installed engine (rollout.engine)")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
     )
