@@ -13,7 +13,7 @@ def test_it_says_what_would_be_run_and_leaves_nothing(tiny_config, tiny_reward, 
         "9,824 parameters, float32",
         "16 examples",
         f"{tiny_reward}:early_letters",
-        "3 prompts x 4 samples: 27 prompt tokens, at most 120 new ones",
+        "3 prompts x 4 samples: 30 prompt tokens, at most 120 new ones",
         "for 6 steps",
         "GiB at the peak",
     ):
