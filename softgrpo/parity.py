@@ -101,11 +101,11 @@ def compare(
             (trainer.candidates, engine_logq),
             (trainer.density, engine_density),
         ),
-        "engine/transformers": (
+        "engine/HF": (
             (theirs_logq, engine_logq),
             (theirs_density, engine_density),
         ),
-        "trainer/transformers": (
+        "trainer/HF": (
             (theirs_logq, trainer.candidates),
             (theirs_density, trainer.density),
         ),

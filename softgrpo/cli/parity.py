@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from softgrpo.parity import Difference
 
 DESCRIPTION = """\
-Draws one rollout and compares what engine, trainer and transformers make of the same positions.
+Draws one rollout and compares what engine, trainer and transformers (HF) make of its positions.
 Exit status 1 when a mean is beyond its bound: 1e-4 nats in float32, 0.1 in bfloat16.
 """
 QUESTIONS = (
@@ -96,7 +96,12 @@ def _print(config: Config, differences: Sequence[Difference]) -> None:
 
     objective = config.algorithm.objective if config.rollout.soft.enabled else "discrete"
     title = f"{config.model.path}, {config.model.dtype}, {objective}"
-    table = Table(title=f"|difference| in nats: {title}", title_justify="left", box=SIMPLE)
+    table = Table(
+        title=f"|difference| in nats: {title}",
+        title_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     for name in ("phase", "of", "between", "values", "mean", "max", "bound", ""):
         table.add_column(name, justify="right" if name in ("values", "mean", "max") else "left")
     for d in differences:
