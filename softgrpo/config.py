@@ -126,7 +126,7 @@ class SoftConfig:
 class RolloutConfig:
     """How many samples a step draws, and how.
 
-    engine: what draws them
+    engine: `native`, `hf` (transformers: slow, for comparison) or the name of an installed one
     prompts_per_step: prompts of a step
     group_size: samples of a prompt
     max_new_tokens: longest response
@@ -138,7 +138,7 @@ class RolloutConfig:
     kv_memory: GiB of the KV cache; null: for a full batch, at most a quarter of the free memory
     """
 
-    engine: Literal["native"] = "native"
+    engine: str = "native"
     prompts_per_step: Size = 8
     group_size: Annotated[int, Range(2)] = 8
     max_new_tokens: Size = 32
@@ -268,7 +268,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation during training, with the rollout's sampling.
+    """Held-out evaluation during training; sampling that is null is that of the rollout.
 
     every: steps between two evaluations; 0: never
     before_train: one before the first step
@@ -276,6 +276,11 @@ class EvalConfig:
     samples: of a question
     k: the k of pass@k, each at most `samples`
     seed: of its noise, whose stream is not that of training
+    temperature: of soft and discrete positions
+    top_p: of soft and discrete positions
+    top_k: of soft and discrete positions
+    tau: of soft positions
+    max_new_tokens: longest response
     """
 
     every: Count = 0
@@ -284,18 +289,25 @@ class EvalConfig:
     samples: Size = 8
     k: list[Size] = field(default_factory=lambda: [1, 8])
     seed: Seed = 1
+    temperature: Positive | None = None
+    top_p: Fraction | None = None
+    top_k: Annotated[int, Range(1, 64)] | None = None
+    tau: Positive | None = None
+    max_new_tokens: Size | None = None
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Samples that are shown in the terminal and kept for the report.
+    """Samples that are shown in the terminal and kept for the report, and where metrics go.
 
     samples_every: steps between; 0: never
     samples_per_step: how many
+    report_to: list of `tensorboard`, `wandb`, `trackio`, beside metrics.jsonl
     """
 
     samples_every: Count = 5
     samples_per_step: Count = 2
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

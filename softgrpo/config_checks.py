@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from softgrpo.engines import find_engine
 from softgrpo.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def check(config: Config) -> None:
     if config.rollout.soft.enabled:
         _check_noise(config)
     _check_algorithm(config)
+    find_engine(config.rollout.engine)
     if max(config.optim.betas) >= 1:
         raise ConfigError(f"optim.betas: {list(config.optim.betas)} is not allowed: must be < 1")
     if not config.eval.k or max(config.eval.k) > config.eval.samples:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from softgrpo.config import Config, DataConfig, FewShot
 from softgrpo.schema import did_you_mean
@@ -164,8 +165,9 @@ def build_prompt(
 ) -> list[int]:
     """Token ids by the model's chat template, up to where the assistant's turn begins.
 
-    The template alone writes special tokens, BOS included. Raises DataError when the tokenizer has
-    no template or the example brings a system message of its own beside `system_prompt`.
+    The template alone writes special tokens, BOS included, and a <think> that opens the answer.
+    Raises DataError when the tokenizer has no template, when the template refuses the turns, or
+    when the example brings a system message of its own beside `system_prompt`.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("the tokenizer has no chat template; give the model a chat_template.jinja")
@@ -184,9 +186,13 @@ def build_prompt(
         for shot in few_shot
         for role, content in (("user", shot.prompt), ("assistant", shot.answer))
     ]
-    ids = tokenizer.apply_chat_template(
-        system + shots + turns, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    try:
+        ids = tokenizer.apply_chat_template(
+            system + shots + turns, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in system + shots + turns)
+        raise DataError(f"the model's chat template refuses {roles}: {_one_line(error)}") from None
     return list(ids)
 
 

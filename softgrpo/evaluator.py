@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softgrpo.config import Config
+from softgrpo.config import Config, RolloutConfig
+from softgrpo.engines import RolloutEngine
 from softgrpo.evaluation import pass_at_k
 from softgrpo.rollout import EVALUATION_STREAM, collect, rollout_uids
-from softgrpo_engine import LLM, Output
+from softgrpo_engine import Output
 
 
-def evaluate(llm: LLM, prompts: Sequence[list[int]], config: Config) -> list[Output]:
-    """Samples every held-out prompt ``eval.samples`` times with the rollout's settings."""
+def evaluation_rollout(config: Config) -> RolloutConfig:
+    """The rollout's settings with those that `eval` has of its own in their place."""
+    own = config.eval
+    sampling = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+    soft = dataclasses.replace(config.rollout.soft, **_given(sampling), **_given({"tau": own.tau}))
+    limit = _given({"max_new_tokens": own.max_new_tokens})
+    return dataclasses.replace(config.rollout, soft=soft, **_given(sampling), **limit)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def evaluate(engine: RolloutEngine, prompts: Sequence[list[int]], config: Config) -> list[Output]:
+    """Samples every held-out prompt ``eval.samples`` times."""
     return collect(
-        llm,
+        engine,
         prompts,
         rollout_uids(0, len(prompts), config.eval.samples),
-        config.rollout,
+        evaluation_rollout(config),
         config.algorithm.objective,
         seed=config.eval.seed,
         stream=EVALUATION_STREAM,

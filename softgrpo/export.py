@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from softgrpo.run_folder import saving
 from softgrpo_engine import SoftParams
 from softgrpo_engine.model import Decoder
 from softgrpo_engine.weights import save_pretrained
@@ -14,6 +15,7 @@ from softgrpo_engine.weights import save_pretrained
 SOFT_SETTINGS_FILE = "softgrpo.json"
 
 
+@saving("the model")
 def export_model(
     decoder: Decoder, source: str | Path, target: str | Path, soft: SoftParams | None
 ) -> None:

@@ -12,7 +12,8 @@ from softgrpo.advantages import groups_with_spread
 from softgrpo.config import Config, ConfigError, RolloutConfig
 from softgrpo.data import Prompt
 from softgrpo.density import OFFICIAL_EPS, OFFICIAL_NOISE_CLIP, DensitySettings
-from softgrpo_engine import LLM, Output, SamplingParams, SoftParams
+from softgrpo.engines import RolloutEngine
+from softgrpo_engine import Output, SamplingParams, SoftParams
 from softgrpo_engine.params import K_MAX
 
 ROLLOUT_STREAM, EVALUATION_STREAM = 0, 1
@@ -83,7 +84,7 @@ def rollout_uids(step: int, prompts: int, group_size: int) -> list[list[int]]:
 
 
 def collect(
-    llm: LLM,
+    engine: RolloutEngine,
     prompts: Sequence[list[int]],
     uids: list[list[int]],
     rollout: RolloutConfig,
@@ -93,7 +94,7 @@ def collect(
     stream: int,
 ) -> list[Output]:
     """Samples every prompt once for each of its uids."""
-    return llm.generate_groups(
+    return engine.generate_groups(
         prompts,
         sampling_params(rollout),
         soft_params(rollout, objective) or False,

@@ -6,18 +6,37 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from softgrpo.config import Config, ConfigError
 
 _STATE, _WEIGHTS, _OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be read; one line with its path and the reason."""
+
+
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Turns a failed write, such as on a full disk, into an OSError with one clear line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OSError(
+            f"cannot write {what}: {reason}; what was saved before is kept: make room, then "
+            "run.resume=auto continues"
+        ) from error
 
 
 class RunFolder:
@@ -82,6 +101,7 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
 
+    @saving("the checkpoint")
     def save_checkpoint(
         self,
         step: int,
@@ -182,8 +202,14 @@ def load_checkpoint(
     path = Path(path)
     if not (path / _STATE).exists():
         raise ValueError(f"{path} is no checkpoint: it has no {_STATE}")
-    weights = load_file(path / _WEIGHTS)
-    tensors = load_file(path / _OPTIMIZER)
+    try:
+        weights = load_file(path / _WEIGHTS)
+        tensors = load_file(path / _OPTIMIZER)
+        result: dict[str, Any] = json.loads((path / _STATE).read_text())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is damaged ({' '.join(str(error).split())})"
+        ) from None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in weights or weights[name].shape != parameter.shape:
@@ -196,8 +222,36 @@ def load_checkpoint(
             }
             if state:
                 optimizer.state[parameter] = state
-    result: dict[str, Any] = json.loads((path / _STATE).read_text())
     return result
+
+
+def load_newest(
+    paths: Sequence[Path],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    say: Callable[[str], None],
+) -> tuple[Path, dict[str, Any]]:
+    """``load_checkpoint`` of the first path that can be read, newest first: (path, its state).
+
+    Damaged ones before it are said and set aside under another name. Raises DamagedCheckpoint,
+    leaving everything as it is, when none can be read.
+    """
+    damaged: list[Path] = []
+    for path in paths:
+        try:
+            state = load_checkpoint(path, model, optimizer)
+        except DamagedCheckpoint as error:
+            say(f"warning: {error}")
+            damaged.append(path)
+            continue
+        for bad in damaged:
+            shutil.rmtree(bad.with_name(f"damaged_{bad.name}"), ignore_errors=True)
+            bad.rename(bad.with_name(f"damaged_{bad.name}"))
+        return path, state
+    raise DamagedCheckpoint(
+        f"no checkpoint can be read, {damaged[-1]} neither: restore one, or begin again under "
+        "another run.name"
+    )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -218,9 +272,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.replace(temporary, path)
+    with saving(str(path)):
+        temporary.write_text(text)
+        _sync(temporary)
+        os.replace(temporary, path)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -240,7 +295,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("a") as file:
+    with saving(str(path)), path.open("a") as file:
         file.writelines(_line(row) for row in rows)
 
 

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from softgrpo.advantages import group_advantages, overlong_penalty
 from softgrpo.batch import RolloutBatch
 from softgrpo.config import Config
 from softgrpo.data import Prompt, TrainingData
-from softgrpo.evaluator import evaluate, evaluation_row
+from softgrpo.engines import RolloutEngine, load_engine
+from softgrpo.evaluator import evaluate, evaluation_rollout, evaluation_row
 from softgrpo.export import export_model
 from softgrpo.health import HealthWatch
+from softgrpo.interrupt import Interrupted, stop_on_signals
 from softgrpo.metrics import completion_metrics, reward_metrics, soft_metrics
 from softgrpo.policy import Policy
 from softgrpo.progress import TrainProgress
@@ -32,13 +35,13 @@ from softgrpo.rollout import (
     collect,
     density_settings,
     rollout_uids,
-    sampling_params,
     soft_params,
 )
-from softgrpo.run_folder import RunFolder, find_checkpoint, load_checkpoint
+from softgrpo.run_folder import RunFolder, find_checkpoint, load_checkpoint, load_newest
 from softgrpo.samples import sample_row
+from softgrpo.tracking import Tracking
 from softgrpo.update import Update, learning_rate
-from softgrpo_engine import LLM, Output
+from softgrpo_engine import Output, SamplingParams
 from softgrpo_engine.model_source import resolve_model
 from softgrpo_engine.weights import load_decoder
 
@@ -64,23 +67,26 @@ class Trainer:
         self.config = config
         self.folder = RunFolder(Path(config.run.output_dir) / config.run.name)
         self.checkpoint = find_checkpoint(self.folder, config)
+        self.tracking = Tracking(config.log.report_to)
+        engine = load_engine(config.rollout.engine)
         self.data = TrainingData(config)
         self.rewards = RewardRunner(config.reward, reward_funcs, reward_weights)
         self.model_path = resolve_model(config.model.path)
         tokenizer = AutoTokenizer.from_pretrained(str(self.model_path))
         prompts = [prompt.token_ids for prompt in self.data.prepare(tokenizer)]
-        self.llm = LLM(
+        longest = max(r.max_new_tokens for r in (config.rollout, evaluation_rollout(config)))
+        self.llm: RolloutEngine = engine(
             self.model_path,
             tokenizer=tokenizer,
             dtype=config.model.dtype,
             # No longer than this run needs: the size of the KV cache, and with it the schedule,
             # then does not depend on how much memory happens to be free.
-            max_model_len=max(map(len, prompts)) + config.rollout.max_new_tokens,
+            max_model_len=max(map(len, prompts)) + longest,
             kv_memory=config.rollout.kv_memory,
             max_batch_size=config.rollout.max_batch_size,
             max_batch_tokens=config.rollout.max_batch_tokens,
         )
-        self.llm.check_fits(prompts, sampling_params(config.rollout))
+        self.llm.check_fits(prompts, SamplingParams(max_tokens=longest))
         self.policy, self.update = self._make_policy()
         self.progress = TrainProgress()
         self.health = HealthWatch(config.health.window)
@@ -91,12 +97,14 @@ class Trainer:
     def train(self) -> Path:
         """Trains up to ``run.max_steps`` and returns the run folder."""
         config = self.config
-        with self.progress:
+        with self.progress, stop_on_signals() as request:
             self._start()
             self.progress.start(config.run.max_steps, self.done_steps, config.run.name)
             while self.done_steps < config.run.max_steps and not self._has_given_up:
+                if request.signal is not None:
+                    self._end_early(request.signal)
                 row = self.step(self.done_steps + 1)
-                self.folder.append_metrics(row)
+                self._record(row)
                 self.progress.step(row)
                 for warning in self.health.observe(row):
                     self.progress.message(f"warning: {warning.text}")
@@ -164,7 +172,10 @@ class Trainer:
             )
             self.rounds += 1
         with self._timed("reward", times):
+            lost = self.rewards.lost
             rewards_S, by_function = self.rewards.score(prompts, outputs)
+            if lost := self.rewards.lost - lost:
+                self.progress.message(f"warning: rewards of {lost} samples hung or crashed: none")
         return ScoredRollout(prompts, outputs, rewards_S, by_function)
 
     def _batch(self, rollout: ScoredRollout) -> RolloutBatch:
@@ -209,7 +220,7 @@ class Trainer:
         config = self.config
         settings = density_settings(config)
         dtype = getattr(torch, config.model.dtype)
-        decoder = load_decoder(self.model_path, torch.float32, self.llm.runner.device)
+        decoder = load_decoder(self.model_path, torch.float32, self.llm.device)
         policy = Policy(decoder, settings, dtype)
         reference = None
         if config.algorithm.kl_coef > 0:
@@ -224,7 +235,11 @@ class Trainer:
         config = self.config
         self.folder.create(config.to_yaml())
         if self.checkpoint is not None:
-            state = load_checkpoint(self.checkpoint, self.policy.decoder, self.update.optimizer)
+            newest = [self.checkpoint]
+            if config.run.resume == "auto":
+                newest = [self.folder.checkpoint(s) for s in self.folder.checkpoint_steps()[::-1]]
+            say, model = self.progress.message, self.policy.decoder
+            self.checkpoint, state = load_newest(newest, model, self.update.optimizer, say)
             self.done_steps, self.num_tokens = state["step"], state["num_tokens"]
             self.rounds = state["rounds"]
             self._sync(state["weight_version"])
@@ -235,6 +250,7 @@ class Trainer:
         self.folder.truncate_after(self.done_steps if self.checkpoint else -1)
         for row in self.folder.step_rows():
             self.health.observe(row)
+        self.tracking.start(self.folder.path, config.run.name, asdict(config), self.done_steps + 1)
         if self.checkpoint is None and config.eval.before_train and self.data.held_out:
             self._evaluate()
 
@@ -255,8 +271,23 @@ class Trainer:
                 self.folder.model,
                 soft_params(config.rollout, config.algorithm.objective),
             )
+        self._close()
+
+    def _end_early(self, signal_number: int) -> None:
+        """Saves what there is and raises Interrupted."""
+        if self.folder.latest_step() != self.done_steps:
+            self._save_checkpoint()
+        self._close()
+        raise Interrupted(signal_number, self.done_steps, self.config.run.max_steps)
+
+    def _close(self) -> None:
         build_report(self.folder.path)
+        self.tracking.close()
         self.rewards.close()
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.folder.append_metrics(row)
+        self.tracking.log(row)
 
     @property
     def _has_given_up(self) -> bool:
@@ -273,7 +304,7 @@ class Trainer:
             f"stopped after step {self.done_steps} (health.stop); the model is that of step {best}"
         )
         self.done_steps = best
-        self.folder.append_metrics({"step": best, "summary/model_of_step": best})
+        self._record({"step": best, "summary/model_of_step": best})
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.done_steps % every == 0
@@ -302,7 +333,7 @@ class Trainer:
         outputs = evaluate(self.llm, [prompt.token_ids for prompt in prompts], self.config)
         rewards_S, _ = self.rewards.score(prompts, outputs)
         row = evaluation_row(self.done_steps, outputs, rewards_S, self.config.eval.k)
-        self.folder.append_metrics(row)
+        self._record(row)
         self.progress.evaluation(row)
         self._keep_samples("eval", prompts, outputs, rewards_S, None)
 
@@ -333,7 +364,7 @@ class Trainer:
                 answer=prompts[i].example.answer,
                 reward=float(rewards_S[flat]),
                 advantage=None if advantages_S is None else float(advantages_S[flat]),
-                tau=config.rollout.soft.tau,
+                tau=(evaluation_rollout(config) if phase == "eval" else config.rollout).soft.tau,
                 tokenizer=self.llm.tokenizer,
             )
             rows.append(row)

@@ -95,6 +95,7 @@ class LLM:
         self.pool = BlockPool(num_pages)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens)
         self.runner = Runner(decoder, num_pages, max_batch_size)
+        self.device = self.runner.device
         self.rate = TokenRate()
         self._awake = True
 

@@ -28,7 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="RECIPE_OR_FILE",
         help=f"packaged recipe ({', '.join(recipe_names())}) or YAML file (default: demo)",
     )
-    parser.add_argument("--engine", help="rollout engine: native (same as rollout.engine=native)")
+    parser.add_argument("--engine", help="native, hf or an installed engine (rollout.engine)")
+    parser.add_argument(
+        "--report-to",
+        metavar="SERVICE[,...]",
+        help="metrics also to tensorboard, wandb or trackio (log.report_to)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, try a tiny step, leave nothing"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
     )
@@ -36,9 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = list(arguments.overrides)
     if arguments.engine:
         overrides.append(f"rollout.engine={arguments.engine}")
+    if arguments.report_to:
+        overrides.append(f"log.report_to=[{arguments.report_to}]")
     with one_line_errors(parser.prog, "interrupted; run.resume=auto continues"):
         config = Config.load(arguments.config, overrides)
         # Imported here: a misspelt key is told at once, not after seconds of imports.
+        if arguments.dry_run:
+            from softgrpo.dry_run import dry_run
+
+            print(dry_run(config))
+            return 0
         from softgrpo.trainer import Trainer
 
         folder = Trainer(config).train()

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from softgrpo.report.embed import embed_json, pack_curves, pack_samples
-from softgrpo.report.read import Run, read_run
+from softgrpo.report.read import Run, config_differences, read_run
 from softgrpo.report.words import facts, held_out, sentences, training_reward
 
 _SCRIPTS = ("charts.js", "figures.js", "token_view.js", "viewer.js")
@@ -44,6 +44,7 @@ def _page(run: Run, other: Run | None) -> str:
         "facts": _facts_html(run),
         "words": _words_html(run, other),
         "tiles": _tiles_html(run, other),
+        "differences": _differences_html(run, other) if other else "",
         "config": _config_html(run),
         "data": embed_json(data),
         "script": "\n".join(asset(name) for name in _SCRIPTS),
@@ -82,6 +83,22 @@ def _tiles_html(run: Run, other: Run | None) -> str:
         + "</div>"
         for label, value, change in tiles
     )
+
+
+def _differences_html(run: Run, other: Run) -> str:
+    """The settings in which two runs differ; what the runs are called is no difference."""
+    names = ("run.name", "run.output_dir", "run.resume")
+    differences = [d for d in config_differences(run, other) if d[0] not in names]
+    heading = f"<h2>What {escape(run.name)} does otherwise than {escape(other.name)}</h2>"
+    if not differences:
+        return f"<section id=differences>{heading}<p>Their settings are the same.</p></section>"
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in differences
+    )
+    heads = "".join(f"<th scope=col>{escape(n)}</th>" for n in ("setting", run.name, other.name))
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<section id=differences>{heading}<div class=scroll>{table}</div></section>"
 
 
 def _config_html(run: Run) -> str:

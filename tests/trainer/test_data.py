@@ -17,6 +17,7 @@ from softgrpo.data import (
     load_examples,
     round_indices,
 )
+from softgrpo_engine.prompts import thinking_end_id
 
 ROWS = [
     {"prompt": "What is 1 + 1?", "answer": "2", "level": 1},
@@ -283,6 +284,55 @@ def test_the_template_alone_writes_the_bos():
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}"
     assert tokenizer("hi").input_ids == [0, 1]  # by itself it adds one
     assert build_prompt(Example("hi", "", {}), tokenizer) == [0, 1]
+
+
+# As DeepSeek-R1 distills have it: the answer opens with <think>, past thoughts are left out, and
+# there is no room for a second system message.
+THINKING = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'system' %}{% if not loop.first %}"
+    "{{ raise_exception('one system message only') }}{% endif %}{{ m.content }}"
+    "{% elif m.role == 'user' %}{{ '<user>' + m.content }}"
+    "{% else %}{{ '<assistant>' + m.content.split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant><think>' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def thinking_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<s>", "</s>", "<user>", "<assistant>", "<think>", "</think>"]
+    words = [*marks, "be", "brief", "one", "two", "three", "hm", "?"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": marks[2:]})
+    tokenizer.chat_template = THINKING
+    return tokenizer
+
+
+def test_a_template_that_opens_think_ends_the_prompt_with_it(thinking_tokenizer):
+    shots = [FewShot("one ?", "<think> hm </think> two")]
+    ids = build_prompt(Example("two ?", "three", {}), thinking_tokenizer, "be brief", shots)
+    assert thinking_tokenizer.convert_ids_to_tokens(ids) == (
+        "<s> be brief <user> one ? <assistant> two </s> <user> two ? <assistant> <think>".split()
+    )
+    # Soft thinking begins right there, and ends with the token that `auto` finds.
+    assert thinking_end_id("auto", thinking_tokenizer) == 5
+
+
+def test_a_template_that_refuses_a_role_is_one_clear_line(thinking_tokenizer, tmp_path):
+    turns = [{"role": "user", "content": "one"}, {"role": "system", "content": "be brief"}]
+    train = write_jsonl(tmp_path / "t.jsonl", [{"prompt": [*turns, turns[0]], "answer": "two"}])
+    with pytest.raises(DataError) as error:
+        TrainingData(
+            config(train, "data.eval=null", "data.system_prompt=null", "data.few_shot=[]")
+        ).prepare(thinking_tokenizer)
+    assert str(error.value) == (
+        f"{train}, example 0: the model's chat template refuses user, system, user: "
+        "one system message only"
+    )
 
 
 @pytest.mark.demo

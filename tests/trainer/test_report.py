@@ -257,7 +257,15 @@ def test_second_run_is_laid_over_the_first(tmp_path):
     page = Page(build_report(first, compare=second))
     assert [run["name"] for run in page.data["runs"]] == ["soft", "discrete"]
     assert "Dashed lines show the run discrete." in page.words
+    cells = page.words[page.words.index("setting soft discrete") :].split()
+    changed = ["run.max_steps", "40", "30", "rollout.soft.enabled", "true", "false"]
+    assert cells[3:10] == [*changed, "Curves"]
     assert not (second / "report.html").exists()
+
+
+def test_runs_of_the_same_settings_have_no_differences(tmp_path):
+    runs = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    assert "Their settings are the same." in Page(build_report(*runs)).words
 
 
 def test_thousand_steps_stay_small(tmp_path):

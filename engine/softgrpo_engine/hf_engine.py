@@ -1,0 +1,228 @@
+"""An oracle for the engine: the same rollouts from transformers' own model, slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from softgrpo_engine.outputs import FinishReason, Output, Sample
+from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
+from softgrpo_engine.prompts import thinking_end_id
+from softgrpo_engine.soft_tokens import SoftTokens
+from softgrpo_kernels import reference, soft_token
+
+_DISCRETE, _SOFT = 1, 2  # modes of soft_token
+
+
+class HFEngine:
+    """transformers' forward pass, plain PyTorch for the soft step, one prompt at a time.
+
+    Nothing of the native engine is used: no decoder, pages, scheduler or kernel of ours. Seeds,
+    uids and streams mean the same, so in float32 the rollouts are the same. model: a directory that
+    transformers loads. The limits of the native engine (kv_memory, max_batch_size,
+    max_batch_tokens) are accepted and have no effect.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: Any,
+        dtype: str = "bfloat16",
+        max_model_len: int | None = None,
+        kv_memory: float | None = None,
+        max_batch_size: int = 256,
+        max_batch_tokens: int = 8192,
+    ) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            str(model), dtype=getattr(torch, dtype), attn_implementation="eager"
+        )
+        self.model.eval().requires_grad_(False).to(self.device)
+        self.tokenizer = tokenizer
+        longest = self.model.config.max_position_embeddings
+        self.max_model_len = max_model_len or longest
+        if self.max_model_len > longest:
+            raise ValueError(f"max_model_len={max_model_len} is more than the model's {longest}")
+        self.weight_version = 0
+        self._parameters = dict(self.model.named_parameters())
+
+    def check_fits(self, prompts: Seq[list[int]], params: SamplingParams) -> None:
+        """Raises ValueError, naming the prompt, unless every prompt and its answer can fit."""
+        if params.stop or params.min_tokens:
+            raise ValueError("the engine 'hf' knows neither stop strings nor min_tokens")
+        for index, prompt in enumerate(prompts):
+            if not 0 < len(prompt) <= self.max_model_len - params.max_tokens:
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens; with max_tokens="
+                    f"{params.max_tokens} the context of {self.max_model_len} allows 1 to "
+                    f"{self.max_model_len - params.max_tokens}"
+                )
+
+    def generate_groups(
+        self,
+        prompts: Seq[list[int]],
+        params: SamplingParams,
+        soft: SoftParams | Literal[False] | None = None,
+        *,
+        seed: int,
+        uids: Seq[Seq[int]],
+        stream: int = 0,
+    ) -> list[Output]:
+        """Samples prompt i once for each uid of ``uids[i]``; soft False or None is discrete."""
+        self.check_fits(prompts, params)
+        settings = (params, soft or None, seed)
+        return [
+            Output(list(prompt), self._group(prompt, *settings, list(group), stream))
+            for prompt, group in zip(prompts, uids, strict=True)
+        ]
+
+    @torch.no_grad()
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replaces the weights in place (Hugging Face names, every parameter once)."""
+        missing = set(self._parameters)
+        for name, tensor in named_tensors:
+            self._parameters[name].copy_(tensor)
+            missing.remove(name)
+        if missing:
+            raise ValueError(f"update_weights without {sorted(missing)[0]!r}")
+        self.weight_version = version
+
+    @torch.inference_mode()
+    def _group(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        soft: SoftParams | None,
+        seed: int,
+        uids: list[int],
+        stream: int,
+    ) -> list[Sample]:
+        """The samples of one prompt, in step: all of them have the same length."""
+        embed_VH = self.model.get_input_embeddings().weight
+        ends = self._end_ids(params)
+        thinking_end = thinking_end_id(soft.end_of_thinking, self.tokenizer) if soft else None
+        slots = max(params.top_k if 1 <= params.top_k <= K_MAX else 1, soft.top_k if soft else 1)
+        terminal = torch.tensor([[*ends, -1 if thinking_end is None else thinking_end]])
+        soft_B = torch.full((len(uids),), soft is not None, device=self.device)
+        cache = DynamicCache()
+        inputs_BTH = embed_VH[torch.tensor(prompt, device=self.device)].expand(len(uids), -1, -1)
+        steps: list[_Step] = []
+        finish: list[FinishReason | None] = [None] * len(uids)
+        lengths = [params.max_tokens] * len(uids)
+        for index in range(params.max_tokens):
+            result = self.model(inputs_embeds=inputs_BTH, past_key_values=cache, use_cache=True)
+            drawn = soft_token(
+                result.logits[:, -1].float(),
+                **_parameters(params, soft, soft_B),
+                seed=seed - 2**64 if seed >= 2**63 else seed,  # its 64 bits in a signed word
+                position=len(prompt) + index,
+                uid=torch.tensor(uids, device=self.device),
+                stream=stream,
+                terminal_ids=terminal.to(self.device, torch.int32).expand(len(uids), -1),
+                k_max=slots,
+                backend="reference",
+            )
+            step = _Step(
+                drawn.ids, drawn.gprime, drawn.kind, torch.zeros_like(soft_B), drawn.token_logp
+            )
+            budget = soft.max_soft_tokens if soft else None
+            if budget is not None and thinking_end is not None and index >= budget:
+                step.force(soft_B, thinking_end)
+            steps.append(step)
+            soft_B = step.kind == 1
+            if budget is not None and thinking_end is None and index + 1 >= budget:
+                soft_B = torch.zeros_like(soft_B)
+            for row, token in enumerate(step.ids[:, 0].tolist()):
+                if finish[row] is None and token in ends:
+                    finish[row], lengths[row] = "stop", index + 1
+            if all(finish):
+                break
+            weights = reference.soft_weights(step.gprime, step.kind, soft.tau if soft else 1.0)
+            inputs_BTH = reference.soft_embedding(step.ids, weights, embed_VH)[:, None]
+        return [
+            self._sample(steps[: lengths[row]], row, finish[row] or "length", uid)
+            for row, uid in enumerate(uids)
+        ]
+
+    def _end_ids(self, params: SamplingParams) -> set[int]:
+        ends = set(params.stop_token_ids)
+        own = self.model.generation_config.eos_token_id
+        if own is not None and not params.ignore_eos:
+            ends |= {own} if isinstance(own, int) else set(own)
+        return ends
+
+    def _sample(self, steps: list[_Step], row: int, finish: FinishReason, uid: int) -> Sample:
+        ids_TK = torch.stack([step.ids[row] for step in steps]).cpu()
+        tokens = ids_TK[:, 0].tolist()
+        return Sample(
+            text=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            token_ids=tokens,
+            logprobs=torch.stack([step.logp[row] for step in steps]).cpu(),
+            soft=SoftTokens(
+                ids=ids_TK,
+                gprime=torch.stack([step.gprime[row] for step in steps]).cpu(),
+                kind=torch.stack([step.kind[row] for step in steps]).cpu(),
+                forced=torch.stack([step.forced[row] for step in steps]).cpu(),
+                token=ids_TK[:, 0].clone(),
+            ),
+            finish_reason=finish,
+            uid=uid,
+        )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One position of all samples: ids, gprime [B, K]; kind, forced, logp [B]."""
+
+    ids: Tensor
+    gprime: Tensor
+    kind: Tensor
+    forced: Tensor
+    logp: Tensor
+
+    def force(self, rows_B: Tensor, token: int) -> None:
+        """Puts ``token`` there, whatever was drawn."""
+        self.ids[rows_B] = -1
+        self.ids[rows_B, 0] = token
+        self.gprime[rows_B] = -torch.inf
+        self.gprime[rows_B, 0] = 0.0
+        self.kind[rows_B] = 0
+        self.forced[rows_B] = True
+        self.logp[rows_B] = 0.0
+
+
+def _parameters(params: SamplingParams, soft: SoftParams | None, soft_B: Tensor) -> dict[str, Any]:
+    """Arguments of soft_token: of the soft phase where a sample is in it."""
+    greedy = params.temperature == 0
+    discrete = {
+        "temperature": params.temperature or 1.0,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "mode": 0 if greedy else _DISCRETE,
+    }
+    if soft is None:
+        return discrete
+    of_soft = {
+        "temperature": soft.temperature,
+        "top_k": soft.top_k,
+        "top_p": soft.top_p,
+        "min_p": 0.0,
+        "mode": _SOFT,
+    }
+    return {
+        **{name: torch.where(soft_B, of_soft[name], discrete[name]) for name in discrete},
+        "gumbel_tau": soft.tau,
+        "noise": soft.noise,
+        "noise_scale": soft.noise_scale,
+        "noise_clamp": soft.noise_clip,
+        "eps": soft.eps,
+    }

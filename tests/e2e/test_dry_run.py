@@ -1,0 +1,63 @@
+"""softgrpo-train --dry-run: tries everything, leaves nothing."""
+
+import pytest
+
+from softgrpo.cli.train import main
+
+
+def test_it_says_what_would_be_run_and_leaves_nothing(tiny_config, tiny_reward, tmp_path, capsys):
+    assert main(["--dry-run", "--config", str(tiny_config), "algorithm.kl_coef=0.01"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 24
+    for text in (
+        "9,824 parameters, float32",
+        "16 examples",
+        f"{tiny_reward}:early_letters",
+        "3 prompts x 4 samples: 30 prompt tokens, at most 120 new ones",
+        "for 6 steps",
+        "GiB at the peak",
+    ):
+        assert text in shown
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "settings", "expected"),
+    [
+        # Found by the tiny step alone: the reward, and an option that would leave it unlearnt.
+        ("raise KeyError('colour')", [], "'bad' raised KeyError: 'colour'"),
+        ("return [0.0]", [], "returned 1 rewards for 4 completions"),
+        ("return [0.0] * len(completions)", ["algorithm.mask_truncated=true"], None),
+        ("return [0.0] * len(completions)", ["run.resume=nowhere"], "no checkpoint"),
+    ],
+)
+def test_it_finds_what_training_would_trip_over(
+    body, settings, expected, tiny_config, tmp_path, capsys
+):
+    path = tmp_path / "bad.py"
+    path.write_text(f"def bad(completions, **columns):\n    {body}\n")
+    functions = f'reward.functions=[{{path: "{path}:bad"}}]'
+    command = ["--dry-run", "--config", str(tiny_config), functions, *settings]
+    if expected is None:
+        assert main(command) == 0
+    else:
+        with pytest.raises(SystemExit):
+            main(command)
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_it_tries_the_gradient(tiny_config, tmp_path, capsys, monkeypatch):
+    from softgrpo.update import Update
+
+    seen = []
+    update = Update.__call__
+
+    def spy(self, batch, *args):
+        result = update(self, batch, *args)
+        seen.append((len(batch.group), int(batch.response_lens.max()), result[1]))
+        return result
+
+    monkeypatch.setattr(Update, "__call__", spy)
+    assert main(["--dry-run", "--config", str(tiny_config)]) == 0
+    assert seen == [(4, 4, 1), (12, 4, 2)]  # samples, tokens, updates
