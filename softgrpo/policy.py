@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from softgrpo.batch import RolloutBatch
 from softgrpo.density import DensitySettings, PositionClasses, classify, log_densities
-from softgrpo_engine.attention import GroupAttention
+from softgrpo_engine.group_attention import GroupAttention
 from softgrpo_engine.model import Decoder
 from softgrpo_kernels import (
     linear_candidate_logprob,
@@ -34,8 +33,8 @@ class PositionLogProbs:
 class Policy:
     """A decoder with master weights, run in a compute dtype.
 
-    The master weights stay in the decoder's dtype (float32); each pass casts them once, so that the
-    forward is the engine's and gradients accumulate in the master's precision.
+    The master weights stay in the decoder's dtype (float32); the layers cast them where they use
+    them, so that the forward is the engine's and gradients accumulate in the master's precision.
     """
 
     def __init__(
@@ -53,13 +52,8 @@ class Policy:
         """
         settings = self.settings
         classes = classify(batch, settings)
-        weights = {
-            name: parameter.to(self.dtype) for name, parameter in self.decoder.named_parameters()
-        }
-        embed_VH = weights["model.embed_tokens.weight"]
-        head_VH = weights.get("lm_head.weight", embed_VH)
         packed = _PackedInputs.from_batch(batch)
-        inputs_TH = packed.embed(batch, embed_VH, settings.tau)
+        inputs_TH = packed.embed(batch, self.decoder.embed_weight, self.dtype, settings.tau)
         config = self.decoder.config
         attention = GroupAttention(
             packed.prompt_lens,
@@ -68,20 +62,27 @@ class Policy:
             config.num_kv_heads,
             inputs_TH.device,
         )
-        hidden_TH = functional_call(self.decoder, weights, (inputs_TH, packed.positions, attention))
+        hidden_TH = self.decoder(inputs_TH, packed.positions, attention)
         hidden_TH = hidden_TH.index_select(0, packed.predictors)
-        return self._score(hidden_TH, head_VH, batch, classes)
+        return self._score(hidden_TH, batch, classes)
 
     def _score(
-        self, hidden_TH: Tensor, head_VH: Tensor, batch: RolloutBatch, classes: PositionClasses
+        self, hidden_TH: Tensor, batch: RolloutBatch, classes: PositionClasses
     ) -> PositionLogProbs:
         settings = self.settings
+        # The gradient of the head goes straight into the master's: no [V, H] temporary.
+        master_VH = self.decoder.lm_head_weight
+        head_VH = master_VH.detach().to(self.dtype)
         temperature_T = torch.where(
             classes.soft_phase, settings.soft_temperature, settings.discrete_temperature
         )
         listed = classes.listed
         logq = linear_candidate_logprob(
-            hidden_TH[listed], head_VH, batch.soft.ids[listed], temperature=temperature_T[listed]
+            hidden_TH[listed],
+            head_VH,
+            batch.soft.ids[listed],
+            temperature=temperature_T[listed],
+            grad_weight=master_VH,
         )
         logq_TK = logq.new_full(batch.soft.ids.shape, -torch.inf)
         logq_TK = logq_TK.masked_scatter(listed[:, None].expand_as(logq_TK), logq)
@@ -92,6 +93,7 @@ class Policy:
                 head_VH,
                 batch.soft.token[classes.full],
                 temperature=temperature_T[classes.full],
+                grad_weight=master_VH,
             )
             token_logp_T = token_logp_T.masked_scatter(classes.full, token_logp)
         density = log_densities(logq_TK, token_logp_T, batch, classes, settings)
@@ -151,14 +153,16 @@ class _PackedInputs:
             torch.cat(predictors),
         )
 
-    def embed(self, batch: RolloutBatch, embed_VH: Tensor, tau: float) -> Tensor:
-        """Input embeddings [T_in, H]. Mixtures are detached: their gradient would be that of the
+    def embed(
+        self, batch: RolloutBatch, embed_VH: Tensor, dtype: torch.dtype, tau: float
+    ) -> Tensor:
+        """Input embeddings [T_in, H] in dtype. Mixtures are detached: their gradient would be that of the
         sampled noise's path, not of the policy; tokens are ordinary, trainable embeddings."""
         response = ~self.is_prompt
         ids = torch.empty(len(self.source), dtype=torch.int64)
         ids[self.is_prompt] = batch.prompt_ids.long()[self.source[self.is_prompt]]
         ids[response] = batch.soft.token.long()[self.source[response]]
-        embeds = F.embedding(ids, embed_VH)
+        embeds = _embedding(ids, embed_VH).to(dtype)
         soft = torch.zeros_like(self.is_prompt)
         soft[response] = batch.soft.kind.bool()[self.source[response]]
         if not bool(soft.any()):
@@ -168,6 +172,14 @@ class _PackedInputs:
         mixture = soft_embedding(
             record.ids[rows],
             soft_weights(record.gprime[rows], record.kind[rows], tau),
-            embed_VH.detach(),
+            embed_VH.detach().to(dtype),
         )
         return embeds.index_copy(0, soft.nonzero().squeeze(1), mixture)
+
+
+def _embedding(ids: Tensor, master_VH: Tensor) -> Tensor:
+    """Rows of the master's table. Its gradient holds these rows only and is added into .grad, which
+    must then be dense: the optimizer and the norm of the gradient know no other."""
+    if master_VH.requires_grad and torch.is_grad_enabled() and master_VH.grad is None:
+        master_VH.grad = torch.zeros_like(master_VH)
+    return F.embedding(ids, master_VH, sparse=True)

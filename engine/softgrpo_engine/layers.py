@@ -34,7 +34,20 @@ class RMSNorm(nn.Module):
         """The norm alone, differentiable."""
         x32 = x_TH.float() if x_TH.dtype != torch.float64 else x_TH
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x_TH.dtype)
+        return self.weight.to(x_TH.dtype) * x32.to(x_TH.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input.
+
+    In training the weights are float32 masters and the activations bfloat16: casting at the place
+    of use keeps the gradient of the master in its precision, and lets a checkpointed layer cast
+    again instead of keeping the copy.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class FusedProjection:
@@ -42,7 +55,7 @@ class FusedProjection:
     two of SwiGLU: ``silu(first) * second``.
 
     Holds no parameters: the layers stay where Hugging Face names them, and are looked up at each
-    call, so that replacing one (LoRA, FSDP, ``functional_call``) is seen here.
+    call, so that replacing one (LoRA, FSDP) is seen here.
     """
 
     def __init__(self, owner: nn.Module, *names: str, silu_mul: bool = False) -> None:
@@ -78,10 +91,10 @@ class SelfAttention(nn.Module):
         kv_size = config.num_kv_heads * head_dim
         self.config = config
         self.layer = layer
-        self.q_proj = nn.Linear(hidden, config.num_heads * head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_heads * head_dim, hidden, bias=config.o_bias)
+        self.q_proj = Linear(hidden, config.num_heads * head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden, kv_size, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden, kv_size, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_heads * head_dim, hidden, bias=config.o_bias)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.qkv = FusedProjection(self, "q_proj", "k_proj", "v_proj")
@@ -107,9 +120,9 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+        self.gate_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
         self.activated = FusedProjection(self, "gate_proj", "up_proj", silu_mul=True)
         self.down = FusedProjection(self, "down_proj")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from softgrpo_engine.attention import Attention, PagedAttention
 from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.layers import DecoderLayer, FusedProjection, RMSNorm
+from softgrpo_engine.layers import DecoderLayer, FusedProjection, Linear, RMSNorm
 from softgrpo_engine.packed_linear import PackedLinear
 from softgrpo_kernels import DecoderLayers
 
@@ -29,14 +32,18 @@ class Decoder(nn.Module):
 
     The caller supplies input embeddings (a soft token is a mixture of rows of ``embed_weight``) and
     the attention, which knows how the T packed tokens form sequences.
+
+    gradient_checkpointing: in training, keep only the residual stream between the layers and
+    compute each layer again in the backward pass.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.model = DecoderStack(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._packed_head: PackedLinear | None = None
         self._compiled: DecoderLayers | None = None
         inverse_frequencies, self.rope_scale = rope_parameters(config)
@@ -57,14 +64,17 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Final hidden states [T, H] (after the last norm) of T packed tokens.
 
-        inputs_embeds_TH in the dtype of the weights; positions_T int64, counted in each sequence.
+        inputs_embeds_TH in the dtype of the computation (in evaluation mode, that of the weights);
+        positions_T int64, counted in each sequence.
         """
         rope = self.rope(positions_T)
         if self._compiled and not self.training and isinstance(attention, PagedAttention):
             return attention.through(self._compiled, inputs_embeds_TH, rope)
         x_TH, residual_TH = inputs_embeds_TH, None
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.model.layers:
-            x_TH, residual_TH = layer(x_TH, residual_TH, rope, attention)
+            block = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            x_TH, residual_TH = block(x_TH, residual_TH, rope, attention)
         return self.model.norm(x_TH, residual_TH)[0]
 
     def rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -166,15 +166,16 @@ def linear_logprob_backward(
 
 
 class SpecialWeightGradient(torch.autograd.Function):
-    """The op with another gradient of lm_head: "rows" (sparse) or "accumulate" (into its .grad)."""
+    """The op with another gradient of lm_head: "rows" (sparse), "accumulate" (into its .grad), or
+    into the .grad of a master copy."""
 
     @staticmethod
-    def forward(ctx: Any, grad_weight: str, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, grad_weight: str | Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         inputs = LinearRows(*arguments)
         results = linear_logprob(*arguments)
-        ctx.grad_weight = grad_weight
+        ctx.sparse = isinstance(grad_weight, str) and grad_weight == "rows"
         # The parameter itself, whose .grad receives the sum: a saved tensor may be another object.
-        ctx.parameter = inputs.lm_head
+        ctx.parameter = grad_weight if isinstance(grad_weight, Tensor) else inputs.lm_head
         _save(ctx, arguments, results)
         return results
 
@@ -182,17 +183,17 @@ class SpecialWeightGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, lse, entropy = _saved(ctx)
-        _, need_hidden, need_weight, need_bias = ctx.needs_input_grad[:4]
+        need_master, need_hidden, need_weight, need_bias = ctx.needs_input_grad[:4]
         target = None
-        if need_weight and ctx.grad_weight == "accumulate":
+        if (need_master or need_weight) and not ctx.sparse:
             if ctx.parameter.grad is None:
-                ctx.parameter.grad = torch.zeros_like(inputs.lm_head)
+                ctx.parameter.grad = torch.zeros_like(ctx.parameter)
             target = ctx.parameter.grad
         d_hidden, d_bias = differentiate(
             inputs, lse, entropy, grads, target, need_hidden=need_hidden, need_bias=need_bias
         )
         d_weight = None
-        if need_weight and ctx.grad_weight == "rows" and grads[0] is not None:
+        if need_weight and ctx.sparse and grads[0] is not None:
             rows, values = indexed_dot_backward_table(grads[0], inputs.hidden, inputs.ids)
             d_weight = _sparse_rows(rows, values.to(inputs.lm_head.dtype), inputs.lm_head)
         return None, d_hidden, d_weight, d_bias, *([None] * 6)

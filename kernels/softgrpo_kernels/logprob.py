@@ -10,7 +10,8 @@ What the functions share:
     grad_weight: what backward does for lm_head. "dense": an ordinary gradient. "rows": a coalesced
     sparse gradient with the rows in use only; every row must be soft. "accumulate": adds straight
     into lm_head.grad, without a temporary of its size, and autograd sees no gradient: hooks do not
-    run; lm_head must be a leaf. The last two are for eager mode.
+    run; lm_head must be a leaf. A leaf [V, H]: the same into the .grad of that tensor, of which
+    lm_head is a copy in another dtype (master weights). The last three are for eager mode.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from softgrpo_kernels.linear_logprob import SpecialWeightGradient, check_ids
 from softgrpo_kernels.reference.indexed_dot import wide_dtype
 from softgrpo_kernels.reference.soft_density import soft_density
 
-GradWeight = Literal["dense", "rows", "accumulate"]
+GradWeight = Literal["dense", "rows", "accumulate"] | Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -118,7 +119,7 @@ def linear_token_logprob(
     """
     head = _Head(hidden, lm_head, temperature, bias, softcap, logit_scale, grad_weight)
     _check_integers("label", label, (hidden.shape[0],), hidden)
-    if grad_weight == "rows":
+    if isinstance(grad_weight, str) and grad_weight == "rows":
         raise ValueError('grad_weight="rows" needs soft rows; here every row of lm_head is used')
     _check_labels(label, lm_head)
     ids = label.new_empty((label.shape[0], 0))
@@ -212,7 +213,7 @@ def linear_soft_logprob(
     for name, value in (("n", n), ("row_kind", row_kind), ("label", label)):
         _check_integers(name, value, (hidden.shape[0],), hidden)
     soft, ids, label = row_kind == 1, ids.long(), label.long()
-    if grad_weight == "rows" and (need_entropy or not bool(soft.all())):
+    if isinstance(grad_weight, str) and grad_weight == "rows" and (need_entropy or not bool(soft.all())):
         raise ValueError(
             'grad_weight="rows" needs every row to be soft (row_kind 1) and no entropy; use "dense"'
         )
@@ -241,12 +242,18 @@ class _Head:
         bias: Tensor | None,
         softcap: float | None,
         logit_scale: float,
-        grad_weight: str,
+        grad_weight: GradWeight,
     ) -> None:
         _check(hidden, lm_head, bias, softcap)
-        if grad_weight not in ("dense", "rows", "accumulate"):
+        if isinstance(grad_weight, Tensor):
+            if grad_weight.shape != lm_head.shape or not grad_weight.is_leaf:
+                raise ValueError(
+                    f"grad_weight must be a leaf {list(lm_head.shape)} like lm_head, got "
+                    f"{list(grad_weight.shape)}"
+                )
+        elif grad_weight not in ("dense", "rows", "accumulate"):
             raise ValueError(f"grad_weight must be dense, rows or accumulate, not {grad_weight!r}")
-        if grad_weight == "accumulate" and not lm_head.is_leaf:
+        elif grad_weight == "accumulate" and not lm_head.is_leaf:
             raise ValueError(
                 'grad_weight="accumulate" needs lm_head to be a leaf, it has a grad_fn'
             )
@@ -262,7 +269,7 @@ class _Head:
             self.hidden, self.lm_head, self.bias, ids, label, self.temperature_N,
             self.softcap, self.logit_scale, need_entropy,
         )  # fmt: skip
-        if self.grad_weight == "dense":
+        if isinstance(self.grad_weight, str) and self.grad_weight == "dense":
             return torch.ops.softgrpo_kernels.linear_logprob(*arguments)
         return SpecialWeightGradient.apply(self.grad_weight, *arguments)
 

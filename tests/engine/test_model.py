@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from softgrpo_engine.attention import GroupAttention, PagedAttention
+from softgrpo_engine.attention import PagedAttention
 from softgrpo_engine.config import DecoderConfig
+from softgrpo_engine.group_attention import GroupAttention
 from softgrpo_engine.model import Decoder
 from softgrpo_engine.weights import load_weights
 

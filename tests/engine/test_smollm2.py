@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.attention import GroupAttention
+from softgrpo_engine.group_attention import GroupAttention
 from softgrpo_engine.model_source import resolve_model
 from softgrpo_engine.prompts import encode
 from softgrpo_engine.weights import load_decoder
