@@ -96,6 +96,22 @@ AMX_TARGET void shape_tiles(int64_t rows) {
 
 AMX_TARGET void release_tiles() { _tile_release(); }
 
+// The tiles of one thread: shaped anew when the number of rows changes, given back at the end.
+class Tiles {
+ public:
+  explicit Tiles(bool used) : used_(used) {}
+  ~Tiles() {
+    if (rows_) release_tiles();
+  }
+  void shape(int64_t rows) {
+    if (used_ && rows != rows_) shape_tiles(rows_ = rows);
+  }
+
+ private:
+  const bool used_;
+  int64_t rows_ = 0;
+};
+
 // The tiles have been shaped for these rows.
 AMX_TARGET void multiply_block_amx(float* out, const Bf16* x, int64_t width, const Bf16* weight,
                                    int64_t rows) {
@@ -132,6 +148,11 @@ AMX_TARGET void multiply_block_amx(float* out, const Bf16* x, int64_t width, con
   _tile_stored(0, out, kOutBytes);
   _tile_stored(1, out + kTileColumns, kOutBytes);
 }
+#else
+struct Tiles {
+  explicit Tiles(bool) {}
+  void shape(int64_t) {}
+};
 #endif
 
 enum Unit { kLanesOnly, kAvx512Bf16, kAmx };
@@ -157,7 +178,7 @@ using Multiply = void (*)(float*, const T*, int64_t, const T*, int64_t);
 
 Multiply<float> multiplication(const float*, int) { return SOFTGRPO_BEST(multiply_block<float>); }
 
-Multiply<Bf16> multiplication(const Bf16*, int unit) {
+Multiply<Bf16> multiplication(const Bf16*, [[maybe_unused]] int unit) {
 #ifdef SOFTGRPO_AMX
   if (unit == kAmx) return multiply_block_amx;
 #endif
@@ -182,23 +203,18 @@ void run(const Linear& a, int unit) {
     const int64_t thread = 0, threads = 1;
 #endif
     alignas(64) float block[kBlockRows * kBlockColumns];
-    int64_t shaped = 0;
+    Tiles tiles(unit == kAmx);
     for (int64_t task = thread * tasks / threads; task < (thread + 1) * tasks / threads; ++task) {
       const int64_t column = task % blocks * kBlockColumns, first = task / blocks * kChunkRows;
       const int64_t end = std::min(first + kChunkRows, a.rows);
       const T* weight = static_cast<const T*>(a.weight) + column * a.width;
       for (int64_t row = first; row < end; row += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, end - row);
-#ifdef SOFTGRPO_AMX
-        if (unit == kAmx && shaped != rows) shape_tiles(shaped = rows);
-#endif
+        tiles.shape(rows);
         multiply(block, static_cast<const T*>(a.x) + row * a.width, a.width, weight, rows);
         finish(a, block, row, rows, column);
       }
     }
-#ifdef SOFTGRPO_AMX
-    if (shaped) release_tiles();
-#endif
   }
 }
 
