@@ -156,8 +156,11 @@ class _PackedInputs:
     def embed(
         self, batch: RolloutBatch, embed_VH: Tensor, dtype: torch.dtype, tau: float
     ) -> Tensor:
-        """Input embeddings [T_in, H] in dtype. Mixtures are detached: their gradient would be that of the
-        sampled noise's path, not of the policy; tokens are ordinary, trainable embeddings."""
+        """Input embeddings [T_in, H] in dtype.
+
+        Mixtures are detached: their gradient would be that of the sampled noise's path, not of the
+        policy. Tokens are ordinary, trainable embeddings.
+        """
         response = ~self.is_prompt
         ids = torch.empty(len(self.source), dtype=torch.int64)
         ids[self.is_prompt] = batch.prompt_ids.long()[self.source[self.is_prompt]]

@@ -115,7 +115,7 @@ class _Bucket:
 
 
 def _buckets(spans: list[tuple[int, int]]) -> Iterator[_Bucket]:
-    """Spans whose lengths lie within a factor of two share a rectangle: few calls, little padding."""
+    """Spans of lengths within a factor of two share a rectangle: few calls, little padding."""
     waiting = sorted(spans, key=lambda span: -span[1])
     while waiting:
         width = waiting[0][1]
@@ -154,6 +154,7 @@ class _PrefixAttention(torch.autograd.Function):
             lse[start:end] = merged
         ctx.layout = layout
         ctx.save_for_backward(q, k, v, out, lse)
+        assert isinstance(out, Tensor)  # the log-sum-exp was not asked for
         return out
 
     @staticmethod
@@ -250,7 +251,7 @@ class _VarlenAttention:
 
         if q.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"training on a GPU needs model.dtype=bfloat16, not {q.dtype}")
-        return varlen_attn(
+        out = varlen_attn(
             q,
             k.index_select(0, self._keys),
             v.index_select(0, self._keys),
@@ -260,6 +261,8 @@ class _VarlenAttention:
             window_size=(-1, 0),
             enable_gqa=True,
         )
+        assert isinstance(out, Tensor)  # the log-sum-exp was not asked for
+        return out
 
 
 def _starts(lens: list[int]) -> Tensor:

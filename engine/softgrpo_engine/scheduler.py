@@ -142,7 +142,8 @@ class Scheduler:
         return True
 
     def _admit(self, plan: Plan, budget: int) -> None:
-        while self.waiting and budget > 0:
+        # A step has room for a token of everything that runs.
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch_tokens:
             sequence = self.waiting[0]
             if sequence.row is None and not self._rows:
                 return

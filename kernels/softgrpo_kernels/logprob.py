@@ -213,7 +213,8 @@ def linear_soft_logprob(
     for name, value in (("n", n), ("row_kind", row_kind), ("label", label)):
         _check_integers(name, value, (hidden.shape[0],), hidden)
     soft, ids, label = row_kind == 1, ids.long(), label.long()
-    if isinstance(grad_weight, str) and grad_weight == "rows" and (need_entropy or not bool(soft.all())):
+    by_rows = isinstance(grad_weight, str) and grad_weight == "rows"
+    if by_rows and (need_entropy or not bool(soft.all())):
         raise ValueError(
             'grad_weight="rows" needs every row to be soft (row_kind 1) and no entropy; use "dense"'
         )

@@ -292,7 +292,8 @@ THINKING = (
     "{{ '<s>' }}{% for m in messages %}{% if m.role == 'system' %}{% if not loop.first %}"
     "{{ raise_exception('one system message only') }}{% endif %}{{ m.content }}"
     "{% elif m.role == 'user' %}{{ '<user>' + m.content }}"
-    "{% else %}{{ '<assistant>' + m.content.split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
+    "{% else %}{{ '<assistant>' + m.content.split('</think>')[-1] + '</s>' }}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant><think>' }}{% endif %}"
 )
 
@@ -315,9 +316,8 @@ def thinking_tokenizer():
 def test_a_template_that_opens_think_ends_the_prompt_with_it(thinking_tokenizer):
     shots = [FewShot("one ?", "<think> hm </think> two")]
     ids = build_prompt(Example("two ?", "three", {}), thinking_tokenizer, "be brief", shots)
-    assert thinking_tokenizer.convert_ids_to_tokens(ids) == (
-        "<s> be brief <user> one ? <assistant> two </s> <user> two ? <assistant> <think>".split()
-    )
+    text = "<s> be brief <user> one ? <assistant> two </s> <user> two ? <assistant> <think>"
+    assert " ".join(thinking_tokenizer.convert_ids_to_tokens(ids)) == text
     # Soft thinking begins right there, and ends with the token that `auto` finds.
     assert thinking_end_id("auto", thinking_tokenizer) == 5
 
