@@ -1,0 +1,59 @@
+"""What is run: every cell is one training and one evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Cell:
+    """task: easy or hard. overrides: what differs from the task's recipe."""
+
+    task: str
+    name: str
+    seed: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return f"{self.task}/{self.name}-{self.seed}"
+
+    @property
+    def mode(self) -> str:
+        """A model is evaluated with the kind of tokens that it was trained with."""
+        return "discrete" if "rollout.soft.enabled=false" in self.overrides else "soft"
+
+
+DISCRETE = ("rollout.soft.enabled=false",)
+OFFICIAL = ("algorithm.objective=official",)
+EXACT = ("algorithm.objective=exact",)
+CONCRETE = ("algorithm.objective=concrete",)
+MAIN = {"discrete": DISCRETE, "official": OFFICIAL, "exact": EXACT, "concrete": CONCRETE}
+
+ABLATIONS = {
+    **{f"exact-tau-{tau}": (*EXACT, f"rollout.soft.tau={tau}") for tau in (0.5, 1.0)},
+    **{f"concrete-tau-{tau}": (*CONCRETE, f"rollout.soft.tau={tau}") for tau in (0.5, 1.0)},
+    **{f"official-tau-{tau}": (*OFFICIAL, f"rollout.soft.tau={tau}") for tau in (0.5, 1.0)},
+    "dirichlet": (*EXACT, "rollout.soft.noise=dirichlet", "rollout.soft.tau=1.0"),
+    "gaussian": (
+        *EXACT,
+        "rollout.soft.noise=gaussian",
+        "rollout.soft.noise_scale=0.05",
+        "rollout.soft.tau=1.0",
+    ),
+    "discrete-top-p-1": (*DISCRETE, "rollout.top_p=1.0"),
+    "concrete-top-p-1": (*CONCRETE, "rollout.soft.top_p=1.0"),
+    # Ten times the learning rate: what breaks, and what rises first?
+    "discrete-lr-1e-4": (*DISCRETE, "optim.lr=1e-4"),
+    "official-lr-1e-4": (*OFFICIAL, "optim.lr=1e-4"),
+    "exact-lr-1e-4": (*EXACT, "optim.lr=1e-4"),
+}
+
+CELLS = [
+    *(Cell("easy", name, seed, changes) for seed in range(3) for name, changes in MAIN.items()),
+    *(Cell("easy", name, 0, changes) for name, changes in ABLATIONS.items()),
+    *(Cell("hard", name, 0, changes) for name, changes in MAIN.items()),
+]

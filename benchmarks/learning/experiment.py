@@ -1,0 +1,95 @@
+"""Does soft thinking learn better? All runs of the experiment, each resumable.
+
+    python benchmarks/learning/experiment.py                      # everything, in this order
+    python benchmarks/learning/experiment.py 'easy/exact*'        # cells by name
+    python benchmarks/learning/experiment.py --list
+
+Both modes start from the same model: the base model, trained by discrete GRPO on the form of an
+answer alone (scoring.format_reward), so that what differs afterwards is not who found the box
+first. Every cell is `softgrpo-train` and then `softgrpo-eval` on held-out operands. Called again,
+the command goes on where it was stopped. `analyse.py` makes tables and figures of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from cells import CELLS, DISCRETE, HERE, Cell
+from tasks import write_tasks
+
+SAMPLES = 32
+FORMAT_STEPS = 20
+
+
+def train(root: Path, cell: Cell, model: str, *extra: str) -> Path:
+    """Runs a cell's training up to its end; the folder of the run."""
+    folder = root / cell.path
+    data = root / "data"
+    command = [sys.executable, "-m", "softgrpo.cli.train", "--config", HERE / f"{cell.task}.yaml"]
+    command += [f"data.{split}={data}/{cell.task}_{split}.jsonl" for split in ("train", "eval")]
+    command += [f"run.output_dir={folder.parent}", f"run.name={folder.name}", "run.resume=auto"]
+    command += [f"run.seed={cell.seed}", f"model.path={model}", *extra, *cell.overrides]
+    subprocess.run([str(part) for part in command], check=True)
+    return folder
+
+
+def evaluate(root: Path, folder: Path, model: Path, modes: str) -> None:
+    """The held-out questions, as the run of the folder asks them; resumable by itself."""
+    command = [sys.executable, "-m", "softgrpo.cli.eval", "--model", model, "--mode", modes]
+    command += ["--recipe", folder / "config.yaml", "--samples", SAMPLES]
+    command += ["--output", folder / "evaluation"]
+    subprocess.run([str(part) for part in command], check=True)
+
+
+def format_model(root: Path, task: str) -> Path:
+    """The model that all runs of a task start from, evaluated in both modes."""
+    reward = f"reward.functions=[{HERE / 'scoring.py'}:format_reward]"
+    cell = Cell(task, "format", 0, DISCRETE)
+    folder = root / cell.path
+    if not (folder / "evaluation" / "results.json").exists():
+        extra = (reward, f"run.max_steps={FORMAT_STEPS}", "eval.before_train=false")
+        train(root, cell, "smollm2-135m", *extra)
+        evaluate(root, folder, folder / "model", "soft,discrete")
+        shutil.rmtree(folder / "checkpoints")
+    return folder / "model"
+
+
+def run(root: Path, cell: Cell) -> None:
+    """A cell from where it was left to its end. Its weights are not kept: they take 2 GB."""
+    if (root / cell.path / "evaluation" / "results.json").exists():
+        return
+    start = format_model(root, cell.task)
+    print(f"== {cell.path}", flush=True)
+    folder = train(root, cell, str(start), "eval.before_train=false", "eval.after_train=false")
+    evaluate(root, folder, folder / "model", cell.mode)
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cells", nargs="*", default=["*"], help="patterns, as easy/exact*")
+    parser.add_argument("--output", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--list", action="store_true", help="the cells and whether they are done")
+    arguments = parser.parse_args()
+    chosen = [c for c in CELLS if any(fnmatch.fnmatch(c.path, p) for p in arguments.cells)]
+    if not chosen:
+        parser.error(f"no cell is called {' or '.join(arguments.cells)}; see --list")
+    root = arguments.output.resolve()
+    if arguments.list:
+        for cell in chosen:
+            done = (root / cell.path / "evaluation" / "results.json").exists()
+            print(f"{'done' if done else 'todo'}  {cell.path}  {' '.join(cell.overrides)}")
+        return
+    write_tasks(root / "data")
+    for cell in chosen:
+        run(root, cell)
+
+
+if __name__ == "__main__":
+    main()
