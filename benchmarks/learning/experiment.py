@@ -30,25 +30,45 @@ def train(root: Path, cell: Cell, model: str, *extra: str) -> Path:
     """Runs a cell's training up to its end; the folder of the run."""
     folder = root / cell.path
     data = root / "data"
-    command = [sys.executable, "-m", "softgrpo.cli.train", "--config", HERE / f"{cell.task}.yaml"]
+    command: list[object] = [
+        sys.executable,
+        "-m",
+        "softgrpo.cli.train",
+        "--config",
+        HERE / f"{cell.task}.yaml",
+    ]
     command += [f"data.{split}={data}/{cell.task}_{split}.jsonl" for split in ("train", "eval")]
     command += [f"run.output_dir={folder.parent}", f"run.name={folder.name}", "run.resume=auto"]
     command += [f"run.seed={cell.seed}", f"model.path={model}", *extra, *cell.overrides]
-    subprocess.run([str(part) for part in command], check=True)
+    _run(command)
     return folder
 
 
 def evaluate(root: Path, folder: Path, model: Path, modes: str) -> None:
     """The held-out questions, as the run of the folder asks them; resumable by itself."""
-    command = [sys.executable, "-m", "softgrpo.cli.eval", "--model", model, "--mode", modes]
+    command: list[object] = [
+        sys.executable,
+        "-m",
+        "softgrpo.cli.eval",
+        "--model",
+        model,
+        "--mode",
+        modes,
+    ]
     command += ["--recipe", folder / "config.yaml", "--samples", SAMPLES]
     command += ["--output", folder / "evaluation"]
-    subprocess.run([str(part) for part in command], check=True)
+    _run(command)
+
+
+def _run(command: list[object]) -> None:
+    status = subprocess.run([str(part) for part in command], check=False).returncode
+    if status:
+        raise SystemExit(status)  # the command has said why
 
 
 def format_model(root: Path, task: str) -> Path:
     """The model that all runs of a task start from, evaluated in both modes."""
-    reward = f"reward.functions=[{HERE / 'scoring.py'}:format_reward]"
+    reward = f"reward.functions=[{{path: '{HERE / 'scoring.py'}:format_reward'}}]"
     cell = Cell(task, "format", 0, DISCRETE)
     folder = root / cell.path
     if not (folder / "evaluation" / "results.json").exists():
