@@ -27,6 +27,11 @@ class Cell:
         return "discrete" if "rollout.soft.enabled=false" in self.overrides else "soft"
 
 
+def is_done(folder: Path) -> bool:
+    """Whether the cell of this folder has come to its end."""
+    return (folder / "evaluation" / "results.json").exists()
+
+
 DISCRETE = ("rollout.soft.enabled=false",)
 OFFICIAL = ("algorithm.objective=official",)
 EXACT = ("algorithm.objective=exact",)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cells import CELLS, DISCRETE, HERE, Cell
+from cells import CELLS, DISCRETE, HERE, Cell, is_done
 from tasks import write_tasks
 
 SAMPLES = 32
@@ -71,7 +71,7 @@ def format_model(root: Path, task: str) -> Path:
     reward = f"reward.functions=[{{path: '{HERE / 'scoring.py'}:format_reward'}}]"
     cell = Cell(task, "format", 0, DISCRETE)
     folder = root / cell.path
-    if not (folder / "evaluation" / "results.json").exists():
+    if not is_done(folder):
         extra = (reward, f"run.max_steps={FORMAT_STEPS}", "eval.before_train=false")
         train(root, cell, "smollm2-135m", *extra)
         evaluate(root, folder, folder / "model", "soft,discrete")
@@ -81,7 +81,7 @@ def format_model(root: Path, task: str) -> Path:
 
 def run(root: Path, cell: Cell) -> None:
     """A cell from where it was left to its end. Its weights are not kept: they take 2 GB."""
-    if (root / cell.path / "evaluation" / "results.json").exists():
+    if is_done(root / cell.path):
         return
     start = format_model(root, cell.task)
     print(f"== {cell.path}", flush=True)
@@ -103,8 +103,8 @@ def main() -> None:
     root = arguments.output.resolve()
     if arguments.list:
         for cell in chosen:
-            done = (root / cell.path / "evaluation" / "results.json").exists()
-            print(f"{'done' if done else 'todo'}  {cell.path}  {' '.join(cell.overrides)}")
+            done = "done" if is_done(root / cell.path) else "todo"
+            print(f"{done}  {cell.path}  {' '.join(cell.overrides)}")
         return
     write_tasks(root / "data")
     for cell in chosen:
