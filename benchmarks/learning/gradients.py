@@ -1,0 +1,170 @@
+"""How noisy is the policy gradient of each objective, on the same rollouts?
+
+    python benchmarks/learning/gradients.py --json benchmarks/learning/gradients.json
+
+Batches of 8 questions x 8 samples, as a training step draws them, from the model that the runs
+start from. For every batch the gradient g of the loss with respect to all weights is taken, on
+policy, under several scores. Of n batches, without bias:
+
+    signal |E g|^2 = (|sum g|^2 - sum |g|^2) / (n (n - 1)),  noise tr Var g = sum |g|^2 / n - signal
+
+and batches = noise / signal is how many batches must be averaged until signal equals noise.
+`argmax` scores a soft position by log q of its heaviest candidate, as if that token had been drawn:
+the conditional mean of the exact score given that token. `exact`, `concrete` and `argmax` share
+rollouts; `official` clips its noise and `discrete` draws tokens, so these have their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import HERE
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from softgrpo.advantages import group_advantages
+from softgrpo.batch import RolloutBatch
+from softgrpo.config import Config
+from softgrpo.data import TrainingData
+from softgrpo.density import PositionClasses
+from softgrpo.loss import loss_mask, token_weights
+from softgrpo.policy import Policy, PositionLogProbs
+from softgrpo.rewards import RewardRunner
+from softgrpo.rollout import ROLLOUT_STREAM, collect, density_settings, rollout_uids
+from softgrpo_engine import LLM
+from softgrpo_engine.weights import load_decoder
+
+# One kind of rollout and the scores that it is given.
+KINDS: dict[str, tuple[list[str], list[str]]] = {
+    "discrete": (["rollout.soft.enabled=false"], ["exact"]),
+    "official, tau 0.1": (["algorithm.objective=official"], ["official"]),
+    **{
+        f"soft, tau {tau}": ([f"rollout.soft.tau={tau}"], ["exact", "concrete", "argmax"])
+        for tau in (0.1, 0.5, 1.0)
+    },
+}
+
+
+class ArgmaxPolicy(Policy):
+    """Scores a soft position as if its heaviest candidate had been drawn as a token."""
+
+    def _score(
+        self, hidden_TH: Tensor, batch: RolloutBatch, classes: PositionClasses
+    ) -> PositionLogProbs:
+        as_tokens = dataclasses.replace(
+            classes,
+            soft=torch.zeros_like(classes.soft),
+            candidates=classes.candidates | classes.soft,
+        )
+        return super()._score(hidden_TH, batch, as_tokens)
+
+
+class Moments:
+    """Sums over batches of gradients, in float64 where they are scalars."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.squares = 0.0
+        self.count = 0
+
+    def add(self, gradient: Tensor) -> None:
+        self.total = gradient.clone() if self.total is None else self.total.add_(gradient)
+        self.squares += _dot(gradient, gradient)
+        self.count += 1
+
+    def row(self) -> dict[str, float]:
+        assert self.total is not None
+        n = self.count
+        signal = (_dot(self.total, self.total) - self.squares) / (n * (n - 1))
+        noise = self.squares / n - signal
+        batches = noise / signal if signal > 0 else float("inf")
+        return {"signal": signal, "noise": noise, "batches": batches, "n": n}
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Summed by blocks: a float32 sum of 1e8 squares would lose digits."""
+    blocks = zip(a.split(2**20), b.split(2**20), strict=True)
+    return float(sum(torch.dot(x, y).double() for x, y in blocks))
+
+
+def gradient(policy: Policy, batch: RolloutBatch, advantages_S: Tensor) -> Tensor:
+    """Gradient [P] of the on-policy loss of one batch with respect to all weights, float32."""
+    weights_T = token_weights(batch, loss_mask(batch, False), "token", 0)
+    advantages_T = advantages_S[batch.sample_of_token]
+    parameters = list(policy.decoder.parameters())
+    for parameter in parameters:
+        parameter.grad = None
+    for group in range(batch.num_groups):
+        part, rows = batch.select_groups([group])
+        if bool((advantages_T[rows] != 0).any()):
+            density_T = policy.log_probs(part).density
+            (-(weights_T * advantages_T)[rows] * density_T).sum().backward()
+    return torch.cat(
+        [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+    )
+
+
+def measure(model: Path, data: Path, kind: str, batches: int) -> dict[str, dict[str, float]]:
+    """The moments of every score of one kind of rollout."""
+    overrides, scores = KINDS[kind]
+    paths = [f"data.{split}={data}/easy_{split}.jsonl" for split in ("train", "eval")]
+    config = Config.load(str(HERE / "easy.yaml"), [*paths, f"model.path={model}", *overrides])
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    questions = TrainingData(config)
+    questions.prepare(tokenizer)
+    llm = LLM(model, tokenizer=tokenizer, max_model_len=512)
+    decoder = load_decoder(model, torch.float32, "cpu")
+    settings = density_settings(config)
+    policies: dict[str, Policy] = {}
+    for score in scores:
+        scored = dataclasses.replace(settings, objective="exact" if score == "argmax" else score)
+        policies[score] = (ArgmaxPolicy if score == "argmax" else Policy)(decoder, scored)
+    rewards = RewardRunner(config.reward)
+    moments: defaultdict[str, Moments] = defaultdict(Moments)
+    for step in range(batches):
+        prompts = questions.prompts_of_round(step)
+        uids = rollout_uids(step, len(prompts), config.rollout.group_size)
+        outputs = collect(
+            llm,
+            [prompt.token_ids for prompt in prompts],
+            uids,
+            config.rollout,
+            config.algorithm.objective,
+            seed=0,
+            stream=ROLLOUT_STREAM,
+        )
+        rewards_S, _ = rewards.score(prompts, outputs)
+        batch = RolloutBatch.from_outputs(outputs, seed=0, stream=ROLLOUT_STREAM, weight_version=0)
+        advantages_S = group_advantages(rewards_S, batch.group, config.algorithm.advantage)
+        for score, policy in policies.items():
+            moments[score].add(gradient(policy, batch, advantages_S))
+    rewards.close()
+    return {score: found.row() for score, found in moments.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print("| rollouts | score | signal | noise | batches |\n|---|---|---|---|---|")
+    for kind in KINDS:
+        model, data = arguments.runs / "easy" / "format-0" / "model", arguments.runs / "data"
+        for score, row in measure(model, data, kind, arguments.batches).items():
+            rows.append({"rollouts": kind, "score": score, **row})
+            shown = f"{row['signal']:.4f} | {row['noise']:.3f} | {row['batches']:.1f}"
+            print(f"| {kind} | {score} | {shown} |", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
