@@ -35,6 +35,7 @@ class RunConfig:
     seed: of the noise and the order of the data
     max_steps: training steps
     resume: `none`, `auto` (the newest checkpoint, if there is one) or the path of a checkpoint
+    timeout_s: after which a process that waits for another one gives up
     """
 
     name: str = "run"
@@ -42,6 +43,7 @@ class RunConfig:
     seed: Seed = 0
     max_steps: Size = 100
     resume: str = "none"
+    timeout_s: Positive = 600.0
 
 
 @dataclass(frozen=True)

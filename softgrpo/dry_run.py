@@ -31,7 +31,7 @@ def dry_run(config: Config) -> str:
     rewards = trainer.rewards
     try:
         trainer.rewards = _MadeUpRewards(rewards)
-        _shrink(trainer, config, _PROMPTS, _SAMPLES)
+        _shrink(trainer, config, max(_PROMPTS, trainer.world.size), _SAMPLES)
         trainer.step(1)
         _shrink(trainer, config, config.rollout.prompts_per_step, config.rollout.group_size)
         row = trainer.step(2)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from softgrpo.config import Config, RolloutConfig
+from softgrpo.distributed import World
 from softgrpo.engines import RolloutEngine
 from softgrpo.evaluation import pass_at_k
 from softgrpo.rollout import EVALUATION_STREAM, collect, rollout_uids
@@ -29,12 +30,14 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def evaluate(engine: RolloutEngine, prompts: Sequence[list[int]], config: Config) -> list[Output]:
-    """Samples every held-out prompt ``eval.samples`` times."""
+def evaluate(
+    engine: RolloutEngine, prompts: Sequence[list[int]], config: Config, world: World
+) -> list[Output]:
+    """Samples this process's share of the held-out prompts ``eval.samples`` times each."""
     return collect(
         engine,
-        prompts,
-        rollout_uids(0, len(prompts), config.eval.samples),
+        world.share(prompts),
+        world.share(rollout_uids(0, len(prompts), config.eval.samples)),
         evaluation_rollout(config),
         config.algorithm.objective,
         seed=config.eval.seed,

@@ -87,7 +87,7 @@ def compare(
     )
     dtype = getattr(torch, config.model.dtype)
     policy = Policy(load_decoder(model_path, torch.float32, engine.device), settings, dtype)
-    trainer = policy.log_probs(batch)
+    trainer = policy(batch)
     classes = trainer.classes
     engine_logq = rollout_logq(batch, classes, settings)
     engine_density = log_densities(engine_logq, batch.logprobs, batch, classes, settings)

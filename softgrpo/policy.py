@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from softgrpo.batch import RolloutBatch
 from softgrpo.density import DensitySettings, PositionClasses, classify, log_densities
@@ -20,8 +21,7 @@ from softgrpo_kernels import (
 )
 
 
-@dataclass(frozen=True)
-class PositionLogProbs:
+class PositionLogProbs(NamedTuple):
     """density: log-density of every response position [T], differentiable. candidates: log q of
     the recorded candidates [T, K], detached. classes: which density each position has."""
 
@@ -30,8 +30,8 @@ class PositionLogProbs:
     classes: PositionClasses
 
 
-class Policy:
-    """A decoder with master weights, run in a compute dtype.
+class Policy(nn.Module):
+    """A decoder with master weights, run in a compute dtype. ``policy(batch)`` scores a rollout.
 
     The master weights stay in the decoder's dtype (float32); the layers cast them where they use
     them, so that the forward is the engine's and gradients accumulate in the master's precision.
@@ -40,15 +40,17 @@ class Policy:
     def __init__(
         self, decoder: Decoder, settings: DensitySettings, dtype: torch.dtype = torch.bfloat16
     ) -> None:
+        super().__init__()
         self.decoder = decoder.train()
         self.settings = settings
         self.dtype = dtype
 
-    def log_probs(self, batch: RolloutBatch) -> PositionLogProbs:
+    def forward(self, batch: RolloutBatch) -> PositionLogProbs:
         """Scores every response position of a batch under the current weights.
 
         The prompt of a group is computed once, then all its responses; no [T, V] tensor is made
-        for soft positions, and none is kept for discrete ones.
+        for soft positions, and none is kept for discrete ones. Everything that reads a weight
+        happens in here, where FSDP has gathered them.
         """
         settings = self.settings
         classes = classify(batch, settings)

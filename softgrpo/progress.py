@@ -58,7 +58,7 @@ class TrainProgress:
     On a terminal a panel that redraws itself four times a second in a thread of its own, with
     samples and messages scrolling above it. Anywhere else (a pipe, a log file, a terminal that
     cannot draw) one plain line a step without control characters. The calls only note what they
-    are told, so they cost the training nothing.
+    are told, so they cost the training nothing. A quiet console shows nothing.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -137,6 +137,8 @@ class TrainProgress:
             self._line(_sample_text(row, marks=True).plain)
 
     def _line(self, text: str) -> None:
+        if self._console.quiet:
+            return
         file = self._console.file
         encoding = getattr(file, "encoding", None) or "utf-8"
         file.write(text.encode(encoding, "replace").decode(encoding) + "\n")

@@ -12,6 +12,7 @@ from softgrpo.advantages import groups_with_spread
 from softgrpo.config import Config, ConfigError, RolloutConfig
 from softgrpo.data import Prompt
 from softgrpo.density import OFFICIAL_EPS, OFFICIAL_NOISE_CLIP, DensitySettings
+from softgrpo.distributed import World
 from softgrpo.engines import RolloutEngine
 from softgrpo_engine import Output, SamplingParams, SoftParams
 from softgrpo_engine.params import K_MAX
@@ -115,6 +116,11 @@ class ScoredRollout:
     outputs: list[Output]
     rewards_S: Tensor
     by_function: dict[str, Tensor]
+
+    def gathered(self, world: World) -> ScoredRollout:
+        """Those of all processes together, in the order of ranks."""
+        first, *others = world.gather(self)
+        return sum(others, first)
 
     @property
     def useful_groups(self) -> list[int]:

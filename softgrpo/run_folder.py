@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,16 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
+from softgrpo.checkpoint import STATE_FILE, write_tensors
 from softgrpo.config import Config, ConfigError
-
-_STATE, _WEIGHTS, _OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint that cannot be read; one line with its path and the reason."""
+from softgrpo.distributed import World
 
 
 @contextmanager
@@ -40,10 +35,14 @@ def saving(what: str) -> Iterator[None]:
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and model/ of one run."""
+    """config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and model/ of one run.
 
-    def __init__(self, path: str | Path) -> None:
+    All processes of a run see it, the first one writes; all write their parts of a checkpoint.
+    """
+
+    def __init__(self, path: str | Path, world: World | None = None) -> None:
         self.path = Path(path)
+        self.world = world or World()
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
@@ -54,12 +53,16 @@ class RunFolder:
         return self.config.exists() or self.metrics.exists()
 
     def create(self, config_yaml: str) -> None:
-        """Makes the folder and writes the resolved config."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config, config_yaml)
+        """Makes the folder and writes the resolved config, when all processes have looked for an
+        older run."""
+        self.world.wait()
+        if self.world.is_first:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, config_yaml)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        _append(self.metrics, [row])
+        if self.world.is_first:
+            _append(self.metrics, [row])
 
     def step_rows(self) -> list[dict[str, Any]]:
         """The rows of training steps, without those of evaluations."""
@@ -74,19 +77,23 @@ class RunFolder:
         return read_jsonl(self.metrics) if self.metrics.exists() else []
 
     def append_samples(self, rows: Iterable[dict[str, Any]]) -> None:
-        _append(self.samples, rows)
+        if self.world.is_first:
+            _append(self.samples, rows)
 
     def truncate_after(self, step: int) -> None:
         """Drops the rows that a killed run wrote after its last checkpoint."""
         for file in (self.metrics, self.samples):
-            if file.exists():
+            if self.world.is_first and file.exists():
                 kept = [row for row in read_jsonl(file) if row.get("step", step + 1) <= step]
                 write_atomically(file, "".join(_line(row) for row in kept))
+        self.world.wait()
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         paths = self.checkpoints.glob("step_*") if self.checkpoints.exists() else []
-        complete = [path for path in paths if path.suffix != ".tmp" and (path / _STATE).exists()]
+        complete = [
+            path for path in paths if path.suffix != ".tmp" and (path / STATE_FILE).exists()
+        ]
         return sorted(int(path.name.removeprefix("step_")) for path in complete)
 
     def latest_step(self) -> int:
@@ -119,21 +126,26 @@ class RunFolder:
         """
         target = self.checkpoint(step)
         temporary = target.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(dict(model.named_parameters()), temporary / _WEIGHTS)
-        save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
-        (temporary / _STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _sync(self.checkpoints)
-        for old in self.checkpoint_steps()[:-keep]:
-            if old != best:
-                shutil.rmtree(self.checkpoint(old))
+        if self.world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.world.wait()
+        write_tensors(temporary, model, optimizer)
+        self.world.wait()
+        if self.world.is_first:
+            (temporary / STATE_FILE).write_text(
+                json.dumps({"step": step, **state}, indent=2) + "\n"
+            )
+            _sync(temporary / STATE_FILE)
+            _sync(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+            _sync(self.checkpoints)
+            for old in self.checkpoint_steps()[:-keep]:
+                if old != best:
+                    shutil.rmtree(self.checkpoint(old))
+        self.world.wait()
         return target
 
 
@@ -142,6 +154,7 @@ _FREE_TO_CHANGE = (
     "run.max_steps",
     "run.resume",
     "run.output_dir",
+    "run.timeout_s",
     "checkpoint.",
     "log.",
     "eval.",
@@ -168,8 +181,8 @@ def find_checkpoint(folder: RunFolder, config: Config) -> Path | None:
             _check_same_run(Config.load(folder.config), config, folder.config)
         return folder.latest_checkpoint()
     path = Path(resume)
-    if not (path / _STATE).exists():
-        raise ConfigError(f"run.resume: {resume!r} is no checkpoint (it has no {_STATE})")
+    if not (path / STATE_FILE).exists():
+        raise ConfigError(f"run.resume: {resume!r} is no checkpoint (it has no {STATE_FILE})")
     return path
 
 
@@ -190,68 +203,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat
-
-
-def load_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Loads weights and optimizer state in place and returns what ``save_checkpoint`` was given.
-
-    Raises ValueError naming the checkpoint when it is not one, or not of this model.
-    """
-    path = Path(path)
-    if not (path / _STATE).exists():
-        raise ValueError(f"{path} is no checkpoint: it has no {_STATE}")
-    try:
-        weights = load_file(path / _WEIGHTS)
-        tensors = load_file(path / _OPTIMIZER)
-        result: dict[str, Any] = json.loads((path / _STATE).read_text())
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DamagedCheckpoint(
-            f"checkpoint {path} is damaged ({' '.join(str(error).split())})"
-        ) from None
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in weights or weights[name].shape != parameter.shape:
-                raise ValueError(f"checkpoint {path} is of another model: {name!r} does not fit")
-            parameter.copy_(weights[name])
-            state = {
-                key.removeprefix(f"{name}:"): tensor
-                for key, tensor in tensors.items()
-                if key.startswith(f"{name}:")
-            }
-            if state:
-                optimizer.state[parameter] = state
-    return result
-
-
-def load_newest(
-    paths: Sequence[Path],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    say: Callable[[str], None],
-) -> tuple[Path, dict[str, Any]]:
-    """``load_checkpoint`` of the first path that can be read, newest first: (path, its state).
-
-    Damaged ones before it are said and set aside under another name. Raises DamagedCheckpoint,
-    leaving everything as it is, when none can be read.
-    """
-    damaged: list[Path] = []
-    for path in paths:
-        try:
-            state = load_checkpoint(path, model, optimizer)
-        except DamagedCheckpoint as error:
-            say(f"warning: {error}")
-            damaged.append(path)
-            continue
-        for bad in damaged:
-            shutil.rmtree(bad.with_name(f"damaged_{bad.name}"), ignore_errors=True)
-            bad.rename(bad.with_name(f"damaged_{bad.name}"))
-        return path, state
-    raise DamagedCheckpoint(
-        f"no checkpoint can be read, {damaged[-1]} neither: restore one, or begin again under "
-        "another run.name"
-    )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -276,14 +227,6 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text)
         _sync(temporary)
         os.replace(temporary, path)
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}:{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from softgrpo.advantages import group_advantages, overlong_penalty
 from softgrpo.batch import RolloutBatch
+from softgrpo.checkpoint import load_checkpoint, load_newest, set_aside
 from softgrpo.config import Config
-from softgrpo.data import Prompt, TrainingData
+from softgrpo.data import TrainingData
+from softgrpo.distributed import World, full_tensors, patience
 from softgrpo.engines import RolloutEngine, load_engine
 from softgrpo.evaluator import evaluate, evaluation_rollout, evaluation_row
 from softgrpo.export import export_model
@@ -37,17 +40,17 @@ from softgrpo.rollout import (
     rollout_uids,
     soft_params,
 )
-from softgrpo.run_folder import RunFolder, find_checkpoint, load_checkpoint, load_newest
+from softgrpo.run_folder import RunFolder, find_checkpoint
 from softgrpo.samples import sample_row
 from softgrpo.tracking import Tracking
 from softgrpo.update import Update, learning_rate
-from softgrpo_engine import Output, SamplingParams
+from softgrpo_engine import SamplingParams
 from softgrpo_engine.model_source import resolve_model
 from softgrpo_engine.weights import load_decoder
 
 
 class Trainer:
-    """SofT-GRPO in one process.
+    """SofT-GRPO, in one process or in each of those that torchrun starts.
 
         Trainer(Config.load("demo"), reward_funcs=[my_reward]).train()
 
@@ -65,9 +68,11 @@ class Trainer:
         reward_weights: Sequence[float] | None = None,
     ) -> None:
         self.config = config
-        self.folder = RunFolder(Path(config.run.output_dir) / config.run.name)
+        self.world = World.join(config.run.timeout_s)
+        self.world.check_shares("rollout.prompts_per_step", config.rollout.prompts_per_step)
+        self.folder = RunFolder(Path(config.run.output_dir) / config.run.name, self.world)
         self.checkpoint = find_checkpoint(self.folder, config)
-        self.tracking = Tracking(config.log.report_to)
+        self.tracking = Tracking(config.log.report_to if self.world.is_first else [])
         engine = load_engine(config.rollout.engine)
         self.data = TrainingData(config)
         self.rewards = RewardRunner(config.reward, reward_funcs, reward_weights)
@@ -88,7 +93,7 @@ class Trainer:
         )
         self.llm.check_fits(prompts, SamplingParams(max_tokens=longest))
         self.policy, self.update = self._make_policy()
-        self.progress = TrainProgress()
+        self.progress = TrainProgress(None if self.world.is_first else Console(quiet=True))
         self.health = HealthWatch(config.health.window)
         self.done_steps = 0
         self.rounds = 0  # of prompts, drawn so far; more than steps with dynamic sampling
@@ -97,12 +102,12 @@ class Trainer:
     def train(self) -> Path:
         """Trains up to ``run.max_steps`` and returns the run folder."""
         config = self.config
-        with self.progress, stop_on_signals() as request:
+        with self.progress, stop_on_signals() as request, patience():
             self._start()
             self.progress.start(config.run.max_steps, self.done_steps, config.run.name)
             while self.done_steps < config.run.max_steps and not self._has_given_up:
-                if request.signal is not None:
-                    self._end_early(request.signal)
+                if signal := max(self.world.gather(request.signal or 0)):
+                    self._end_early(signal)
                 row = self.step(self.done_steps + 1)
                 self._record(row)
                 self.progress.step(row)
@@ -112,7 +117,7 @@ class Trainer:
                     self._evaluate()
                 if self._due(config.checkpoint.every):
                     self._save_checkpoint()
-                    build_report(self.folder.path)
+                    self._build_report()
             self._finish()
         return self.folder.path
 
@@ -160,11 +165,13 @@ class Trainer:
     def _sample_round(self, times: defaultdict[str, float]) -> ScoredRollout:
         config = self.config
         with self._timed("rollout", times):
-            prompts = self.data.prompts_of_round(self.rounds)
+            everyones = self.data.prompts_of_round(self.rounds)
+            uids = rollout_uids(self.rounds, len(everyones), config.rollout.group_size)
+            prompts = self.world.share(everyones)
             outputs = collect(
                 self.llm,
                 [prompt.token_ids for prompt in prompts],
-                rollout_uids(self.rounds, len(prompts), config.rollout.group_size),
+                self.world.share(uids),
                 config.rollout,
                 config.algorithm.objective,
                 seed=config.run.seed,
@@ -176,7 +183,8 @@ class Trainer:
             rewards_S, by_function = self.rewards.score(prompts, outputs)
             if lost := self.rewards.lost - lost:
                 self.progress.message(f"warning: rewards of {lost} samples hung or crashed: none")
-        return ScoredRollout(prompts, outputs, rewards_S, by_function)
+        with self._timed("gather", times):
+            return ScoredRollout(prompts, outputs, rewards_S, by_function).gathered(self.world)
 
     def _batch(self, rollout: ScoredRollout) -> RolloutBatch:
         return RolloutBatch.from_outputs(
@@ -210,10 +218,7 @@ class Trainer:
 
     def _sync(self, version: int) -> None:
         """Hands the weights to the engine, one parameter at a time."""
-        self.llm.update_weights(
-            ((name, p.detach()) for name, p in self.policy.decoder.named_parameters()),
-            version=version,
-        )
+        self.llm.update_weights(full_tensors(self.policy.decoder), version=version)
 
     def _make_policy(self) -> tuple[Policy, Update]:
         """The trainable policy with float32 master weights, and its update."""
@@ -226,8 +231,15 @@ class Trainer:
         if config.algorithm.kl_coef > 0:
             frozen = copy.deepcopy(decoder).to(dtype).requires_grad_(False)
             reference = Policy(frozen, settings, dtype)
+            self.world.shard(reference, frozen.model.layers, dtype)
+        self.world.shard(policy, decoder.model.layers, dtype)
         return policy, Update(
-            policy, reference, config.algorithm, config.optim, config.rollout.max_new_tokens
+            policy,
+            reference,
+            config.algorithm,
+            config.optim,
+            config.rollout.max_new_tokens,
+            self.world,
         )
 
     def _start(self) -> None:
@@ -239,7 +251,9 @@ class Trainer:
             if config.run.resume == "auto":
                 newest = [self.folder.checkpoint(s) for s in self.folder.checkpoint_steps()[::-1]]
             say, model = self.progress.message, self.policy.decoder
-            self.checkpoint, state = load_newest(newest, model, self.update.optimizer, say)
+            self.checkpoint, damaged, state = load_newest(newest, model, self.update.optimizer, say)
+            if self.world.is_first:
+                set_aside(damaged)
             self.done_steps, self.num_tokens = state["step"], state["num_tokens"]
             self.rounds = state["rounds"]
             self._sync(state["weight_version"])
@@ -266,10 +280,11 @@ class Trainer:
             self._evaluate()
         if config.checkpoint.export_hf:
             export_model(
-                self.policy.decoder,
+                full_tensors(self.policy.decoder),
                 self.model_path,
                 self.folder.model,
                 soft_params(config.rollout, config.algorithm.objective),
+                self.world,
             )
         self._close()
 
@@ -280,8 +295,12 @@ class Trainer:
         self._close()
         raise Interrupted(signal_number, self.done_steps, self.config.run.max_steps)
 
+    def _build_report(self) -> None:
+        if self.world.is_first:
+            build_report(self.folder.path)
+
     def _close(self) -> None:
-        build_report(self.folder.path)
+        self._build_report()
         self.tracking.close()
         self.rewards.close()
 
@@ -329,30 +348,26 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.progress.phase("eval")
-        prompts = self.data.eval_prompts()
-        outputs = evaluate(self.llm, [prompt.token_ids for prompt in prompts], self.config)
-        rewards_S, _ = self.rewards.score(prompts, outputs)
-        row = evaluation_row(self.done_steps, outputs, rewards_S, self.config.eval.k)
+        everyones = self.data.eval_prompts()
+        outputs = evaluate(self.llm, [p.token_ids for p in everyones], self.config, self.world)
+        prompts = self.world.share(everyones)
+        scored = ScoredRollout(prompts, outputs, *self.rewards.score(prompts, outputs))
+        scored = scored.gathered(self.world)
+        row = evaluation_row(self.done_steps, scored.outputs, scored.rewards_S, self.config.eval.k)
         self._record(row)
         self.progress.evaluation(row)
-        self._keep_samples("eval", prompts, outputs, rewards_S, None)
+        self._keep_samples("eval", scored, None)
 
     def _show_samples(self, chosen: ScoredRollout, advantages_S: Tensor) -> None:
         if self._due(self.config.log.samples_every):
-            shown = (chosen.prompts, chosen.outputs, chosen.rewards_S)
-            for row in self._keep_samples("train", *shown, advantages_S):
+            for row in self._keep_samples("train", chosen, advantages_S):
                 self.progress.sample(row)
 
     def _keep_samples(
-        self,
-        phase: str,
-        prompts: list[Prompt],
-        outputs: list[Output],
-        rewards_S: Tensor,
-        advantages_S: Tensor | None,
+        self, phase: str, scored: ScoredRollout, advantages_S: Tensor | None
     ) -> list[dict[str, Any]]:
         """Keeps samples of different prompts: the first sample of each of the first prompts."""
-        config = self.config
+        config, outputs = self.config, scored.outputs
         rows = []
         for i in range(min(config.log.samples_per_step, len(outputs))):
             flat = sum(len(output.samples) for output in outputs[:i])
@@ -360,9 +375,9 @@ class Trainer:
                 outputs[i].samples[0],
                 step=self.done_steps,
                 phase=phase,
-                prompt=prompts[i].example.text,
-                answer=prompts[i].example.answer,
-                reward=float(rewards_S[flat]),
+                prompt=scored.prompts[i].example.text,
+                answer=scored.prompts[i].example.answer,
+                reward=float(scored.rewards_S[flat]),
                 advantage=None if advantages_S is None else float(advantages_S[flat]),
                 tau=(evaluation_rollout(config) if phase == "eval" else config.rollout).soft.tau,
                 tokenizer=self.llm.tokenizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from softgrpo.batch import RolloutBatch
 from softgrpo.config import AlgorithmConfig, OptimConfig
 from softgrpo.correction import importance_weights
 from softgrpo.density import log_densities, mismatch, rollout_logq
+from softgrpo.distributed import World, balanced, full
 from softgrpo.loss import loss_mask, policy_loss, token_weights
 from softgrpo.policy import Policy, PositionLogProbs
 
@@ -41,6 +42,17 @@ class _Statistics:
     ratio_to_rollout: list[Tensor] = field(default_factory=list)
     beyond_max: list[Tensor] = field(default_factory=list)
     candidate_entropy: list[Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def merged(parts: Sequence[_Statistics]) -> _Statistics:
+        """Those of all processes: each has a part of every loss, and all have the same gradient."""
+        whole = _Statistics()
+        for part in parts:
+            for name, values in vars(part).items():
+                getattr(whole, name).extend(values)
+        whole.losses = [sum(losses) for losses in zip(*(p.losses for p in parts), strict=True)]
+        whole.grad_norms = parts[0].grad_norms
+        return whole
 
     def row(self) -> dict[str, float]:
         row = {
@@ -84,8 +96,10 @@ class Update:
         algorithm: AlgorithmConfig,
         optim: OptimConfig,
         max_new_tokens: int,
+        world: World | None = None,
     ) -> None:
         self.policy, self.reference = policy, reference
+        self.world = world or World()
         self.algorithm, self.optim = algorithm, optim
         self.max_new_tokens = max_new_tokens
         device = policy.decoder.embed_weight.device.type
@@ -118,7 +132,7 @@ class Update:
         if not any(parts):
             # Nothing to learn from, but the match of rollout and trainer is watched at every step.
             self._densities(batch, list(range(batch.num_groups)), statistics)
-            return statistics.row(), 0
+            return self._row(statistics), 0
         # With one minibatch the sampling policy is the current one: its pass is the update's own.
         useful_groups = [g for groups in parts for g in groups]
         old = None
@@ -129,7 +143,10 @@ class Update:
             if useful:
                 self._minibatch(batch, advantages_S, groups, useful, old, statistics)
                 taken += 1
-        return statistics.row(), taken
+        return self._row(statistics), taken
+
+    def _row(self, statistics: _Statistics) -> dict[str, float]:
+        return _Statistics.merged(self.world.gather(statistics)).row()
 
     def _useful(self, batch: RolloutBatch, advantages_S: Tensor, groups: list[int]) -> list[int]:
         """The groups that have a gradient."""
@@ -162,8 +179,11 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for micro in self._micro_batches(batch, useful):
+            if not micro:
+                self._idle_pass(batch, useful[0])
+                continue
             part, rows = batch.select_groups(micro)
-            new = self.policy.log_probs(part)
+            new = self.policy(part)
             if old is None:
                 old_T, correction_T = new.density.detach(), self._compare(part, new, statistics)
             else:
@@ -171,7 +191,7 @@ class Update:
             reference_T = None
             if self.reference is not None:
                 with torch.no_grad():
-                    reference_T = self.reference.log_probs(part).density
+                    reference_T = self.reference(part).density
             result = policy_loss(
                 new.density,
                 old_T,
@@ -182,14 +202,15 @@ class Update:
                 correction_T=correction_T,
                 reference_T=reference_T,
             )
-            result.loss.backward()
+            # FSDP takes the mean of the processes' gradients; theirs are parts of a sum.
+            (result.loss * self.world.size).backward()
             total += result.loss.item()
             statistics.clipped_low.append(result.clipped_low)
             statistics.clipped_high.append(result.clipped_high)
             if result.kl is not None:
                 statistics.kl.append(result.kl)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.decoder.parameters(), self.optim.grad_clip
+        norm = full(
+            torch.nn.utils.clip_grad_norm_(self.policy.decoder.parameters(), self.optim.grad_clip)
         )
         if not bool(torch.isfinite(norm)):
             raise FloatingPointError(
@@ -208,11 +229,22 @@ class Update:
         density_T = torch.zeros(len(batch.soft.token))
         correction_T = torch.zeros(len(batch.soft.token))
         for micro in self._micro_batches(batch, groups):
-            part, rows = batch.select_groups(micro)
-            current = self.policy.log_probs(part)
-            correction_T[rows] = self._compare(part, current, statistics)
-            density_T[rows] = current.density
-        return density_T, correction_T
+            part, rows = batch.select_groups(micro or groups[:1])
+            current = self.policy(part)
+            if micro:
+                correction_T[rows] = self._compare(part, current, statistics)
+                density_T[rows] = current.density
+        return self.world.sum(density_T), self.world.sum(correction_T)
+
+    def _idle_pass(self, batch: RolloutBatch, group: int) -> None:
+        """A pass that adds nothing: it takes part in the communication of those that others do,
+        in the same order."""
+        part, _ = batch.select_groups([group])
+        nothing = (self.policy(part).density * 0.0).sum()
+        if self.reference is not None:
+            with torch.no_grad():
+                self.reference(part)
+        nothing.backward()
 
     @torch.no_grad()
     def _compare(
@@ -241,15 +273,14 @@ class Update:
         statistics.candidate_entropy.append(entropy)
         return weights
 
-    def _micro_batches(self, batch: RolloutBatch, groups: list[int]) -> Iterator[list[int]]:
-        """Consecutive groups whose packed tokens fit the budget; a group is never split."""
+    def _micro_batches(self, batch: RolloutBatch, groups: list[int]) -> list[list[int]]:
+        """The groups of each pass of this process; a group is never split.
+
+        Packed tokens fit the budget and are balanced. All processes have as many passes, some of
+        which may be empty.
+        """
         lens = batch.prompt_lens.long().index_add(0, batch.group.long(), batch.response_lens.long())
-        micro: list[int] = []
-        tokens = 0
-        for g in groups:
-            if micro and tokens + int(lens[g]) > self.optim.tokens_per_microbatch:
-                yield micro
-                micro, tokens = [], 0
-            micro.append(g)
-            tokens += int(lens[g])
-        yield micro
+        tokens = [int(lens[g]) for g in groups]
+        parts = balanced(tokens, self.optim.tokens_per_microbatch, self.world.size)
+        mine = parts[self.world.rank :: self.world.size]
+        return [[groups[i] for i in part] for part in mine]

@@ -103,7 +103,7 @@ def gradient(policy: Policy, batch: RolloutBatch, advantages_S: Tensor) -> Tenso
     for group in range(batch.num_groups):
         part, rows = batch.select_groups([group])
         if bool((advantages_T[rows] != 0).any()):
-            density_T = policy.log_probs(part).density
+            density_T = policy(part).density
             (-(weights_T * advantages_T)[rows] * density_T).sum().backward()
     return torch.cat(
         [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -86,12 +86,15 @@ def load_weights(decoder: Decoder, named_tensors: Iterator[tuple[str, Tensor]]) 
 
 
 def save_pretrained(
-    decoder: Decoder, source: str | Path, target: str | Path, dtype: torch.dtype = torch.bfloat16
+    named_tensors: Iterable[tuple[str, Tensor]],
+    source: str | Path,
+    target: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Writes a model directory that transformers loads.
 
-    Weights come from ``decoder``; config, tokenizer and chat template are copied from ``source``,
-    the model directory it was loaded from.
+    named_tensors: its weights, with Hugging Face names. Config, tokenizer and
+    chat template are copied from ``source``, the model directory it was loaded from.
     """
     source, target = Path(source), Path(target)
     target.mkdir(parents=True, exist_ok=True)
@@ -102,5 +105,5 @@ def save_pretrained(
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    state = {name: p.detach().to(dtype) for name, p in decoder.named_parameters()}
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in named_tensors}
     save_torch_state_dict(state, str(target))

@@ -56,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from softgrpo.trainer import Trainer
 
-        folder = Trainer(config).train()
-        print(f"report  {folder / 'report.html'}")
-        if config.checkpoint.export_hf:
-            print(f"model   {folder / 'model'}")
+        trainer = Trainer(config)
+        folder = trainer.train()
+        if trainer.world.is_first:
+            print(f"report  {folder / 'report.html'}")
+            if config.checkpoint.export_hf:
+                print(f"model   {folder / 'model'}")
     return 0
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import weights_of
 from safetensors.torch import load_file
 
 from softgrpo import Config, Trainer
@@ -49,7 +50,7 @@ def test_a_collapsed_run_ends_with_its_best_checkpoint(
     # Beside the newest checkpoint the best one is still there, and it is the model.
     kept = [f"step_{step:06d}" for step in (20, steps[-1])]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == kept
-    best = load_file(run / "checkpoints" / kept[0] / "weights.safetensors")
+    best = weights_of(run / "checkpoints" / kept[0])
     model = load_file(run / "model" / "model.safetensors")
     assert all(torch.equal(model[n], best[n].to(model[n].dtype)) for n in best if n in model)
     assert len(set(model) & set(best)) > 5

@@ -41,14 +41,14 @@ def test_a_model_by_its_path_has_both_phases(tiny_model, capsys):
 
 
 def test_a_trainer_that_computes_something_else_is_out_of_bounds(tiny_config, capsys, monkeypatch):
-    log_probs = Policy.log_probs
+    forward = Policy.forward
 
     def skewed(self, batch):
         with torch.no_grad():
             self.decoder.model.norm.weight.mul_(1.001)
-        return log_probs(self, batch)
+        return forward(self, batch)
 
-    monkeypatch.setattr(Policy, "log_probs", skewed)
+    monkeypatch.setattr(Policy, "forward", skewed)
     assert main([str(tiny_config), "--max-tokens", "8"]) == 1
     shown = capsys.readouterr().out
     assert "out of bounds: engine/trainer, log p of soft positions" in shown

@@ -10,11 +10,10 @@ import time
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from checkpoints import tensors_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softgrpo import Config, Trainer, run_folder
+from softgrpo import Config, Trainer, checkpoint, run_folder
 from softgrpo.cli.train import main
 from softgrpo.interrupt import Interrupted
 
@@ -65,8 +64,8 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_as_if_it_had_not_been
     assert (run / "report.html").exists()
     Trainer(load(tiny_config, *never, "run.resume=auto"), letters).train()
     Trainer(load(tiny_config, *never, "run.name=whole"), letters).train()
-    weights = "checkpoints/step_000005/weights.safetensors"
-    ours, theirs = load_file(run / weights), load_file(tmp_path / "runs" / "whole" / weights)
+    last = "checkpoints/step_000005"
+    ours, theirs = tensors_of(run / last), tensors_of(tmp_path / "runs" / "whole" / last)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -107,13 +106,13 @@ def test_ctrl_c_on_the_command_is_one_line(tiny_config, tmp_path):
 def test_a_full_disk(what, tiny_config, tmp_path, capsys, monkeypatch):
     """From step 4 on nothing can be written: the checkpoint of step 2 is what there is."""
     run = tmp_path / "runs" / "tiny"
-    save_file, real_open = run_folder.save_file, run_folder.Path.open
+    write_data, real_open = checkpoint.FileSystemWriter.write_data, run_folder.Path.open
 
-    def save(tensors, path):
-        if "000004" in str(path):
-            path.write_bytes(b"half of it")  # as safetensors does it on a tmpfs that is full
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-        save_file(tensors, path)
+    def write(writer, *args):
+        if "000004" in str(writer.path):
+            (writer.path / "__0_0.distcp").write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_data(writer, *args)
 
     def open_(path, *args, **options):
         appended = path.name == "metrics.jsonl" and "a" in args and path.exists()
@@ -123,7 +122,7 @@ def test_a_full_disk(what, tiny_config, tmp_path, capsys, monkeypatch):
 
     with monkeypatch.context() as full:
         if what == "weights":
-            full.setattr(run_folder, "save_file", save)
+            full.setattr(checkpoint.FileSystemWriter, "write_data", write)
         else:
             full.setattr(run_folder.Path, "open", open_)
         message = refused(capsys, tiny_config)
@@ -139,8 +138,10 @@ def test_a_full_disk(what, tiny_config, tmp_path, capsys, monkeypatch):
 
 
 DAMAGE = {
-    "cut": lambda path: os.truncate(path / "weights.safetensors", 1000),
-    "gone": lambda path: (path / "optimizer.safetensors").unlink(),
+    "cut": lambda path: os.truncate(path / "__0_0.distcp", 1000),
+    "gone": lambda path: (path / "__0_0.distcp").unlink(),
+    "no metadata": lambda path: (path / ".metadata").unlink(),
+    "half of the metadata": lambda path: os.truncate(path / ".metadata", 1000),
     "garbled": lambda path: (path / "state.json").write_text('{"step": '),
 }
 
@@ -150,7 +151,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tiny_config, t
     Trainer(load(tiny_config), letters).train()
     run = tmp_path / "runs" / "tiny"
     last = run / "checkpoints" / "step_000006"
-    before = {n: w.clone() for n, w in load_file(last / "weights.safetensors").items()}
+    before = tensors_of(last)
     DAMAGE[damage](last)
     Trainer(load(tiny_config, "run.resume=auto"), letters).train()
     shown = capsys.readouterr().out
@@ -159,7 +160,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tiny_config, t
     assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4, 5, 6]
     names = sorted(os.listdir(run / "checkpoints"))
     assert names == ["damaged_step_000006", "step_000004", "step_000006"]
-    after = load_file(last / "weights.safetensors")
+    after = tensors_of(last)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

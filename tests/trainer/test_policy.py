@@ -104,7 +104,7 @@ def test_trainer_equals_rollout_on_policy(case, tied):
     settings = settings_of(objective, soft, params)
     policy = Policy(decoder, settings, torch.float32)
     with torch.no_grad():
-        ours = policy.log_probs(batch)
+        ours = policy(batch)
     theirs = rollout_logq(batch, ours.classes, settings)
     if bool((ours.classes.soft | ours.classes.candidates).any()):
         assert mismatch(ours.candidates, theirs, ours.classes).max() < 1e-4
@@ -136,7 +136,7 @@ def test_changed_weights_show_as_mismatch():
     with torch.no_grad():
         decoder.model.layers[0].mlp.down_proj.weight[0] += 0.5
     settings = DensitySettings(discrete_temperature=0.8)
-    ours = Policy(decoder, settings, torch.float32).log_probs(batch)
+    ours = Policy(decoder, settings, torch.float32)(batch)
     assert (
         mismatch(ours.candidates, rollout_logq(batch, ours.classes, settings), ours.classes).max()
         > 1e-2
@@ -148,7 +148,7 @@ def test_no_gradient_through_soft_inputs():
     neither prompt nor candidate stay at exactly 0."""
     batch, decoder = roll(SoftParams())
     policy = Policy(decoder, DensitySettings(discrete_temperature=0.8), torch.float32)
-    policy.log_probs(batch).density.sum().backward()
+    policy(batch).density.sum().backward()
     touched = set(batch.prompt_ids.tolist()) | set(batch.soft.ids.flatten().tolist())
     gradient = decoder.embed_weight.grad.abs().sum(-1)
     untouched = [i for i in range(CONFIG["vocab_size"]) if i not in touched]

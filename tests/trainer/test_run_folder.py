@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from softgrpo.run_folder import RunFolder, load_checkpoint, read_jsonl
+from softgrpo.checkpoint import load_checkpoint
+from softgrpo.run_folder import RunFolder, read_jsonl
 
 
 def make_model(seed):

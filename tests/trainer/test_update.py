@@ -65,7 +65,7 @@ def test_the_gradient_is_weighed_by_the_ratio_of_trainer_to_engine(batch, mode, 
 
     # The same from the formulas: one update, so the gradient is A * weight * grad log density.
     plain = Policy(make_decoder(), SETTINGS, torch.float32)
-    scored = plain.log_probs(batch)
+    scored = plain(batch)
     theirs = rollout_logq(batch, scored.classes, SETTINGS)
     behaviour = log_densities(theirs, batch.logprobs, batch, scored.classes, SETTINGS)
     log_ratio = (scored.density - behaviour).tolist()

@@ -1,0 +1,166 @@
+"""The processes of a run: one by itself, or those that torchrun started.
+
+Every process has the whole configuration, an engine of its own, and a shard of the weights. Work is
+shared out here and its results are gathered, so that all processes then take the same decisions
+from the same numbers. With one process every function is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from softgrpo.config import ConfigError
+
+T = TypeVar("T")
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run died or hangs; one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class World:
+    """rank: this process, of `size`. nodes: machines, which have equally many processes."""
+
+    rank: int = 0
+    size: int = 1
+    nodes: int = 1
+
+    @staticmethod
+    def join(timeout_s: float) -> World:
+        """Meets the other processes that torchrun started, if it started this one.
+
+        timeout_s: after which a process that waits for another gives up. A GPU is chosen by local
+        rank; the back end is nccl with GPUs and gloo without.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return World()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not dist.is_initialized():
+            backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        return World(dist.get_rank(), size, size // int(os.environ["LOCAL_WORLD_SIZE"]))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes, prints and logs."""
+        return self.rank == 0
+
+    def check_shares(self, name: str, count: int) -> None:
+        """Raises ConfigError unless there is work for everyone."""
+        if count < self.size:
+            raise ConfigError(
+                f"{name}={count} is fewer than the {self.size} processes: raise it, or start fewer"
+            )
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's part: consecutive, of equal sizes but for one item."""
+        count = len(items)
+        return list(items[self.rank * count // self.size : (self.rank + 1) * count // self.size])
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, in the order of ranks, on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place. tensor: on the CPU."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.gather(None)
+
+    def shard(self, module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+        """Spreads the weights over the processes (FSDP2), in place; over several nodes every node
+        holds all of them (HSDP).
+
+        The blocks are gathered one by one as they are needed, in the dtype of the computation; what
+        belongs to none of them (embeddings, last norm, head) for the whole pass, as it is. All
+        processes must run the same number of passes.
+        """
+        if self.size == 1:
+            return
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        names = ("shard",) if self.nodes == 1 else ("replicate", "shard")
+        shape = (self.size,) if self.nodes == 1 else (self.nodes, self.size // self.nodes)
+        mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh)
+
+
+def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter whole, one at a time; with several processes all of them must take all."""
+    for name, parameter in module.named_parameters():
+        yield name, full(parameter.detach())
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over the processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def balanced(tokens: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+    """Which groups each pass of each process computes: entry p * ranks + r, possibly empty.
+
+    tokens: of each group. Longest first, always to the emptiest pass, in as few passes as keep each
+    within the budget; a group is never split, one that is over the budget gets a pass of its own.
+    """
+    order = sorted(range(len(tokens)), key=lambda group: -tokens[group])
+    passes = max(1, -(-sum(tokens) // (budget * ranks)))
+    while True:
+        parts: list[list[int]] = [[] for _ in range(passes * ranks)]
+        sizes = [0] * len(parts)
+        for group in order:
+            emptiest = sizes.index(min(sizes))
+            parts[emptiest].append(group)
+            sizes[emptiest] += tokens[group]
+        fits = all(s <= budget or len(p) == 1 for s, p in zip(sizes, parts, strict=True))
+        if fits:
+            return [sorted(part) for part in parts]
+        passes += 1
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Turns what the communication library says of a lost process into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not _is_of_communication(error):
+            raise
+        # Without the place in the library's source that it begins with.
+        reason = " ".join(re.sub(r"^\[\S+\]", "", str(error)).split())[:120]
+        raise LostProcess(
+            f"process {dist.get_rank()} lost contact with another one ({reason}); see what that "
+            "one printed last; run.resume=auto continues from the last checkpoint"
+        ) from error
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    words = ("gloo", "nccl", "timed out", "connection closed", "connection reset")
+    return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
