@@ -242,6 +242,7 @@ class OptimConfig:
     grad_clip: largest norm of the gradient
     minibatch_prompts: prompts of one update; null: all of the step
     tokens_per_microbatch: tokens of one forward and backward pass; bounds the memory
+    gradient_checkpointing: compute a layer again in the backward pass instead of keeping it
     """
 
     lr: Positive = 1e-6
@@ -252,6 +253,7 @@ class OptimConfig:
     grad_clip: Positive = 1.0
     minibatch_prompts: Size | None = None
     tokens_per_microbatch: Size = 4096
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,7 @@ class Trainer:
         settings = density_settings(config)
         dtype = getattr(torch, config.model.dtype)
         decoder = load_decoder(self.model_path, torch.float32, self.llm.device)
+        decoder.gradient_checkpointing = config.optim.gradient_checkpointing
         policy = Policy(decoder, settings, dtype)
         reference = None
         if config.algorithm.kl_coef > 0:

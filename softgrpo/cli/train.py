@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="check everything, try a tiny step, leave nothing"
     )
     parser.add_argument(
+        "--plan", action="store_true", help="memory and time on 1, 8 and 64 GPUs, by arithmetic"
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
     )
     arguments = parser.parse_intermixed_args(argv)
@@ -49,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors(parser.prog, "interrupted; run.resume=auto continues"):
         config = Config.load(arguments.config, overrides)
         # Imported here: a misspelt key is told at once, not after seconds of imports.
+        if arguments.plan:
+            from rich.console import Console
+
+            from softgrpo.plan import plan
+
+            Console().print(plan(config))
+            return 0
         if arguments.dry_run:
             from softgrpo.dry_run import dry_run
 
