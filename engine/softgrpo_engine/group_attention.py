@@ -154,7 +154,6 @@ class _PrefixAttention(torch.autograd.Function):
             lse[start:end] = merged
         ctx.layout = layout
         ctx.save_for_backward(q, k, v, out, lse)
-        assert isinstance(out, Tensor)  # the log-sum-exp was not asked for
         return out
 
     @staticmethod
