@@ -1,4 +1,4 @@
-"""Other engines for rollout_throughput.py, each in a process of its own.
+"""Other engines for rollout_throughput.py and train_step.py, each in a process of its own.
 
 A peer is timed after ours, on the idle machine. One that cannot run is reported absent, with the
 reason, and the benchmark goes on.
@@ -38,7 +38,7 @@ def vllm(python: Path | None, settings: PeerSettings) -> Seconds:
     """vLLM in the interpreter `python`: the same sampling, and greedy."""
     if python is None or not python.exists():
         raise Absent("give its interpreter with --vllm-python")
-    done = _run(
+    done = run_peer(
         [str(python), str(Path(__file__).parent / "_vllm_peer.py")],
         settings.threads,
         json.dumps(vars(settings)),
@@ -62,14 +62,15 @@ def llama_cpp(binary: Path | None, gguf: Path | None, settings: PeerSettings) ->
     ]  # fmt: skip
     seconds: dict[int, list[float]] = {}
     for _ in range(settings.repeats):
-        for line in _run(command, settings.threads).splitlines():
+        for line in run_peer(command, settings.threads).splitlines():
             if line.startswith("{"):
                 row = json.loads(line)
                 seconds.setdefault(row["pl"], []).append(row["t"])
     return {"no sampling": seconds}
 
 
-def _run(command: list[str], threads: int, text: str = "") -> str:
+def run_peer(command: list[str], threads: int, text: str = "") -> str:
+    """Standard output of a peer; raises Absent with its last words when it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         command, input=text, capture_output=True, text=True, check=False, env=environment
