@@ -1,0 +1,125 @@
+"""Attention of packed groups against plain attention with a mask, in double precision."""
+
+import random
+
+import pytest
+import torch
+
+from softgrpo_engine.group_attention import GroupAttention
+
+# (prompt lengths, response lengths of every group)
+LAYOUTS = {
+    "one prompt alone": ([7], [[]]),
+    "single tokens": ([1, 1], [[1, 1], [1]]),
+    "empty responses": ([3, 5, 2], [[0, 4, 0], [0, 0], [2, 0]]),
+    # A rectangle takes spans of more than half its width: 8 and 5 share one, 4 begins the next.
+    "edges of the rectangles": ([8, 4], [[5, 4, 3, 2, 1], [16, 8, 9]]),
+    "long prompt, short responses": ([70], [[3, 1, 2, 3]]),
+    "short prompt, long responses": ([2], [[70, 33]]),
+    # Longer than the blocks of the CPU's flash attention (256 queries, 512 keys).
+    "several blocks": ([600], [[300, 20]]),
+}
+HEADS = [(6, 2), (4, 4), (4, 1)]
+HEAD_DIM = 8
+
+
+def dense(prompt_lens, response_lens, heads, kv_heads, qkv, rope):
+    """softmax(QK' / sqrt(D)) V under the mask: the own span up to itself, and the group's prompt."""
+    group, span, is_prompt = [], [], []
+    for g, (prompt, responses) in enumerate(zip(prompt_lens, response_lens, strict=True)):
+        for i, length in enumerate([prompt, *responses]):
+            group += [g] * length
+            span += [(g, i)] * length
+            is_prompt += [i == 0] * length
+    tokens = range(len(span))
+    mask = torch.tensor(
+        [
+            [
+                j <= i and group[i] == group[j] and (is_prompt[j] or span[i] == span[j])
+                for j in tokens
+            ]
+            for i in tokens
+        ]
+    )
+    heads_THD = qkv.view(len(span), -1, HEAD_DIM)
+    q, k, v = heads_THD.split([heads, kv_heads, kv_heads], dim=1)
+    cos, sin = (part[:, None] for part in rope)
+
+    def rotate(x):
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (rotate(k), v))
+    scores = torch.einsum("thd,shd->hts", rotate(q), k) / HEAD_DIM**0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, v).flatten(1)
+
+
+def compare(prompt_lens, response_lens, heads, kv_heads):
+    generator = torch.Generator().manual_seed(1)
+    tokens = sum(prompt_lens) + sum(map(sum, response_lens))
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    qkv = draw(tokens, (heads + 2 * kv_heads) * HEAD_DIM).requires_grad_()
+    rope = draw(tokens, HEAD_DIM), draw(tokens, HEAD_DIM)
+    direction = draw(tokens, heads * HEAD_DIM)
+    results = []
+    for attend in (
+        lambda: GroupAttention(prompt_lens, response_lens, heads, kv_heads)(0, qkv, rope),
+        lambda: dense(prompt_lens, response_lens, heads, kv_heads, qkv, rope),
+    ):
+        out = attend()
+        (grad,) = torch.autograd.grad((out * direction).sum(), qkv)
+        results.append((out.detach(), grad))
+    (ours, our_grad), (expected, expected_grad) = results
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(our_grad, expected_grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_equals_dense_attention_with_gradients(name, heads, kv_heads):
+    compare(*LAYOUTS[name], heads, kv_heads)
+
+
+def test_equals_dense_attention_on_random_layouts():
+    draw = random.Random(0)
+    for _ in range(30):
+        prompt_lens = [draw.randint(1, 20) for _ in range(draw.randint(1, 4))]
+        response_lens = [
+            [draw.choice([0, 1, draw.randint(1, 40)]) for _ in range(draw.randint(0, 5))]
+            for _ in prompt_lens
+        ]
+        compare(prompt_lens, response_lens, *draw.choice(HEADS))
+
+
+def test_bf16_is_as_near_as_rounding_allows():
+    """Not further from the exact result than plain bf16 attention of each span is."""
+    prompt_lens, response_lens = [40], [[30, 9, 30]]
+    generator = torch.Generator().manual_seed(2)
+    tokens = 109
+    qkv = torch.randn(tokens, 10 * HEAD_DIM, generator=generator).bfloat16()
+    rope = torch.ones(tokens, HEAD_DIM), torch.zeros(tokens, HEAD_DIM)
+    exact = dense(
+        prompt_lens, response_lens, 6, 2, qkv.double(), tuple(part.double() for part in rope)
+    )
+    ours = GroupAttention(prompt_lens, response_lens, 6, 2)(0, qkv, rope)
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).abs().max() < 2 * (exact.bfloat16() - exact).abs().max() + 2**-8
+
+
+def test_memory_is_linear_in_the_tokens(peak_memory):
+    """Four times the tokens take four times the memory; scores would take sixteen times."""
+
+    def step(tokens):
+        attention = GroupAttention([tokens // 2], [[tokens // 4, tokens // 4]], 4, 2)
+        qkv = torch.zeros(tokens, 8 * HEAD_DIM, requires_grad=True)
+        rope = torch.ones(tokens, HEAD_DIM), torch.zeros(tokens, HEAD_DIM)
+        attention(0, qkv, rope).sum().backward()
+
+    small, large = (peak_memory(lambda t=t: step(t)) for t in (1024, 4096))
+    assert 3 < large / small < 5
+    # What it takes is a few times its input, and scores alone would be more.
+    assert large < 20 * 4096 * 8 * HEAD_DIM * 4 < 4 * 4 * 4096 * 4096
