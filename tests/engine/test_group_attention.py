@@ -24,23 +24,18 @@ HEAD_DIM = 8
 
 
 def dense(prompt_lens, response_lens, heads, kv_heads, qkv, rope):
-    """softmax(QK' / sqrt(D)) V under the mask: the own span up to itself, and the group's prompt."""
+    """softmax(QK' / sqrt(D)) V; a token sees its span up to itself, and the prompt of its group."""
     group, span, is_prompt = [], [], []
     for g, (prompt, responses) in enumerate(zip(prompt_lens, response_lens, strict=True)):
         for i, length in enumerate([prompt, *responses]):
             group += [g] * length
             span += [(g, i)] * length
             is_prompt += [i == 0] * length
-    tokens = range(len(span))
-    mask = torch.tensor(
-        [
-            [
-                j <= i and group[i] == group[j] and (is_prompt[j] or span[i] == span[j])
-                for j in tokens
-            ]
-            for i in tokens
-        ]
-    )
+
+    def sees(i, j):
+        return j <= i and group[i] == group[j] and (is_prompt[j] or span[i] == span[j])
+
+    mask = torch.tensor([[sees(i, j) for j in range(len(span))] for i in range(len(span))])
     heads_THD = qkv.view(len(span), -1, HEAD_DIM)
     q, k, v = heads_THD.split([heads, kv_heads, kv_heads], dim=1)
     cos, sin = (part[:, None] for part in rope)
