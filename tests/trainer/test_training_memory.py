@@ -63,7 +63,7 @@ def batches():
 
 
 def dense_densities(decoder, batch, settings):
-    """What `Policy.log_probs` computes, sample by sample, by logits over the whole vocabulary."""
+    """What `Policy` computes, sample by sample, by logits over the whole vocabulary."""
     config, record, density = decoder.config, batch.soft, []
     prompts = batch.prompt_ids.split(batch.prompt_lens.tolist())
     start = 0
@@ -113,7 +113,7 @@ def test_densities_and_gradients_equal_those_of_dense_autograd(batches, mode, ti
     ours = torch.zeros_like(weights)
     for groups in ([0, 2], [1]):
         part, rows = batch.select_groups(groups)
-        density = policy.log_probs(part).density
+        density = policy(part).density
         (density * weights[rows]).sum().backward()
         ours[rows] = density.detach()
     decoder = make_decoder(tied=tied).train()
@@ -128,14 +128,14 @@ def test_bf16_computation_leaves_float32_gradients(batches, tied):
     """Sums over passes are not rounded to bf16: the gradient of the same pass twice is double."""
     batch, settings = batches["soft"]
     policy = Policy(make_decoder(tied=tied), settings, torch.bfloat16)
-    policy.log_probs(batch).density.sum().backward()
+    policy(batch).density.sum().backward()
     once = gradients(policy.decoder)
-    policy.log_probs(batch).density.sum().backward()
+    policy(batch).density.sum().backward()
     for name, gradient in gradients(policy.decoder).items():
         assert gradient.dtype == torch.float32
         torch.testing.assert_close(gradient, 2 * once[name], rtol=1e-5, atol=1e-5)
     exact = Policy(make_decoder(tied=tied), settings, torch.float32)
-    exact.log_probs(batch).density.sum().backward()
+    exact(batch).density.sum().backward()
     for name, gradient in gradients(exact.decoder).items():
         error = (once[name] - gradient).norm() / gradient.norm()
         assert error < 0.1, name
@@ -202,7 +202,7 @@ def test_gradient_checkpointing_changes_no_bit_and_takes_less_memory(batches, pe
         policy.decoder.gradient_checkpointing = recompute
 
         def step(policy=policy):
-            policy.log_probs(batch).density.sum().backward()
+            policy(batch).density.sum().backward()
 
         peak = peak_memory(step)
         found.append((peak, gradients(policy.decoder)))
