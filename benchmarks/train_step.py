@@ -139,12 +139,12 @@ def trl(arguments: argparse.Namespace) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
     names = ("rollout", "reward", "update", "sync")
-    for column in ("", "step", *names, "tokens/s", "MFU of the update", "x soft"):
+    for column in ("", "step", *names, "tok/s", "MFU", "x soft"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         table.add_row(
-            f"{row['engine']} {row['mode']}",
-            f"{row['seconds']:.2f} s",
+            row["mode"] if row["engine"] == "softgrpo" else row["engine"],
+            f"{row['seconds']:.2f}",
             *(f"{row[part]:.2f}" if part in row else "" for part in PARTS),
             f"{row['tokens_per_second']:.0f}",
             f"{row['mfu']:.0%}" if "mfu" in row else "",

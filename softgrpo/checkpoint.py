@@ -38,7 +38,7 @@ def write_tensors(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     tensors = {_MODEL + name: p.detach() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{_OPTIMIZER}{name}/{key}"] = value
+            tensors[f"{_OPTIMIZER}{name}/{key}"] = torch.as_tensor(value)
     try:
         with _quietly():
             writer = FileSystemWriter(path, sync_files=True)
@@ -116,7 +116,7 @@ def _places(
         if key.startswith(_OPTIMIZER):
             name, _, kind = key.removeprefix(_OPTIMIZER).rpartition("/")
             parameter = parameters[name]
-            place = torch.zeros((), dtype=entry.properties.dtype, device=parameter.device)
+            place = torch.zeros(entry.size, dtype=entry.properties.dtype, device=parameter.device)
             if entry.size == parameter.shape:
                 place = torch.zeros_like(parameter, dtype=entry.properties.dtype)
             tensors[key] = moments.setdefault(parameter, {})[kind] = place.detach()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
 
@@ -56,6 +56,25 @@ class ModelConfig:
 
     path: str = "smollm2-135m"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+Linear = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (peft) that are trained instead of the weights.
+
+    rank: of an adapter; 0: none, all weights are trained
+    alpha: the adapters are scaled by alpha / rank
+    target_modules: the linear layers that have one
+    """
+
+    rank: Count = 0
+    alpha: Positive = 32.0
+    target_modules: list[Linear] = field(default_factory=lambda: list(get_args(Linear)))
 
 
 @dataclass(frozen=True)
@@ -234,6 +253,7 @@ class AlgorithmConfig:
 class OptimConfig:
     """AdamW, and how a step is cut into updates.
 
+    name: `adamw`, or `adamw_8bit` with moments in 8 bits (bitsandbytes; in one process)
     lr: learning rate
     schedule: after the warm-up, down to 0 at `run.max_steps` unless constant
     warmup_steps: steps of linear warm-up
@@ -245,6 +265,7 @@ class OptimConfig:
     gradient_checkpointing: compute a layer again in the backward pass instead of keeping it
     """
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
     lr: Positive = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
@@ -332,6 +353,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

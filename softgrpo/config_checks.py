@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from softgrpo.engines import find_engine
@@ -24,6 +25,12 @@ def check(config: Config) -> None:
         _check_noise(config)
     _check_algorithm(config)
     find_engine(config.rollout.engine)
+    if config.lora.rank and find_spec("peft") is None:
+        raise ConfigError("lora.rank: adapters need: pip install 'softgrpo[peft]'")
+    if config.optim.name == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise ConfigError("optim.name: adamw_8bit needs: pip install bitsandbytes")
+    if config.lora.rank and not config.lora.target_modules:
+        raise ConfigError("lora.target_modules is empty: name at least one, such as q_proj")
     if max(config.optim.betas) >= 1:
         raise ConfigError(f"optim.betas: {list(config.optim.betas)} is not allowed: must be < 1")
     if not config.eval.k or max(config.eval.k) > config.eval.samples:

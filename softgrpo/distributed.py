@@ -113,12 +113,6 @@ class World:
         fully_shard(module, mesh=mesh)
 
 
-def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter whole, one at a time; with several processes all of them must take all."""
-    for name, parameter in module.named_parameters():
-        yield name, full(parameter.detach())
-
-
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be spread over the processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -131,7 +125,8 @@ def balanced(tokens: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
     within the budget; a group is never split, one that is over the budget gets a pass of its own.
     """
     order = sorted(range(len(tokens)), key=lambda group: -tokens[group])
-    passes = max(1, -(-sum(tokens) // (budget * ranks)))
+    # No more passes than groups: one that is over the budget leaves none over.
+    passes = max(1, min(-(-sum(tokens) // (budget * ranks)), -(-len(tokens) // ranks)))
     while True:
         parts: list[list[int]] = [[] for _ in range(passes * ranks)]
         sizes = [0] * len(parts)

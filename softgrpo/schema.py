@@ -120,7 +120,7 @@ def _unknown(cls: type, name: str, path: str, root: type) -> str:
     prefix = f"{path}." if path else ""
     what = "key" if path else "section"
     elsewhere = [key for key in _leaves(root, "") if key.split(".")[-1] == name]
-    near = difflib.get_close_matches(name, _names(cls), n=1) or elsewhere[:1]
+    near = elsewhere[:1] or difflib.get_close_matches(name, _names(cls), n=1)
     if near:
         found = near[0] if near == elsewhere[:1] else prefix + near[0]
         return f"unknown {what} {prefix + name!r}; did you mean {found!r}?"

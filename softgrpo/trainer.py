@@ -21,12 +21,13 @@ from softgrpo.batch import RolloutBatch
 from softgrpo.checkpoint import load_checkpoint, load_newest, set_aside
 from softgrpo.config import Config
 from softgrpo.data import TrainingData
-from softgrpo.distributed import World, full_tensors, patience
+from softgrpo.distributed import World, patience
 from softgrpo.engines import RolloutEngine, load_engine
 from softgrpo.evaluator import evaluate, evaluation_rollout, evaluation_row
 from softgrpo.export import export_model
 from softgrpo.health import HealthWatch
 from softgrpo.interrupt import Interrupted, stop_on_signals
+from softgrpo.lora import add_adapters, export_adapter, merged_tensors
 from softgrpo.metrics import completion_metrics, reward_metrics, soft_metrics
 from softgrpo.policy import Policy
 from softgrpo.progress import TrainProgress
@@ -218,21 +219,25 @@ class Trainer:
 
     def _sync(self, version: int) -> None:
         """Hands the weights to the engine, one parameter at a time."""
-        self.llm.update_weights(full_tensors(self.policy.decoder), version=version)
+        self.llm.update_weights(merged_tensors(self.policy.decoder), version=version)
 
     def _make_policy(self) -> tuple[Policy, Update]:
-        """The trainable policy with float32 master weights, and its update."""
+        """The trainable policy with float32 master weights, and its update; with adapters these
+        are float32, and the frozen weights have the dtype of the computation."""
         config = self.config
         settings = density_settings(config)
         dtype = getattr(torch, config.model.dtype)
-        decoder = load_decoder(self.model_path, torch.float32, self.llm.device)
+        master = dtype if config.lora.rank else torch.float32
+        decoder = load_decoder(self.model_path, master, self.llm.device)
         decoder.gradient_checkpointing = config.optim.gradient_checkpointing
-        policy = Policy(decoder, settings, dtype)
         reference = None
         if config.algorithm.kl_coef > 0:
             frozen = copy.deepcopy(decoder).to(dtype).requires_grad_(False)
             reference = Policy(frozen, settings, dtype)
             self.world.shard(reference, frozen.model.layers, dtype)
+        if config.lora.rank:
+            add_adapters(decoder, config.lora, config.run.seed)
+        policy = Policy(decoder, settings, dtype)
         self.world.shard(policy, decoder.model.layers, dtype)
         return policy, Update(
             policy,
@@ -279,9 +284,16 @@ class Trainer:
         wanted = config.eval.after_train and bool(self.data.held_out)
         if wanted and not self.folder.has_evaluation(self.done_steps):
             self._evaluate()
+        if config.lora.rank:
+            export_adapter(
+                self.policy.decoder,
+                config.model.path,
+                self.folder.path / "adapter",
+                write=self.world.is_first,
+            )
         if config.checkpoint.export_hf:
             export_model(
-                full_tensors(self.policy.decoder),
+                merged_tensors(self.policy.decoder),
                 self.model_path,
                 self.folder.model,
                 soft_params(config.rollout, config.algorithm.objective),

@@ -14,6 +14,7 @@ from softgrpo.correction import importance_weights
 from softgrpo.density import log_densities, mismatch, rollout_logq
 from softgrpo.distributed import World, balanced, full
 from softgrpo.loss import loss_mask, policy_loss, token_weights
+from softgrpo.optimizer import make_optimizer
 from softgrpo.policy import Policy, PositionLogProbs
 
 
@@ -102,14 +103,7 @@ class Update:
         self.world = world or World()
         self.algorithm, self.optim = algorithm, optim
         self.max_new_tokens = max_new_tokens
-        device = policy.decoder.embed_weight.device.type
-        self.optimizer = torch.optim.AdamW(
-            policy.decoder.parameters(),
-            lr=optim.lr,
-            betas=(optim.betas[0], optim.betas[1]),
-            weight_decay=optim.weight_decay,
-            fused=device in ("cpu", "cuda"),
-        )
+        self.optimizer = make_optimizer(policy.decoder, optim)
 
     def __call__(
         self, batch: RolloutBatch, advantages_S: Tensor, lr: float
