@@ -56,6 +56,11 @@ class World:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         return World(dist.get_rank(), size, size // int(os.environ["LOCAL_WORLD_SIZE"]))
 
+    def leave(self) -> None:
+        """Parts from the others at the end of a run."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
     @property
     def is_first(self) -> bool:
         """Whether this process writes, prints and logs."""

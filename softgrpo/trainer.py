@@ -316,6 +316,7 @@ class Trainer:
         self._build_report()
         self.tracking.close()
         self.rewards.close()
+        self.world.leave()
 
     def _record(self, row: dict[str, Any]) -> None:
         self.folder.append_metrics(row)
