@@ -85,12 +85,13 @@ def test_two_processes_train_as_one_and_continue_each_others_checkpoints(
 def test_a_lost_process_ends_the_job_with_one_line(number, tiny_config, tmp_path):
     reward = tmp_path / "deadly.py"
     reward.write_text(
-        "import os\n"
+        "import os, pathlib\n"
         "calls = 0\n"
         "def deadly(prompts, completions, **columns):\n"
         "    global calls\n"
         "    calls += 1\n"
         "    if calls == 4 and os.environ.get('RANK') == '1':\n"
+        f"        pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getppid()))\n"
         f"        os.kill(os.getppid(), {int(number)})\n"
         "    return [float(i % 2) for i in range(len(completions))]\n"
     )
@@ -111,8 +112,9 @@ def test_a_lost_process_ends_the_job_with_one_line(number, tiny_config, tmp_path
             assert "softgrpo/" not in job.stderr.read()  # no traceback of ours
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+            # torchrun's processes have sessions of their own.
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        job.wait(60)
     steps = [path.name for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()]
     assert "step_000002" in steps
 
