@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -60,7 +61,7 @@ def merged_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
         if owner.endswith(".base_layer"):
             owner = owner.removesuffix(".base_layer")
             if kind == "weight":
-                layer = decoder.get_submodule(owner)
+                layer: Any = decoder.get_submodule(owner)  # peft's LoraLayer
                 a, b = (full(part[_NAME].weight) for part in (layer.lora_A, layer.lora_B))
                 tensor = tensor.float() + (b @ a) * layer.scaling[_NAME]
         yield f"{owner}.{kind}", tensor
@@ -81,7 +82,8 @@ def export_adapter(decoder: Decoder, base_model: str, target: Path, *, write: bo
             tensors[key] = full(parameter.detach()).cpu().contiguous()
     if write:
         target.mkdir(parents=True, exist_ok=True)
-        config = decoder.peft_config[_NAME]
+        peft_configs: Any = decoder.peft_config
+        config = peft_configs[_NAME]
         config.base_model_name_or_path = base_model
         config.save_pretrained(str(target))
         save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})

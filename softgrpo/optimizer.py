@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -13,9 +15,9 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     """AdamW over the trainable parameters; adamw_8bit keeps its moments in 8 bits
     (arXiv 2110.02861): 2 bytes a parameter instead of 8."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    options = {
+    options: dict[str, Any] = {
         "lr": config.lr,
-        "betas": (config.betas[0], config.betas[1]),
+        "betas": tuple(config.betas),
         "weight_decay": config.weight_decay,
     }
     if config.name == "adamw_8bit":
