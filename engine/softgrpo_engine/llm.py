@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from softgrpo_engine.attention_backends import attention_backend
 from softgrpo_engine.kv_cache import BlockPool
 from softgrpo_engine.memory import pages_that_fit, return_freed_memory
 from softgrpo_engine.metrics import TokenRate, load_metrics, sample_progress
@@ -43,7 +44,8 @@ class LLM:
     default what the model was made for. max_batch_size: samples in progress at once.
     max_batch_tokens: positions computed in one step; longer prompts are computed in chunks.
     batch_invariant: a sample has the same bits whatever it shares a batch with, on any CPU; where
-    the CPU has a matrix unit for bfloat16 that is so in any case.
+    the CPU has a matrix unit for bfloat16 that is so in any case. attention: "kernels" (ours), or
+    on a GPU "flashinfer" or "varlen" (PyTorch's).
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LLM:
         max_batch_size: int = 256,
         max_batch_tokens: int = 8192,
         batch_invariant: bool = False,
+        attention: str = "kernels",
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r} is not allowed: must be bfloat16 or float32")
@@ -81,6 +84,7 @@ class LLM:
         self.config = decoder.config
         self.dtype = decoder.embed_weight.dtype
         self.batch_invariant = batch_invariant
+        backend = attention_backend(attention, self.config, self.dtype, decoder.embed_weight.device)
         decoder.pack(batch_invariant=batch_invariant)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         if self.max_model_len > self.config.max_position_embeddings:
@@ -94,7 +98,7 @@ class LLM:
         num_pages = pages_that_fit(decoder, kv_memory, max_batch_size, self.max_model_len)
         self.pool = BlockPool(num_pages)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens)
-        self.runner = Runner(decoder, num_pages, max_batch_size)
+        self.runner = Runner(decoder, num_pages, max_batch_size, backend)
         self.device = self.runner.device
         self.rate = TokenRate()
         self._awake = True
