@@ -148,7 +148,7 @@ class Record:
     def soft_tokens(self, sequence: Sequence) -> tuple[SoftTokens, Tensor]:
         """A sample's record so far [T, slots] and its log-probabilities [T], copied."""
         # A sample that never ran has no row, and nothing in it.
-        row, length, slots = sequence.row or 0, sequence.num_generated, sequence.slots
+        row, length, slots = sequence.row or 0, len(sequence.tokens), sequence.slots
         ids, gprime, *rest = (
             part[row, :length].cpu().clone()
             for part in (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softgrpo_engine.attention import PagedAttention, attend_by_kernels
-from softgrpo_engine.attention_backends import Attend, AttentionBackend, HostBatch, Kernels
+from softgrpo_engine.attention_backends import Attend, HostBatch, attention_backend
 from softgrpo_engine.cuda_graphs import DecodeGraphs, bucket
 from softgrpo_engine.decode_inputs import DecodeInputs, DecodeShape
 from softgrpo_engine.kv_cache import PAGE_SIZE
@@ -62,11 +62,12 @@ class Runner:
         decoder: Decoder,
         num_pages: int,
         rows: int,
-        attention: AttentionBackend | None = None,
+        attention: str = "kernels",
     ) -> None:
         self.decoder = decoder
         self.device = decoder.embed_weight.device
-        self.attention: AttentionBackend = attention or Kernels()
+        dtype = decoder.embed_weight.dtype
+        self.attention = attention_backend(attention, decoder.config, dtype, self.device)
         self.record = Record(rows + 1, self.device)
         self.record.skip(rows)
         self.max_batch_size, self.padding_row = rows, rows
@@ -105,28 +106,21 @@ class Runner:
         if self.graphs is not None:
             self.graphs.clear()
 
-    def start(self, sequence: Sequence) -> None:
-        """Prepares the record row of a sample that is scheduled for the first time."""
-        self.record.start(sequence)
-
-    def run(self, plan: Plan) -> Drawn:
-        """Forward pass and draw of one step."""
-        launched = self.launch(plan)
-        return Drawn([], [], []) if launched is None else launched.read()
-
     @torch.inference_mode()
-    def launch(self, plan: Plan) -> Launched | None:
-        """Starts a step; None where nothing is drawn. On a GPU it returns before that is done."""
+    def run(self, plan: Plan) -> Launched:
+        """Starts the forward pass and draw of a step; on a GPU it returns before they are done."""
+        for sequence in plan.started:
+            self.record.start(sequence)
         if plan.is_decode:
             return Launched(self._launch_decode(plan))
         hidden_TH = self._prefill(plan.chunks)
         self._copy_pages(plan.copies)
         if not plan.samplers:
-            return None
+            return Launched(torch.empty(3, 0, dtype=torch.int64))
         last_row = np.cumsum([chunk.length for chunk in plan.chunks]) - 1
         rows = self._to_device(last_row[[index for _, index in plan.samplers]])
         places = np.array([(s.row, s.num_generated) for s, _ in plan.samplers]).T
-        row_B, index_B = self._to_device(places)
+        row_B, index_B = self._to_device(places.copy())
         held_back = self._to_device(_held_back([s for s, _ in plan.samplers]))
         return Launched(self._draw(hidden_TH.index_select(0, rows), row_B, index_B, held_back))
 
@@ -135,9 +129,9 @@ class Runner:
         self.record.soft[sequence.row] = 0
 
     def force(self, sequence: Sequence, token: int) -> None:
-        """Puts ``token`` at the position just drawn; the phase is discrete from here."""
+        """Puts ``token`` after those read so far; the phase is discrete from here."""
         assert sequence.row is not None
-        self.record.force(sequence.row, sequence.num_generated - 1, token)
+        self.record.force(sequence.row, len(sequence.tokens), token)
 
     def _launch_decode(self, plan: Plan) -> Tensor:
         """int64 [3, B], see `_draw`; on a GPU from a graph where the attention can be in one."""
@@ -247,7 +241,7 @@ class Runner:
         generated = index_T >= 0
         embeds = table.new_empty(len(row_T), table.shape[1])
         prompts = [c.sequence.prompt[c.start : c.start + c.length] for c in chunks]
-        tokens = torch.tensor([*itertools.chain(*prompts)], dtype=torch.int64, device=self.device)
+        tokens = self._to_device(np.array([*itertools.chain(*prompts)], dtype=np.int64))
         embeds[self._to_device(np.flatnonzero(~generated))] = table[tokens]
         if generated.any():
             rows, index = self._to_device(np.stack([row_T[generated], index_T[generated]]))
