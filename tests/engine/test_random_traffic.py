@@ -11,13 +11,13 @@ SOFT = SoftParams(tau=0.8, end_of_thinking="</think>", max_soft_tokens=9)
 
 
 def params(rng):
-    return SamplingParams(max_tokens=rng.randint(1, 24), seed=7, top_k=4, stop_token_ids=(5, 9, 14, 22))
+    return SamplingParams(max_tokens=rng.randint(1, 24), seed=7, top_k=4, stop_token_ids=(5, 9))
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_preemption_at_every_step_changes_no_sample(make_llm, prompts, overlap):
     rng = random.Random(3)
-    requests = [(rng.choice(prompts), params(rng)) for _ in range(24)]
+    requests = [(rng.choice(prompts), params(rng)) for _ in range(48)]
     alone = {}
     single = make_llm(max_batch_size=1)
     for prompt, settings in requests:
@@ -53,7 +53,7 @@ def test_a_preemption_at_every_step_changes_no_sample(make_llm, prompts, overlap
                 ended.append((output.samples[0], alone[tuple(prompt), settings.max_tokens]))
                 calls.remove(entry)
     metrics = llm.metrics()
-    assert metrics["preemptions"] > 80
+    assert metrics["preemptions"] > 100
     assert metrics["kv_pages_free"] == metrics["kv_pages"]
     assert aborted >= 2
     assert {sample.finish_reason for sample, _ in ended} == {"stop", "length"}
