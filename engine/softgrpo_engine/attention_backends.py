@@ -37,7 +37,10 @@ class HostBatch:
 
 
 class AttentionBackend(Protocol):
-    """Chosen once for an engine. in_graphs: its decode step can be in a CUDA graph."""
+    """Chosen once for an engine.
+
+    in_graphs: its decode step can be in a CUDA graph, and the next one be launched before it ends.
+    """
 
     in_graphs: bool
 
@@ -58,7 +61,8 @@ class Kernels:
 class FlashInfer:
     """FlashInfer's wrappers for paged decode and prefill, on its tensor-core kernels.
 
-    They plan on the host, once a step; pages are head-major, which it calls "HND".
+    They plan on the host, once a step, in buffers that the step before must have left; pages are
+    head-major, which it calls "HND".
     """
 
     in_graphs = False
@@ -107,8 +111,7 @@ class Varlen:
     """PyTorch's ``varlen_attn`` over pages, unsplit: a row does not depend on its batch.
 
     It wants pages of [page_size, heads], which a view of ours is. PyTorch's own FlashAttention 2
-    takes only pages of a multiple of 256 tokens, so that an implementation must have been activated
-    that takes smaller ones.
+    takes only pages of a multiple of 256 tokens, so that FlashAttention 3 must have been activated.
     """
 
     in_graphs = False
@@ -123,7 +126,7 @@ class Varlen:
             )
         from torch.nn.attention import current_flash_attention_impl
 
-        if current_flash_attention_impl() is None:
+        if current_flash_attention_impl() != "FA3":
             raise ValueError(
                 f"attention='varlen': FlashAttention 2 takes no pages of {PAGE_SIZE} tokens; call "
                 "torch.nn.attention.activate_flash_attention_impl('FA3') first, or take "

@@ -97,7 +97,7 @@ class LLM:
         self.device = self.runner.device
         self.rate = TokenRate()
         self._awake = True
-        self.overlap = self.device.type == "cuda"
+        self.overlap = self.runner.graphs is not None
         self._launched: tuple[Plan, Launched] | None = None  # not read yet
 
     def generate(
