@@ -1,10 +1,12 @@
 """How packed tokens attend: the interface, and attention over the paged KV cache (engine).
 
-That of the trainer is in `softgrpo_engine.group_attention`.
+Attention of the trainer is in `softgrpo_engine.group_attention`, other libraries' kernels over the
+pages in `softgrpo_engine.attention_backends`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +25,21 @@ class Attention(Protocol):
         ...
 
 
+def attend_by_kernels(
+    batch: PagedAttention, q_TQD: Tensor, k_pages: Tensor, v_pages: Tensor
+) -> Tensor:
+    """Our kernels: C++ on the CPU, Triton on a GPU."""
+    return paged_attention(
+        q_TQD,
+        k_pages,
+        v_pages,
+        batch.block_table,
+        batch.seq_lens,
+        scale=q_TQD.shape[-1] ** -0.5,
+        query_starts=batch.query_starts,
+    )
+
+
 @dataclass(frozen=True)
 class PagedAttention:
     """Causal attention over the KV pages; the keys and values of this pass are stored first.
@@ -30,7 +47,8 @@ class PagedAttention:
     k_pages, v_pages: [layers, pages, Hkv, page_size, D]. slot_mapping: int64 [T], the flat slot
     (page * page_size + offset) of each token. block_table: int32 [B, max_pages]. seq_lens: int32
     [B], tokens in the cache including this pass. query_starts: int32 [B + 1] rows of each sequence,
-    or None when every sequence has one row (decode). num_heads: Hq.
+    or None when every sequence has one row (decode). num_heads: Hq. attend: computes
+    (this, q [T, Hq, D], pages of a layer) -> [T, Hq, D].
     """
 
     k_pages: Tensor
@@ -40,25 +58,17 @@ class PagedAttention:
     seq_lens: Tensor
     query_starts: Tensor | None
     num_heads: int
+    attend: Callable[[PagedAttention, Tensor, Tensor, Tensor], Tensor] = attend_by_kernels
 
     def __call__(self, layer: int, qkv_TE: Tensor, rope: Rope) -> Tensor:
         k_pages, v_pages = self.k_pages[layer], self.v_pages[layer]
         q_TQD = rope_store_kv(
             qkv_TE, *rope, k_pages, v_pages, self.slot_mapping, self.num_heads, k_pages.shape[1]
         )
-        out_TQD = paged_attention(
-            q_TQD,
-            k_pages,
-            v_pages,
-            self.block_table,
-            self.seq_lens,
-            scale=q_TQD.shape[-1] ** -0.5,
-            query_starts=self.query_starts,
-        )
-        return out_TQD.flatten(1)
+        return self.attend(self, q_TQD, k_pages, v_pages).flatten(1)
 
     def through(self, layers: DecoderLayers, x_TH: Tensor, rope: Rope) -> Tensor:
-        """The same in every layer of a decoder: normalised hidden states [T, H]."""
+        """The same in every layer of a decoder, by our kernels: normalised hidden states."""
         return layers(
             x_TH,
             *rope,

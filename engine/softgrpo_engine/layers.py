@@ -66,11 +66,15 @@ class FusedProjection:
 
     def pack(self, batch_invariant: bool) -> None:
         layers = [getattr(self._owner, name) for name in self._names]
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        weight, bias = _joined(weights), None if biases[0] is None else _joined(biases)
         self.packed = PackedLinear(
             weight, bias, silu_mul=self._silu_mul, batch_invariant=batch_invariant
         )
+        if self.packed.keeps_weight:
+            _share(weights, weight)
+            if bias is not None:
+                _share(biases, bias)
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         if self.packed is not None and not self._owner.training:
@@ -80,6 +84,25 @@ class FusedProjection:
             gate, up = outputs
             return F.silu(gate) * up
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _joined(parts: list[nn.Parameter]) -> Tensor:
+    """The rows of all parts: the memory that they share if they do, else a copy."""
+    first, end = parts[0], parts[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage:
+            return torch.cat([part.detach() for part in parts])
+        end += part.nbytes
+    rows = sum(len(part) for part in parts)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def _share(parts: list[nn.Parameter], whole: Tensor) -> None:
+    """Makes the parts views of the whole: it costs no second copy of the weights, and what is
+    written into a part is in the whole, where a CUDA graph reads it."""
+    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = rows
 
 
 class SelfAttention(nn.Module):

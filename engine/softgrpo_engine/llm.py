@@ -22,7 +22,7 @@ from softgrpo_engine.outputs import FinishReason, Output, Sample
 from softgrpo_engine.params import SamplingParams, SoftParams
 from softgrpo_engine.prompts import Prompt, as_list, default_uids, encode
 from softgrpo_engine.requests import Call, check_fits, make_groups
-from softgrpo_engine.runner import Drawn, Runner
+from softgrpo_engine.runner import Launched, Runner
 from softgrpo_engine.scheduler import Plan, Scheduler
 from softgrpo_engine.sequence import Sequence
 from softgrpo_engine.stopping import hits_stop_string, sample_text
@@ -43,7 +43,8 @@ class LLM:
     default what the model was made for. max_batch_size: samples in progress at once.
     max_batch_tokens: positions computed in one step; longer prompts are computed in chunks.
     batch_invariant: a sample has the same bits whatever it shares a batch with, on any CPU; where
-    the CPU has a matrix unit for bfloat16 that is so in any case.
+    the CPU has a matrix unit for bfloat16 that is so in any case. attention: "kernels" (ours), or
+    on a GPU "flashinfer" or "varlen" (PyTorch's).
     """
 
     def __init__(
@@ -58,14 +59,12 @@ class LLM:
         max_batch_size: int = 256,
         max_batch_tokens: int = 8192,
         batch_invariant: bool = False,
+        attention: str = "kernels",
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r} is not allowed: must be bfloat16 or float32")
-        for name, value in (
-            ("max_batch_size", max_batch_size),
-            ("max_batch_tokens", max_batch_tokens),
-            ("max_model_len", max_model_len),
-        ):
+        sizes = {"max_batch_size": max_batch_size, "max_batch_tokens": max_batch_tokens}
+        for name, value in (sizes | {"max_model_len": max_model_len}).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not allowed: must be >= 1")
         if device == "auto":
@@ -94,10 +93,12 @@ class LLM:
         num_pages = pages_that_fit(decoder, kv_memory, max_batch_size, self.max_model_len)
         self.pool = BlockPool(num_pages)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens)
-        self.runner = Runner(decoder, num_pages, max_batch_size)
+        self.runner = Runner(decoder, num_pages, max_batch_size, attention)
         self.device = self.runner.device
         self.rate = TokenRate()
         self._awake = True
+        self.overlap = self.runner.graphs is not None
+        self._launched: tuple[Plan, Launched] | None = None  # not read yet
 
     def generate(
         self,
@@ -198,21 +199,26 @@ class LLM:
         return call
 
     def step(self) -> list[Sequence]:
-        """One step: plan, compute, draw, commit. Returns the sequences that got a token."""
+        """One step: plan, launch, commit, read. Returns the sequences that got a token.
+
+        On a GPU a step is read when the next one has been launched: the host works while the device
+        computes. A sample that has ended is then computed for a position too many: nobody sees it.
+        """
         if not self.scheduler.has_work:
             return []
         start = time.perf_counter()
         try:
-            plan = self.scheduler.schedule()
-            for sequence in plan.started:
-                self.runner.start(sequence)
-            drawn = self.runner.run(plan)
-            self._check_valid(plan, drawn)
-            forced = [sequence.forced_token for sequence, _ in plan.samplers]
-            self.scheduler.commit(plan)
-            advanced = self._advance(plan, drawn, forced)
+            # The thinking budget may change what was drawn, before the next step reads it.
+            drawn = self._launched[0].samplers if self._launched else []
+            advanced = self._read() if any(s.may_be_forced for s, _ in drawn) else []
+            launched = self._launch()
+            advanced += self._read()
+            self._launched = launched
+            if not self.overlap:
+                advanced += self._read()
         except BaseException as error:
             # Half a step cannot be taken up again: nothing that is in progress goes on.
+            self._launched = None
             for sequence in self.scheduler.active:
                 sequence.error = error
                 self._end(sequence, "abort")
@@ -331,19 +337,31 @@ class LLM:
         self.runner.decoder = empty_decoder(self.config, self.dtype, "meta")
         self.pool.clear()
 
-    def _check_valid(self, plan: Plan, drawn: Drawn) -> None:
-        if not all(drawn.valid):
-            sequence, _ = plan.samplers[drawn.valid.index(False)]
-            raise RuntimeError(
-                f"the logits of sample uid {sequence.uid} are not finite "
-                f"(weight version {self.weight_version}): the weights or their update are broken"
-            )
+    def _launch(self) -> tuple[Plan, Launched] | None:
+        """Starts the next step, if there is anything to compute."""
+        plan = self.scheduler.schedule()
+        if not plan.chunks:
+            return None
+        launched = self.runner.run(plan)
+        self.scheduler.commit(plan)
+        return plan, launched
 
-    def _advance(self, plan: Plan, drawn: Drawn, forced: list[int | None]) -> list[Sequence]:
-        """Reads the drawn tokens, moves phases on, and ends what has ended."""
+    def _read(self) -> list[Sequence]:
+        """Takes the tokens of the launched step, moves phases on, and ends what has ended."""
+        if self._launched is None:
+            return []
+        (plan, launched), self._launched = self._launched, None
+        drawn = launched.read()
         advanced = []
         for i, (sequence, _) in enumerate(plan.samplers):
-            token, soft, override = drawn.token[i], drawn.soft[i], forced[i]
+            if sequence.finish_reason is not None:
+                continue  # it ended while this step was under way
+            if not drawn.valid[i]:
+                raise RuntimeError(
+                    f"the logits of sample uid {sequence.uid} are not finite (weight version "
+                    f"{self.weight_version}): the weights or their update are broken"
+                )
+            token, soft, override = drawn.token[i], drawn.soft[i], sequence.forced_token
             if override is not None:
                 self.runner.force(sequence, override)
                 token, soft = override, False
@@ -352,7 +370,7 @@ class LLM:
             advanced.append(sequence)
             if token in sequence.end_ids or hits_stop_string(sequence, self.tokenizer):
                 self._end(sequence, "stop")
-            elif sequence.num_generated == sequence.params.max_tokens:
+            elif len(sequence.tokens) == sequence.params.max_tokens:
                 self._end(sequence, "length")
         return advanced
 
@@ -360,7 +378,7 @@ class LLM:
         """Without an end-of-thinking token a spent budget simply makes the rest discrete."""
         assert sequence.soft is not None
         budget = sequence.soft.max_soft_tokens
-        if budget is None or sequence.thinking_end is not None or sequence.num_generated < budget:
+        if budget is None or sequence.thinking_end is not None or len(sequence.tokens) < budget:
             return True
         self.runner.end_soft_phase(sequence)
         return False

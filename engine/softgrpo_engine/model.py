@@ -103,6 +103,17 @@ class Decoder(nn.Module):
         self._packed_head = PackedLinear(self.lm_head_weight, batch_invariant=batch_invariant)
         self._compiled = self._compile()
 
+    def tensors(self) -> list[Tensor]:
+        """All that inference reads: parameters, buffers and packed weights."""
+        packed = [
+            projection.packed
+            for module in self.modules()
+            for projection in vars(module).values()
+            if isinstance(projection, FusedProjection)
+        ]
+        weights = [w for p in (*packed, self._packed_head) if p is not None for w in p.tensors()]
+        return [*self.parameters(), *self.buffers(), *weights]
+
     def _compile(self) -> DecoderLayers | None:
         """The layers as one C++ call, where all of their products are."""
         blocks = [block for block in self.model.layers if isinstance(block, DecoderLayer)]

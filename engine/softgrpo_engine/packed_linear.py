@@ -46,6 +46,16 @@ class PackedLinear:
             self._onednn = _prepacked(weight_NK)
             self._weight = weight_NK if self._onednn is None else None
 
+    @property
+    def keeps_weight(self) -> bool:
+        """Whether it computes with the tensors that it was given: a change of them is seen here."""
+        return self._weight is not None
+
+    def tensors(self) -> list[Tensor]:
+        """What it reads (not oneDNN's opaque weight)."""
+        ours = (None, None) if self.ours is None else (self.ours.data, self.ours.bias)
+        return [tensor for tensor in (*ours, self._weight, self._bias) if tensor is not None]
+
     def __call__(self, x_TK: Tensor) -> Tensor:
         if self.ours is not None:
             return packed_linear(x_TK, self.ours)

@@ -10,7 +10,7 @@ from softgrpo_engine.sequence import Sequence
 from softgrpo_engine.soft_tokens import SoftTokens
 from softgrpo_kernels import RowParameters, SoftToken, soft_weights
 
-GREEDY, DISCRETE, SOFT = 0, 1, 2
+GREEDY, DISCRETE, SOFT, SKIP = range(4)
 
 
 class Record:
@@ -57,6 +57,18 @@ class Record:
                 target[:, :length, :slots] = source
             else:
                 target[:, :length] = source
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it."""
+        drawn = (self.ids, self.gprime, self.kind, self.forced, self.token, self.logprob)
+        return (*drawn, self.floats, self.ints, self.soft, self.terminal_ids)
+
+    def skip(self, row: int) -> None:
+        """Nothing is drawn in this row: it pads batches."""
+        for column in (row, self.rows + row):
+            self.floats[:, column] = 1.0
+            self.ints[5, column] = SKIP
 
     def start(self, sequence: Sequence) -> None:
         """Writes the parameters of a sample that just got its row."""
@@ -136,7 +148,7 @@ class Record:
     def soft_tokens(self, sequence: Sequence) -> tuple[SoftTokens, Tensor]:
         """A sample's record so far [T, slots] and its log-probabilities [T], copied."""
         # A sample that never ran has no row, and nothing in it.
-        row, length, slots = sequence.row or 0, sequence.num_generated, sequence.slots
+        row, length, slots = sequence.row or 0, len(sequence.tokens), sequence.slots
         ids, gprime, *rest = (
             part[row, :length].cpu().clone()
             for part in (

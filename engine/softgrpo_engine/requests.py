@@ -57,7 +57,7 @@ class Call:
 
     @property
     def has_news(self) -> bool:
-        return any(s.sample or s.num_generated > seen for s, seen in self._unread.items())
+        return any(s.sample or len(s.tokens) > seen for s, seen in self._unread.items())
 
     def ended(self) -> Iterator[tuple[int, Output]]:
         """(prompt index, Output) of every group that has ended, each once."""
@@ -75,8 +75,8 @@ class Call:
             _raise_error(sequence)
             if sequence.sample is not None:
                 del self._unread[sequence]
-            elif sequence.num_generated > seen:
-                self._unread[sequence] = sequence.num_generated
+            elif len(sequence.tokens) > seen:
+                self._unread[sequence] = len(sequence.tokens)
             else:
                 continue
             yield self._prompt_of[sequence], sequence.sample or self._sample(sequence)

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softgrpo_engine.attention import PagedAttention
+from softgrpo_engine.attention import PagedAttention, attend_by_kernels
+from softgrpo_engine.attention_backends import Attend, HostBatch, attention_backend
+from softgrpo_engine.cuda_graphs import DecodeGraphs, bucket
+from softgrpo_engine.decode_inputs import DecodeInputs, DecodeShape
 from softgrpo_engine.kv_cache import PAGE_SIZE
 from softgrpo_engine.model import Decoder
 from softgrpo_engine.record import Record
@@ -28,38 +31,67 @@ class Drawn:
     valid: list[bool]
 
 
-@dataclass(frozen=True)
-class DecodeInputs:
-    """What the device reads in a step of one position a sequence.
+class Launched:
+    """The tokens of a step on their way to the host: one copy, behind the work that draws them."""
 
-    row, index: int64 [B], places in the record. position: int64 [B], in the sequence. slot: int64
-    [B], where its keys go. block_table: int32 [B, W]. seq_lens: int32 [B], this position included.
-    """
+    def __init__(self, drawn: Tensor) -> None:
+        self._drawn, self._arrived = drawn, None
+        if drawn.is_cuda:
+            self._drawn = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+            self._drawn.copy_(drawn, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
-    row: Tensor
-    index: Tensor
-    position: Tensor
-    slot: Tensor
-    block_table: Tensor
-    seq_lens: Tensor
+    def read(self) -> Drawn:
+        """Waits for the step, and for nothing that was launched after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        token, soft, valid = self._drawn.tolist()
+        return Drawn(token, [bool(x) for x in soft], [bool(x) for x in valid])
 
 
 class Runner:
-    """Owns the decoder, the KV pages and the record."""
+    """Owns the decoder, the KV pages and the record.
 
-    def __init__(self, decoder: Decoder, num_pages: int, rows: int) -> None:
+    The last page and the last row of the record belong to no sequence: the rows that pad a batch
+    read and write them.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_pages: int,
+        rows: int,
+        attention: str = "kernels",
+    ) -> None:
         self.decoder = decoder
         self.device = decoder.embed_weight.device
-        self.record = Record(rows, self.device)
-        self.num_pages = num_pages
+        dtype = decoder.embed_weight.dtype
+        self.attention = attention_backend(attention, decoder.config, dtype, self.device)
+        self.record = Record(rows + 1, self.device)
+        self.record.skip(rows)
+        self.max_batch_size, self.padding_row = rows, rows
+        self.num_pages = self.padding_page = num_pages
         self.allocate_pages()
+        self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda" and self.attention.in_graphs:
+            self.graphs = DecodeGraphs(self._decode, self._addresses, self.device)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._decoder
+
+    @decoder.setter
+    def decoder(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._weights = tuple(tensor.data_ptr() for tensor in decoder.tensors())
 
     def allocate_pages(self) -> None:
         """Makes the KV cache: [layers, pages, Hkv, page_size, D] for keys and for values."""
         config = self.decoder.config
         shape = (
             config.num_layers,
-            self.num_pages,
+            self.num_pages + 1,
             config.num_kv_heads,
             PAGE_SIZE,
             config.head_dim,
@@ -71,56 +103,94 @@ class Runner:
     def free_pages(self) -> None:
         """Drops the KV cache; ``allocate_pages`` makes an empty one."""
         self.k_pages = self.v_pages = torch.empty(0)
-
-    def start(self, sequence: Sequence) -> None:
-        """Prepares the record row of a sample that is scheduled for the first time."""
-        self.record.start(sequence)
+        if self.graphs is not None:
+            self.graphs.clear()
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> Drawn:
-        """Forward pass and draw of one step."""
+    def run(self, plan: Plan) -> Launched:
+        """Starts the forward pass and draw of a step; on a GPU it returns before they are done."""
+        for sequence in plan.started:
+            self.record.start(sequence)
         if plan.is_decode:
-            drawn = self._decode(self._decode_inputs(plan.chunks), self._held_back(plan.samplers))
-        else:
-            hidden_TH = self._prefill(plan.chunks)
-            self._copy_pages(plan.copies)
-            if not plan.samplers:
-                return Drawn([], [], [])
-            last_row = np.cumsum([chunk.length for chunk in plan.chunks]) - 1
-            rows = self._to_device(last_row[[index for _, index in plan.samplers]])
-            places = np.array([(s.row, s.num_generated) for s, _ in plan.samplers]).T
-            row_B, index_B = self._to_device(places)
-            held_back = self._held_back(plan.samplers)
-            drawn = self._draw(hidden_TH.index_select(0, rows), row_B, index_B, held_back)
-        token, soft, valid = drawn.tolist()
-        return Drawn(token, [bool(x) for x in soft], [bool(x) for x in valid])
+            return Launched(self._launch_decode(plan))
+        hidden_TH = self._prefill(plan.chunks)
+        self._copy_pages(plan.copies)
+        if not plan.samplers:
+            return Launched(torch.empty(3, 0, dtype=torch.int64))
+        last_row = np.cumsum([chunk.length for chunk in plan.chunks]) - 1
+        rows = self._to_device(last_row[[index for _, index in plan.samplers]])
+        places = np.array([(s.row, s.num_generated) for s, _ in plan.samplers]).T
+        row_B, index_B = self._to_device(places.copy())
+        held_back = self._to_device(_held_back([s for s, _ in plan.samplers]))
+        return Launched(self._draw(hidden_TH.index_select(0, rows), row_B, index_B, held_back))
 
     def end_soft_phase(self, sequence: Sequence) -> None:
         """The next position of the sample is drawn discretely."""
         self.record.soft[sequence.row] = 0
 
     def force(self, sequence: Sequence, token: int) -> None:
-        """Puts ``token`` at the position just drawn; the phase is discrete from here."""
+        """Puts ``token`` after those read so far; the phase is discrete from here."""
         assert sequence.row is not None
-        self.record.force(sequence.row, sequence.num_generated - 1, token)
+        self.record.force(sequence.row, len(sequence.tokens), token)
 
-    def _decode_inputs(self, chunks: Seq[Chunk]) -> DecodeInputs:
-        per_sequence = [(c.sequence.row, c.sequence.num_generated, c.start) for c in chunks]
-        row, index, position = np.array(per_sequence, dtype=np.int64).T
-        table = _block_table(chunks)
-        page = table[np.arange(len(chunks)), position // PAGE_SIZE].astype(np.int64)
-        slot = page * PAGE_SIZE + position % PAGE_SIZE
-        row_B, index_B, position_B, slot_B = self._to_device(np.stack([row, index, position, slot]))
-        seq_lens = self._to_device((position + 1).astype(np.int32))
-        return DecodeInputs(row_B, index_B, position_B, slot_B, self._to_device(table), seq_lens)
+    def _launch_decode(self, plan: Plan) -> Tensor:
+        """int64 [3, B], see `_draw`; on a GPU from a graph where the attention can be in one."""
+        held_back = _held_back([chunk.sequence for chunk in plan.chunks])
+        table = _block_table(plan.chunks)
+        shape = DecodeShape(len(plan.chunks), table.shape[1], held_back.shape[1])
+        if self.graphs is None:
+            words = self._decode_words(shape, plan.chunks, table, held_back)
+            inputs = DecodeInputs.views(words.to(self.device, non_blocking=True), shape)
+            seq_lens = DecodeInputs.views(words, shape).seq_lens.numpy()
+            return self._decode(inputs, self.attention.plan(HostBatch(table, seq_lens, None)))
+        padded = bucket(shape, self.max_batch_size)
+        words = self._decode_words(padded, plan.chunks, table, held_back)
+        drawn = self.graphs(
+            words, lambda: self._decode_words(padded, [], table[:0], held_back[:0]), padded
+        )
+        return drawn[:, : shape.rows]
 
-    def _decode(self, inputs: DecodeInputs, held_back: list[tuple[int, list[int]]]) -> Tensor:
+    def _decode_words(
+        self, shape: DecodeShape, chunks: Seq[Chunk], table: np.ndarray, held_back: np.ndarray
+    ) -> Tensor:
+        """The inputs of these chunks on the host, filled up with padding to the shape."""
+        words = torch.empty(shape.words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        parts = vars(DecodeInputs.views(words, shape))
+        inputs = {name: part.numpy() for name, part in parts.items()}
+        count = len(chunks)
+        places = [(c.sequence.row, c.sequence.num_generated, c.start) for c in chunks]
+        row, index, position = np.array(places, dtype=np.int64).reshape(count, 3).T
+        page = table[np.arange(count), position // PAGE_SIZE].astype(np.int64)
+        # A batch has at most 15 rows of padding: each has a slot of its own.
+        pad_slots = self.padding_page * PAGE_SIZE + np.arange(shape.rows - count) % PAGE_SIZE
+        for name, values, padding in (
+            ("row", row, self.padding_row),
+            ("index", index, 1),  # it reads the position before
+            ("position", position, 0),
+            ("slot", page * PAGE_SIZE + position % PAGE_SIZE, pad_slots),
+            ("seq_lens", position + 1, 1),
+        ):
+            inputs[name][:count], inputs[name][count:] = values, padding
+        for name, rows, padding in (
+            ("block_table", table, self.padding_page),
+            ("held_back", held_back, -1),
+        ):
+            inputs[name].fill(padding)
+            inputs[name][:count, : rows.shape[1]] = rows
+        return words
+
+    def _decode(self, inputs: DecodeInputs, attend: Attend = attend_by_kernels) -> Tensor:
         """One position of every sequence, on the device alone: see `_draw`."""
-        attention = self._attention(inputs.slot, inputs.block_table, inputs.seq_lens, None)
+        attention = self._attention(inputs.slot, inputs.block_table, inputs.seq_lens, None, attend)
         candidates = self.record.inputs(inputs.row, inputs.index - 1)
         embeds_BH = soft_embedding(*candidates, self.decoder.embed_weight)
         hidden_BH = self.decoder(embeds_BH, inputs.position, attention)
-        return self._draw(hidden_BH, inputs.row, inputs.index, held_back)
+        return self._draw(hidden_BH, inputs.row, inputs.index, inputs.held_back)
+
+    def _addresses(self) -> tuple[int, ...]:
+        """Of every tensor that `_decode` finds by itself."""
+        tensors = (*self.record.tensors, self.k_pages, self.v_pages)
+        return (*(tensor.data_ptr() for tensor in tensors), *self._weights)
 
     def _prefill(self, chunks: Seq[Chunk]) -> Tensor:
         """Final hidden states [T, H] of chunks of any length, packed."""
@@ -131,11 +201,14 @@ class Runner:
         chunk_T = np.repeat(np.arange(len(chunks)), length)
         position_T = np.arange(ends[-1]) + (start - ends + length)[chunk_T]
         page_T = table[chunk_T, position_T // PAGE_SIZE].astype(np.int64)
+        seq_lens = (start + length).astype(np.int32)
+        starts = np.concatenate([[0], ends]).astype(np.int32)
         attention = self._attention(
             self._to_device(page_T * PAGE_SIZE + position_T % PAGE_SIZE),
             self._to_device(table),
-            self._to_device((start + length).astype(np.int32)),
-            self._to_device(np.concatenate([[0], ends]).astype(np.int32)),
+            self._to_device(seq_lens),
+            self._to_device(starts),
+            self.attention.plan(HostBatch(table, seq_lens, starts)),
         )
         embeds_TH = self._embed(chunks, row[chunk_T], position_T - split[chunk_T])
         return self.decoder(embeds_TH, self._to_device(position_T), attention)
@@ -146,6 +219,7 @@ class Runner:
         block_table: Tensor,
         seq_lens: Tensor,
         query_starts: Tensor | None,
+        attend: Attend,
     ) -> PagedAttention:
         return PagedAttention(
             self.k_pages,
@@ -155,6 +229,7 @@ class Runner:
             seq_lens=seq_lens,
             query_starts=query_starts,
             num_heads=self.decoder.config.num_heads,
+            attend=attend,
         )
 
     def _embed(self, chunks: Seq[Chunk], row_T: np.ndarray, index_T: np.ndarray) -> Tensor:
@@ -166,7 +241,7 @@ class Runner:
         generated = index_T >= 0
         embeds = table.new_empty(len(row_T), table.shape[1])
         prompts = [c.sequence.prompt[c.start : c.start + c.length] for c in chunks]
-        tokens = torch.tensor([*itertools.chain(*prompts)], dtype=torch.int64, device=self.device)
+        tokens = self._to_device(np.array([*itertools.chain(*prompts)], dtype=np.int64))
         embeds[self._to_device(np.flatnonzero(~generated))] = table[tokens]
         if generated.any():
             rows, index = self._to_device(np.stack([row_T[generated], index_T[generated]]))
@@ -175,19 +250,17 @@ class Runner:
         return embeds
 
     def _draw(
-        self,
-        hidden_BH: Tensor,
-        row_B: Tensor,
-        index_B: Tensor,
-        held_back: list[tuple[int, list[int]]],
+        self, hidden_BH: Tensor, row_B: Tensor, index_B: Tensor, held_back_BE: Tensor
     ) -> Tensor:
         """Draws a position of every row into the record; int64 [3, B]: token, soft, valid.
 
-        held_back: (i, ids that row i may not draw).
+        held_back_BE: int64, ids that a row may not draw, -1 pads.
         """
         logits_BV = self.decoder.logits(hidden_BH)
-        for i, ids in held_back:
-            logits_BV[i, ids] = -torch.inf
+        if held_back_BE.shape[1]:
+            # The smaller of logit and bound: a pad, whatever id it stands for, changes nothing.
+            bound_BE = torch.where(held_back_BE < 0, torch.inf, -torch.inf).to(logits_BV.dtype)
+            logits_BV.scatter_reduce_(1, held_back_BE.clamp(min=0), bound_BE, "amin")
         drawn = soft_token_of_rows(
             logits_BV,
             self.record.parameters(row_B, index_B),
@@ -200,22 +273,17 @@ class Runner:
         self.record.write(row_B, index_B, drawn)
         return torch.stack([drawn.token.long(), drawn.kind.long(), drawn.valid.long()])
 
-    def _held_back(self, samplers: list[tuple[Sequence, int]]) -> list[tuple[int, list[int]]]:
-        """The ends of samples that have not yet their min_tokens."""
-        return [
-            (i, sorted(sequence.end_ids))
-            for i, (sequence, _) in enumerate(samplers)
-            if sequence.num_generated < sequence.params.min_tokens and sequence.end_ids
-        ]
-
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         if copies:
-            source, target = (torch.tensor(side) for side in zip(*copies, strict=True))
+            source, target = self._to_device(np.array(copies).T.copy())
             self.k_pages[:, target] = self.k_pages[:, source]
             self.v_pages[:, target] = self.v_pages[:, source]
 
     def _to_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+        host = torch.from_numpy(values)
+        if self.device.type != "cuda":
+            return host.to(self.device)
+        return host.pin_memory().to(self.device, non_blocking=True)
 
 
 def _block_table(chunks: Seq[Chunk]) -> np.ndarray:
@@ -224,4 +292,13 @@ def _block_table(chunks: Seq[Chunk]) -> np.ndarray:
     table = np.zeros((len(chunks), width), dtype=np.int32)
     for row, chunk in zip(table, chunks, strict=True):
         row[: len(chunk.sequence.pages)] = chunk.sequence.pages
+    return table
+
+
+def _held_back(sequences: Seq[Sequence]) -> np.ndarray:
+    """The ends of samples that have not yet their min_tokens: int64 [B, most], -1 pads."""
+    ids = [sorted(s.end_ids) if s.num_generated < s.params.min_tokens else [] for s in sequences]
+    table = np.full((len(ids), max(map(len, ids))), -1, dtype=np.int64)
+    for row, held in zip(table, ids, strict=True):
+        row[: len(held)] = held
     return table

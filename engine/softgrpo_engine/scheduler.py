@@ -122,7 +122,9 @@ class Scheduler:
         # Oldest first. Only younger sequences, not yet planned, are preempted on the way.
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
-            if self._grow(sequence):
+            if sequence.is_drawn:
+                index += 1
+            elif self._grow(sequence):
                 budget -= self._chunk(plan, sequence, budget)
                 index += 1
         for sequence, chunk in list(plan.samplers):
@@ -145,7 +147,7 @@ class Scheduler:
         # A step has room for a token of everything that runs.
         while self.waiting and budget > 0 and len(self.running) < self.max_batch_tokens:
             sequence = self.waiting[0]
-            if sequence.row is None and not self._rows:
+            if sequence.is_drawn or (sequence.row is None and not self._rows):
                 return
             # At least one position is computed: it gives the logits.
             prefix = self.pool.find_prefix(sequence.prompt[: sequence.length - 1])

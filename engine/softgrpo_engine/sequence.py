@@ -19,11 +19,12 @@ class Sequence:
 
     uid, seed, stream: keys of its noise. group: samples of one prompt in one call have the same
     number. end_ids: tokens that end it. thinking_end: token that ends its soft phase, if any.
-    slots: candidates recorded at a position. num_computed: positions whose keys and values are in
-    ``pages``. row: its row in the record, kept while it is preempted. soft_phase: the next position
-    is drawn softly. tokens: generated so far, for text and stop strings; the inputs of the model
-    are rebuilt from the record alone. followers: siblings that wait for its prompt. sample: what it
-    has come to, once it has ended; error: what the step raised that ended it.
+    slots: candidates recorded at a position. num_generated: positions drawn, the last of which the
+    host may not have read yet. num_computed: positions whose keys and values are in ``pages``. row:
+    its row in the record, kept while it is preempted. soft_phase: the next position is drawn
+    softly. tokens: those read, for text and stop strings; the inputs of the model are rebuilt from
+    the record alone. followers: siblings that wait for its prompt. sample: what it has come to,
+    once it has ended; error: what the step raised that ended it.
     """
 
     uid: int
@@ -58,9 +59,20 @@ class Sequence:
 
     @property
     def forced_token(self) -> int | None:
-        """The token that the thinking budget puts at the next position, None when it is free."""
+        """The token that the thinking budget puts after ``tokens``, None when it is free."""
         budget = self.soft.max_soft_tokens if self.soft and self.soft_phase else None
-        return self.thinking_end if budget is not None and self.num_generated >= budget else None
+        return self.thinking_end if budget is not None and len(self.tokens) >= budget else None
+
+    @property
+    def may_be_forced(self) -> bool:
+        """The thinking budget may end at a position that has been drawn and not read."""
+        budget = self.soft.max_soft_tokens if self.soft and self.soft_phase else None
+        return budget is not None and self.num_generated >= budget
+
+    @property
+    def is_drawn(self) -> bool:
+        """Its last position has been drawn: it ends when that is read."""
+        return self.num_generated >= self.params.max_tokens
 
 
 def pages_for(tokens: int) -> int:

@@ -105,5 +105,6 @@ def save_pretrained(
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in named_tensors}
+    # Copies: the weights of an engine can be parts of larger tensors, which safetensors refuses.
+    state = {name: t.detach().to("cpu", dtype, copy=True) for name, t in named_tensors}
     save_torch_state_dict(state, str(target))

@@ -1,4 +1,6 @@
-"""Inference ops of a decoder: C++ for bf16 and fp32 on the CPU, plain PyTorch elsewhere.
+"""Inference ops of a decoder in bf16 and fp32: C++ on the CPU, Triton on CUDA and ROCm.
+
+Other dtypes and devices, and a CPU without the extension, take plain PyTorch.
 
 They record no gradient; call them under ``torch.inference_mode()`` or ``torch.no_grad()``.
 """
@@ -40,16 +42,16 @@ def paged_attention(
             tokens of sequence b, in order. None: one row for every sequence (decode).
 
     Returns:
-        [T, Hq, D] in q's dtype: fp32 softmax and accumulation, one rounding. On the CPU a row has
-        the same bits whatever the batch, the thread count, the page size, and the way its sequence
-        was cut into calls.
+        [T, Hq, D] in q's dtype: fp32 softmax and accumulation, one rounding. A row has the same
+        bits whatever the batch and the way its sequence was cut into calls, but on a GPU those of
+        decode and of query_starts differ; on the CPU also whatever the thread count and page size.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a sequence with more queries than tokens or
-            more tokens than its pages hold, a page outside the cache.
+        ValueError: shapes or dtypes that do not fit. On the CPU also: a sequence with more queries
+            than tokens or more tokens than its pages hold, a page outside the cache.
     """
-    cpu = _cpu_kernels(q)
-    if cpu is None:
+    kernels = _kernels(q)
+    if kernels is None:
         return reference.paged_attention(
             q, k_pages, v_pages, block_table, seq_lens, scale=scale, query_starts=query_starts
         )
@@ -70,8 +72,12 @@ def paged_attention(
         )
     q, block_table, seq_lens = q.contiguous(), _int32(block_table), _int32(seq_lens)
     query_starts = None if query_starts is None else _int32(query_starts)
+    if q.is_cuda:
+        return kernels.paged_attention(
+            q, k_pages, v_pages, block_table, seq_lens, scale=scale, query_starts=query_starts
+        )
     out = torch.empty_like(q)
-    cpu.paged_attention(
+    kernels.paged_attention(
         out.data_ptr(),
         q.data_ptr(),
         k_pages.data_ptr(),
@@ -112,8 +118,8 @@ def rms_norm(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    cpu = _cpu_kernels(x)
-    if cpu is None:
+    kernels = _kernels(x)
+    if kernels is None:
         return reference.rms_norm(x, weight, eps, residual)
     rows, hidden = x.shape
     if weight.shape[0] != hidden or weight.dtype != x.dtype:
@@ -121,17 +127,21 @@ def rms_norm(
             f"rms_norm: weight must be {x.dtype} [{hidden}], as x is, not "
             f"{weight.dtype} {list(weight.shape)}"
         )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError("rms_norm: residual must have the shape and dtype of x")
+    if x.is_cuda:
+        return kernels.rms_norm(x, weight, eps, residual)
     x = x.contiguous()
     out = torch.empty_like(x)
     bf16 = x.dtype == torch.bfloat16
     if residual is None:
-        cpu.rms_norm(out.data_ptr(), 0, x.data_ptr(), 0, weight.data_ptr(), rows, hidden, eps, bf16)
+        kernels.rms_norm(
+            out.data_ptr(), 0, x.data_ptr(), 0, weight.data_ptr(), rows, hidden, eps, bf16
+        )
         return out
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError("rms_norm: residual must have the shape and dtype of x")
     residual = residual.contiguous()
     total = torch.empty_like(x)
-    cpu.rms_norm(
+    kernels.rms_norm(
         out.data_ptr(),
         total.data_ptr(),
         x.data_ptr(),
@@ -150,16 +160,18 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
     Rounded as Hugging Face: silu in fp32, rounded to the dtype, then the product in the dtype.
     """
-    cpu = _cpu_kernels(gate_up)
-    if cpu is None:
+    kernels = _kernels(gate_up)
+    if kernels is None:
         return reference.silu_mul(gate_up)
     rows, width = gate_up.shape
     if width % 2:
         raise ValueError(f"silu_mul: needs an even last dimension [T, 2I], got {width}")
+    if gate_up.is_cuda:
+        return kernels.silu_mul(gate_up)
     gate_up = gate_up.contiguous()
     out = gate_up.new_empty(rows, width // 2)
     bf16 = gate_up.dtype == torch.bfloat16
-    cpu.silu_mul(out.data_ptr(), gate_up.data_ptr(), rows, width // 2, bf16)
+    kernels.silu_mul(out.data_ptr(), gate_up.data_ptr(), rows, width // 2, bf16)
     return out
 
 
@@ -186,10 +198,10 @@ def rope_store_kv(
         ``x * cos + rotate_half(x) * sin`` with each product and the sum rounded to the dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a slot outside the pages.
+        ValueError: shapes or dtypes that do not fit; on the CPU also a slot outside the pages.
     """
-    cpu = _cpu_kernels(qkv)
-    if cpu is None:
+    kernels = _kernels(qkv)
+    if kernels is None:
         return reference.rope_store_kv(
             qkv, cos, sin, k_pages, v_pages, slot_mapping, num_heads, num_kv_heads
         )
@@ -212,9 +224,13 @@ def rope_store_kv(
         raise ValueError(f"rope_store_kv: cos and sin must be float32, not {cos.dtype}")
     if slot_mapping.dtype != torch.int64:
         raise ValueError(f"rope_store_kv: slot_mapping must be int64, not {slot_mapping.dtype}")
+    if qkv.is_cuda:
+        return kernels.rope_store_kv(
+            qkv, cos, sin, k_pages, v_pages, slot_mapping, num_heads, num_kv_heads
+        )
     qkv, cos, sin, slot_mapping = (t.contiguous() for t in (qkv, cos, sin, slot_mapping))
     q_TQD = qkv.new_empty(rows, num_heads, head_dim)
-    cpu.rope_store_kv(
+    kernels.rope_store_kv(
         q_TQD.data_ptr(),
         k_pages.data_ptr(),
         v_pages.data_ptr(),
@@ -233,11 +249,17 @@ def rope_store_kv(
     return q_TQD
 
 
-def _cpu_kernels(x: Tensor) -> ModuleType | None:
-    """The compiled kernels when they can take x."""
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The C++ or Triton kernels where they can take x."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("this op records no gradient; call it under torch.inference_mode()")
-    return cpu_extension() if x.is_cpu and x.dtype in _DTYPES else None
+    if x.dtype not in _DTYPES:
+        return None
+    if x.is_cuda:
+        from softgrpo_kernels import gpu
+
+        return gpu
+    return cpu_extension() if x.is_cpu else None
 
 
 def _check_cache(x: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:

@@ -144,7 +144,7 @@ def _cuda_back_ends() -> dict[str, str]:
     return {
         "soft step, embedding, noise": triton,
         "training log-probabilities": triton,
-        "attention, norms, RoPE": "PyTorch",
+        "attention, norms, RoPE": triton,
         "linear layers": "F.linear",
     }
 

@@ -8,7 +8,7 @@ from softgrpo_engine.attention import PagedAttention
 from softgrpo_engine.config import DecoderConfig
 from softgrpo_engine.group_attention import GroupAttention
 from softgrpo_engine.model import Decoder
-from softgrpo_engine.weights import load_weights
+from softgrpo_engine.weights import load_weights, read_weights, save_pretrained
 
 SHAPE = {
     "vocab_size": 97,
@@ -174,3 +174,28 @@ def test_weights_that_do_not_fit_are_named():
         load_weights(ours, iter(()))
     with pytest.raises(ValueError, match=r"model.norm.weight.*\[3\]"):
         load_weights(ours, iter([("model.norm.weight", torch.ones(3))]))
+
+
+def test_a_fused_weight_is_the_memory_of_its_parts(hf_model, tmp_path):
+    """Where no other layout is faster: an update in place reaches it, packing again moves nothing,
+    and the parts can still be saved."""
+    ours = Decoder(DecoderConfig.from_hf(hf_model.config))
+    load_weights(ours, iter(hf_model.state_dict().items()))
+    ours.pack()
+    addresses = [tensor.data_ptr() for tensor in ours.tensors()]
+    attention = ours.model.layers[0].self_attn
+    (fused,) = attention.qkv.packed.tensors()
+    with torch.no_grad():
+        attention.k_proj.weight.fill_(7.0)
+    assert bool((fused[48:64] == 7.0).all())
+    assert not bool((fused[:48] == 7.0).any())
+    assert not bool((fused[64:] == 7.0).any())
+    ours.pack()
+    assert [tensor.data_ptr() for tensor in ours.tensors()] == addresses
+
+    hf_model.save_pretrained(tmp_path / "source")
+    weights = ours.named_parameters()
+    save_pretrained(weights, tmp_path / "source", tmp_path / "target", torch.float32)
+    saved = dict(read_weights(tmp_path / "target"))
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(saved[name], parameter)

@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 import torch
 
 from softgrpo_engine import SamplingParams, SoftParams
@@ -13,9 +14,10 @@ def params(rng):
     return SamplingParams(max_tokens=rng.randint(1, 24), seed=7, top_k=4, stop_token_ids=(5, 9))
 
 
-def test_a_preemption_at_every_step_changes_no_sample(make_llm, prompts):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_preemption_at_every_step_changes_no_sample(make_llm, prompts, overlap):
     rng = random.Random(3)
-    requests = [(rng.choice(prompts), params(rng)) for _ in range(24)]
+    requests = [(rng.choice(prompts), params(rng)) for _ in range(48)]
     alone = {}
     single = make_llm(max_batch_size=1)
     for prompt, settings in requests:
@@ -23,6 +25,7 @@ def test_a_preemption_at_every_step_changes_no_sample(make_llm, prompts):
         alone[tuple(prompt), settings.max_tokens] = output.samples[0]
 
     llm = make_llm(pages=9, max_batch_size=6, max_batch_tokens=24)
+    llm.overlap = overlap
     schedule = llm.scheduler.schedule
 
     def preempt_one_first():

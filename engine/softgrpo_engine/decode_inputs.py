@@ -1,0 +1,57 @@
+"""What the device reads in a step of one position a sequence, as one block of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DecodeShape(NamedTuple):
+    """rows: B. pages: W, the width of the block table. ends: E, ids held back from a row."""
+
+    rows: int
+    pages: int
+    ends: int
+
+    @property
+    def words(self) -> int:
+        """32-bit words of the block."""
+        return 2 * self.rows * (4 + self.ends) + self.rows * (self.pages + 1)
+
+
+@dataclass(frozen=True)
+class DecodeInputs:
+    """row, index: int64 [B], places in the record. position: int64 [B], in the sequence. slot:
+    int64 [B], where its keys go. held_back: int64 [B, E], tokens that a row may not draw, -1 pads.
+    block_table: int32 [B, W]. seq_lens: int32 [B], this position included.
+    """
+
+    row: Tensor
+    index: Tensor
+    position: Tensor
+    slot: Tensor
+    held_back: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+
+    @staticmethod
+    def views(words: Tensor, shape: DecodeShape) -> DecodeInputs:
+        """The inputs in a block of int32 [shape.words], on the host or on the device: one copy
+        moves them all."""
+        rows, pages, ends = shape
+        wide, narrow = words.split([2 * rows * (4 + ends), rows * (pages + 1)])
+        *places, held_back = wide.view(torch.int64).split([rows] * 4 + [rows * ends])
+        block_table, seq_lens = narrow.split([rows * pages, rows])
+        row, index, position, slot = places
+        return DecodeInputs(
+            row,
+            index,
+            position,
+            slot,
+            held_back.view(rows, ends),
+            block_table.view(rows, pages),
+            seq_lens,
+        )
