@@ -8,9 +8,10 @@ import resource
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 # This folder's kernels.py is not the package of that name that transformers looks for.
-sys.path.pop(0)
+sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
 
 
 def main() -> None:

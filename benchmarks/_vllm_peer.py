@@ -8,9 +8,10 @@ import os
 import random
 import sys
 import time
+from pathlib import Path
 
 # This folder's kernels.py is not the package of that name that transformers looks for.
-sys.path.pop(0)
+sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
 # Two threads without pinning: elsewhere vLLM binds them to cores that this process may not have.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")

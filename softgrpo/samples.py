@@ -5,39 +5,48 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from softgrpo_engine import Sample, SoftTokens
+from softgrpo.rollout import ScoredRollout
+from softgrpo_engine import SoftTokens
 from softgrpo_kernels import soft_weights
 
 # A candidate under this weight contributes nothing that anyone could see.
 _VISIBLE_WEIGHT = 5e-4
 
 
-def sample_row(
-    sample: Sample,
+def sample_rows(
+    scored: ScoredRollout,
+    advantages_S: Tensor | None,
+    count: int,
     *,
     step: int,
     phase: str,
-    prompt: str,
-    answer: str,
-    reward: float | None,
-    advantage: float | None,
     tau: float,
     tokenizer: Any,
-) -> dict[str, Any]:
-    """One sample with the candidates and weights of every position."""
-    return {
-        "step": step,
-        "phase": phase,
-        "prompt": prompt,
-        "answer": answer,
-        "text": sample.text,
-        "reward": reward,
-        "advantage": advantage,
-        "finish_reason": sample.finish_reason,
-        "uid": sample.uid,
-        "positions": position_rows(sample.soft, tau, tokenizer),
-    }
+) -> list[dict[str, Any]]:
+    """The first sample of each of the first `count` prompts, with the candidates and weights of
+    every position."""
+    rows = []
+    first = 0  # of the prompt, among all samples
+    for prompt, output in list(zip(scored.prompts, scored.outputs, strict=True))[:count]:
+        sample = output.samples[0]
+        rows.append(
+            {
+                "step": step,
+                "phase": phase,
+                "prompt": prompt.example.text,
+                "answer": prompt.example.answer,
+                "text": sample.text,
+                "reward": float(scored.rewards_S[first]),
+                "advantage": None if advantages_S is None else float(advantages_S[first]),
+                "finish_reason": sample.finish_reason,
+                "uid": sample.uid,
+                "positions": position_rows(sample.soft, tau, tokenizer),
+            }
+        )
+        first += len(output.samples)
+    return rows
 
 
 def position_rows(record: SoftTokens, tau: float, tokenizer: Any) -> list[dict[str, Any]]:

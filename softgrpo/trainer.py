@@ -42,7 +42,7 @@ from softgrpo.rollout import (
     soft_params,
 )
 from softgrpo.run_folder import RunFolder, find_checkpoint
-from softgrpo.samples import sample_row
+from softgrpo.samples import sample_rows
 from softgrpo.tracking import Tracking
 from softgrpo.update import Update, learning_rate
 from softgrpo_engine import SamplingParams
@@ -239,14 +239,9 @@ class Trainer:
             add_adapters(decoder, config.lora, config.run.seed)
         policy = Policy(decoder, settings, dtype)
         self.world.shard(policy, decoder.model.layers, dtype)
-        return policy, Update(
-            policy,
-            reference,
-            config.algorithm,
-            config.optim,
-            config.rollout.max_new_tokens,
-            self.world,
-        )
+        most = config.rollout.max_new_tokens
+        update = Update(policy, reference, config.algorithm, config.optim, most, self.world)
+        return policy, update
 
     def _start(self) -> None:
         """Continues from the checkpoint found, or begins a new run folder."""
@@ -366,8 +361,8 @@ class Trainer:
         outputs = evaluate(self.llm, [p.token_ids for p in everyones], self.config, self.world)
         prompts = self.world.share(everyones)
         scored = ScoredRollout(prompts, outputs, *self.rewards.score(prompts, outputs))
-        scored = scored.gathered(self.world)
-        row = evaluation_row(self.done_steps, scored.outputs, scored.rewards_S, self.config.eval.k)
+        scored, ks = scored.gathered(self.world), self.config.eval.k
+        row = evaluation_row(self.done_steps, scored.outputs, scored.rewards_S, ks)
         self._record(row)
         self.progress.evaluation(row)
         self._keep_samples("eval", scored, None)
@@ -380,23 +375,16 @@ class Trainer:
     def _keep_samples(
         self, phase: str, scored: ScoredRollout, advantages_S: Tensor | None
     ) -> list[dict[str, Any]]:
-        """Keeps samples of different prompts: the first sample of each of the first prompts."""
-        config, outputs = self.config, scored.outputs
-        rows = []
-        for i in range(min(config.log.samples_per_step, len(outputs))):
-            flat = sum(len(output.samples) for output in outputs[:i])
-            row = sample_row(
-                outputs[i].samples[0],
-                step=self.done_steps,
-                phase=phase,
-                prompt=scored.prompts[i].example.text,
-                answer=scored.prompts[i].example.answer,
-                reward=float(scored.rewards_S[flat]),
-                advantage=None if advantages_S is None else float(advantages_S[flat]),
-                tau=(evaluation_rollout(config) if phase == "eval" else config.rollout).soft.tau,
-                tokenizer=self.llm.tokenizer,
-            )
-            rows.append(row)
+        config = self.config
+        rows = sample_rows(
+            scored,
+            advantages_S,
+            config.log.samples_per_step,
+            step=self.done_steps,
+            phase=phase,
+            tau=(evaluation_rollout(config) if phase == "eval" else config.rollout).soft.tau,
+            tokenizer=self.llm.tokenizer,
+        )
         self.folder.append_samples(rows)
         return rows
 
