@@ -43,7 +43,7 @@ def vllm(python: Path | None, settings: PeerSettings) -> Seconds:
         settings.threads,
         json.dumps(vars(settings)),
     )
-    found = json.loads(done.splitlines()[-1])
+    found = json_line(done)
     return {
         mode: {int(batch): s for batch, s in batches.items()} for mode, batches in found.items()
     }
@@ -67,6 +67,14 @@ def llama_cpp(binary: Path | None, gguf: Path | None, settings: PeerSettings) ->
                 row = json.loads(line)
                 seconds.setdefault(row["pl"], []).append(row["t"])
     return {"no sampling": seconds}
+
+
+def json_line(text: str) -> Any:
+    """The last line that is a JSON object: what a peer's libraries print is none."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            return json.loads(line)
+    raise Absent("it printed no result")
 
 
 def run_peer(command: list[str], threads: int, text: str = "") -> str:

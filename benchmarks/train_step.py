@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from _machine import hardware, spread, versions
-from _peers import Absent, run_peer
+from _peers import Absent, json_line, run_peer
 from rich.console import Console
 from rich.table import Table
 
@@ -124,7 +124,7 @@ def trl(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     script = str(Path(__file__).parent / "_trl_peer.py")
     done = run_peer([str(arguments.trl_python), script], settings["threads"], json.dumps(settings))
-    found = json.loads(done.splitlines()[-1])
+    found = json_line(done)
     tokens = arguments.prompts * arguments.group_size * arguments.new_tokens
     return {
         "engine": "trl",
