@@ -12,7 +12,7 @@ import time
 import pytest
 from checkpoints import tensors_of
 
-from softgrpo import Config
+from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
 from softgrpo.config import ConfigError
 from softgrpo.distributed import World, balanced
@@ -143,6 +143,12 @@ def test_shares_are_a_partition_in_order():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
     with pytest.raises(ConfigError, match=r"prompts_per_step=4 is fewer than the 8 processes"):
         World(0, 8).check_shares("rollout.prompts_per_step", 4)
+
+
+def test_adapters_are_refused_in_several_processes(monkeypatch, tiny_config):
+    monkeypatch.setattr(World, "join", staticmethod(lambda timeout_s: World(0, 2)))
+    with pytest.raises(ConfigError, match=r"lora.rank: adapters train in one process"):
+        Trainer(Config.load(tiny_config, ["lora.rank=4"]))
 
 
 def test_one_process_needs_no_torchrun(monkeypatch, tiny_config):
