@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
+from softgrpo_kernels.extension import cpu_extension
 
 TEXT = (
     "{0} apples, {1} pears and {2} plums lie in a basket; {3} of them are eaten on the first day "
@@ -85,6 +87,10 @@ def main() -> None:
     """Measures, prints and writes."""
     arguments = _parser().parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.no_amx:
+        # As on a CPU with AVX512-BF16 alone: oneDNN's products, and with them the limit, and ours.
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
+        cpu_extension().limit_matrix_unit(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
     llm = LLM(
@@ -201,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--vllm-python", type=Path, metavar="PYTHON", help="interpreter that has vLLM")
     add("--llama-bench", type=Path, metavar="BINARY", help="llama-batched-bench of llama.cpp")
     add("--llama-gguf", type=Path, metavar="FILE", help="the model for it, in bf16")
+    add("--no-amx", action="store_true", help="as if the CPU had AVX512-BF16 at best")
     add("--threads", type=int, default=torch.get_num_threads(), help="of all")
     add("--repeats", type=int, default=3, help="the median is shown")
     add("--temperature", type=float, default=1.0, help="of all")
