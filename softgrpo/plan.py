@@ -180,6 +180,8 @@ def seconds(
 def plan(config: Config, hardware: Hardware | None = None) -> Table:
     """The table for 1, 8 and 64 GPUs (eight to a node)."""
     hardware = hardware or Hardware()
+    if config.lora.rank or config.optim.name != "adamw":
+        raise ConfigError("--plan knows AdamW on all weights: optim.name=adamw and lora.rank=0")
     shape = Shape.of(decoder_config(config.model.path))
     table = Table(
         title=f"{config.run.name}: {config.model.path}, {shape.parameters / 1e9:.2f} B parameters",

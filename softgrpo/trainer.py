@@ -184,10 +184,12 @@ class Trainer:
         with self._timed("reward", times):
             lost = self.rewards.lost
             rewards_S, by_function = self.rewards.score(prompts, outputs)
-            if lost := self.rewards.lost - lost:
-                self.progress.message(f"warning: rewards of {lost} samples hung or crashed: none")
         with self._timed("gather", times):
-            return ScoredRollout(prompts, outputs, rewards_S, by_function).gathered(self.world)
+            lost = sum(self.world.gather(self.rewards.lost - lost))
+            drawn = ScoredRollout(prompts, outputs, rewards_S, by_function).gathered(self.world)
+        if lost:
+            self.progress.message(f"warning: rewards of {lost} samples hung or crashed: none")
+        return drawn
 
     def _batch(self, rollout: ScoredRollout) -> RolloutBatch:
         return RolloutBatch.from_outputs(

@@ -145,6 +145,20 @@ def test_shares_are_a_partition_in_order():
         World(0, 8).check_shares("rollout.prompts_per_step", 4)
 
 
+def test_lost_rewards_of_all_processes_are_told(tiny_config, capsys):
+    class Another(World):
+        """A second process, which has lost the rewards of three samples."""
+
+        def gather(self, value):
+            return [value, 3] if isinstance(value, int) else [value]
+
+    trainer = Trainer(Config.load(tiny_config))
+    trainer.world = Another()
+    trainer.step(1)
+    trainer.rewards.close()
+    assert "warning: rewards of 3 samples hung or crashed" in capsys.readouterr().out
+
+
 def test_adapters_are_refused_in_several_processes(monkeypatch, tiny_config):
     monkeypatch.setattr(World, "join", staticmethod(lambda timeout_s: World(0, 2)))
     with pytest.raises(ConfigError, match=r"lora.rank: adapters train in one process"):

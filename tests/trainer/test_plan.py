@@ -9,7 +9,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config
 
-from softgrpo.config import Config
+from softgrpo.config import Config, ConfigError
 from softgrpo.plan import Shape, decoder_config, kv_cache, memory, plan, seconds, training_flops
 from softgrpo_engine.config import DecoderConfig
 from softgrpo_engine.group_attention import GroupAttention
@@ -128,6 +128,12 @@ def test_the_recipes_of_the_paper_are_planned_without_a_network():
         text = console.export_text()
         assert "64 GPUs" in text
         assert "rollout.kv_memory, GiB" in text
+
+
+@pytest.mark.parametrize("override", ["lora.rank=8", "optim.name=adamw_8bit"])
+def test_what_the_arithmetic_does_not_know_is_refused(override):
+    with pytest.raises(ConfigError, match="--plan knows AdamW on all weights"):
+        plan(Config.load("paper-1.5b", [override]))
 
 
 def test_more_gpus_take_less_time_and_a_smaller_cache_more():
