@@ -13,6 +13,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture
+def one_thread():
+    """PyTorch computes with one thread during the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def peak_memory():
     """peak_memory(run): the most bytes that PyTorch's CPU allocator held at a time during `run()`,

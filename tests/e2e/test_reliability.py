@@ -71,8 +71,9 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_as_if_it_had_not_been
 
 def test_a_second_signal_ends_at_once(tiny_config):
     def twice(prompts, completions, **columns):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        # To this thread: os.kill may signal another one, and return before the handler has run.
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         raise AssertionError("still there")
 
     with pytest.raises(KeyboardInterrupt) as stop:

@@ -126,14 +126,15 @@ def peak(vocabulary, way):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_vocabulary():
     """KiB on top of the tensors given. Of 256k tokens, dW is 64 MiB and the logits of the discrete
-    rows would be 256 MiB; they work in slices of 4 MiB here, of which a few live at a time."""
+    rows would be 256 MiB; they work in slices of 4 MiB here, of which a few live at a time (16 to
+    32 MiB: when the allocator gives pages back differs)."""
     peaks = {
         (vocabulary, way): peak(vocabulary, way)
         for vocabulary, way in (
             (16_384, "accumulate"), (262_144, "accumulate"), (262_144, "rows"), (262_144, "dense"),
         )
     }  # fmt: skip
-    slices = 32 << 10
+    slices = 48 << 10
     assert peaks[16_384, "accumulate"] < slices, peaks
     assert peaks[262_144, "accumulate"] < slices, peaks
     assert peaks[262_144, "rows"] < 6 << 10, peaks
