@@ -32,13 +32,15 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Inside, the first SIGTERM or Ctrl-C is noted, with a line; the second one acts at once.
 
-    Outside of the main thread signals cannot be caught: they stay as they are.
+    Outside of the main thread signals cannot be caught: they stay as they are. So does one that
+    the process was started to ignore, as a shell does for Ctrl-C when it starts a background job.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {n: handler for n, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = number
@@ -47,7 +49,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         # Not print: the signal may have come in the middle of one.
         os.write(2, f"\n{name}: saving after this step; again: ending at once\n".encode())
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request

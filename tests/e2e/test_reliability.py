@@ -69,9 +69,16 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_as_if_it_had_not_been
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_second_signal_ends_at_once(tiny_config):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C does what it does in a terminal, also where the tests run as a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_ends_at_once(tiny_config, ctrl_c):
     def twice(prompts, completions, **columns):
-        # To this thread: os.kill may signal another one, and return before the handler has run.
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still there")
@@ -81,7 +88,17 @@ def test_a_second_signal_ends_at_once(tiny_config):
     assert not isinstance(stop.value, Interrupted)
 
 
-def test_ctrl_c_on_the_command_is_one_line(tiny_config, tmp_path):
+def test_an_ignored_signal_stays_ignored(tiny_config, ctrl_c):
+    def once(prompts, completions, **columns):
+        signal.raise_signal(signal.SIGINT)
+        return letters(prompts, completions)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Trainer(load(tiny_config, "run.max_steps=1"), once).train()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_ctrl_c_on_the_command_is_one_line(tiny_config, tmp_path, ctrl_c):
     command = [sys.executable, "-m", "softgrpo.cli.train", "--config", str(tiny_config)]
     command += ["run.max_steps=1000", "checkpoint.every=0", "log.samples_every=0"]
     process = subprocess.Popen(
