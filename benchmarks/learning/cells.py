@@ -51,10 +51,17 @@ ABLATIONS = {
     ),
     "discrete-top-p-1": (*DISCRETE, "rollout.top_p=1.0"),
     "concrete-top-p-1": (*CONCRETE, "rollout.soft.top_p=1.0"),
-    # Ten times the learning rate: what breaks, and what rises first?
-    "discrete-lr-1e-4": (*DISCRETE, "optim.lr=1e-4"),
-    "official-lr-1e-4": (*OFFICIAL, "optim.lr=1e-4"),
-    "exact-lr-1e-4": (*EXACT, "optim.lr=1e-4"),
+    # Explores more; tested at T 1 as all others are.
+    **{
+        f"{name}-T-1.5": (*MAIN[name], f"rollout{soft}.temperature=1.5")
+        for name, soft in (("discrete", ""), ("exact", ".soft"), ("concrete", ".soft"))
+    },
+    # Three and ten times the learning rate: who learns more, what breaks, and what rises first?
+    **{
+        f"{name}-lr-{lr}": (*changes, f"optim.lr={lr}")
+        for lr in ("3e-5", "1e-4")
+        for name, changes in MAIN.items()
+    },
 }
 
 CELLS = [

@@ -1,4 +1,4 @@
-"""Datasets of every kind, prompts, the order of training, and one clear line for every mistake."""
+"""Datasets of every kind, the order of training, and one clear line for every mistake."""
 
 import json
 import sys
@@ -7,39 +7,22 @@ import types
 import pyarrow
 import pyarrow.parquet
 import pytest
+from chat_tokenizer import ChatTokenizer, text_of
 
-from softgrpo.config import Config, DataConfig, FewShot
+from softgrpo.config import Config, DataConfig
 from softgrpo.data import (
     DataError,
     Example,
     TrainingData,
-    build_prompt,
     load_examples,
     round_indices,
 )
-from softgrpo_engine.prompts import thinking_end_id
 
 ROWS = [
     {"prompt": "What is 1 + 1?", "answer": "2", "level": 1},
     {"prompt": "What is 2 + 2?", "answer": 4, "level": 2},
 ]
 CHAIN_SUM = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&size=20"
-
-
-class ChatTokenizer:
-    """Writes a turn as <role>content; one id a character."""
-
-    chat_template = "present"
-
-    def apply_chat_template(self, turns, *, add_generation_prompt, tokenize, return_dict):
-        assert tokenize
-        assert not return_dict
-        text = "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
-        return [ord(c) for c in text + "<assistant>" * add_generation_prompt]
-
-
-def text_of(ids):
-    return "".join(map(chr, ids))
 
 
 def write_jsonl(path, rows):
@@ -254,104 +237,7 @@ def test_the_demo_data_is_held_out_and_without_the_worked_example():
     assert shot.prompt not in held_out | {example.text for example in data.train}
 
 
-# --- prompts ----------------------------------------------------------------------------------
-
-
-def test_build_prompt_orders_system_shots_and_question():
-    shots = [FewShot("1 + 1?", "2")]
-    text = Example("2 + 2?", "4", {})
-    assert text_of(build_prompt(text, ChatTokenizer(), "Box it.", shots)) == (
-        "<system>Box it.<user>1 + 1?<assistant>2<user>2 + 2?<assistant>"
-    )
-    chat = Example([{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "4", {})
-    assert text_of(build_prompt(chat, ChatTokenizer(), None, shots)) == (
-        "<system>S<user>1 + 1?<assistant>2<user>Q<assistant>"
-    )
-    with pytest.raises(DataError, match="a system message of its own"):
-        build_prompt(chat, ChatTokenizer(), "Box it.")
-    with pytest.raises(DataError, match="no chat template"):
-        build_prompt(text, types.SimpleNamespace(chat_template=None))
-
-
-def test_the_template_alone_writes_the_bos():
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<s>": 0, "hi": 1, "?": 2}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}"
-    assert tokenizer("hi").input_ids == [0, 1]  # by itself it adds one
-    assert build_prompt(Example("hi", "", {}), tokenizer) == [0, 1]
-
-
-# As DeepSeek-R1 distills have it: the answer opens with <think>, past thoughts are left out, and
-# there is no room for a second system message.
-THINKING = (
-    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'system' %}{% if not loop.first %}"
-    "{{ raise_exception('one system message only') }}{% endif %}{{ m.content }}"
-    "{% elif m.role == 'user' %}{{ '<user>' + m.content }}"
-    "{% else %}{{ '<assistant>' + m.content.split('</think>')[-1] + '</s>' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant><think>' }}{% endif %}"
-)
-
-
-@pytest.fixture
-def thinking_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    marks = ["<s>", "</s>", "<user>", "<assistant>", "<think>", "</think>"]
-    words = [*marks, "be", "brief", "one", "two", "three", "hm", "?"]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-    tokenizer.add_special_tokens({"additional_special_tokens": marks[2:]})
-    tokenizer.chat_template = THINKING
-    return tokenizer
-
-
-def test_a_template_that_opens_think_ends_the_prompt_with_it(thinking_tokenizer):
-    shots = [FewShot("one ?", "<think> hm </think> two")]
-    ids = build_prompt(Example("two ?", "three", {}), thinking_tokenizer, "be brief", shots)
-    text = "<s> be brief <user> one ? <assistant> two </s> <user> two ? <assistant> <think>"
-    assert " ".join(thinking_tokenizer.convert_ids_to_tokens(ids)) == text
-    # Soft thinking begins right there, and ends with the token that `auto` finds.
-    assert thinking_end_id("auto", thinking_tokenizer) == 5
-
-
-def test_a_template_that_refuses_a_role_is_one_clear_line(thinking_tokenizer, tmp_path):
-    turns = [{"role": "user", "content": "one"}, {"role": "system", "content": "be brief"}]
-    train = write_jsonl(tmp_path / "t.jsonl", [{"prompt": [*turns, turns[0]], "answer": "two"}])
-    with pytest.raises(DataError) as error:
-        TrainingData(
-            config(train, "data.eval=null", "data.system_prompt=null", "data.few_shot=[]")
-        ).prepare(thinking_tokenizer)
-    assert str(error.value) == (
-        f"{train}, example 0: the model's chat template refuses user, system, user: "
-        "one system message only"
-    )
-
-
-@pytest.mark.demo
-def test_the_demo_prompt_of_the_real_tokenizer():
-    from transformers import AutoTokenizer
-
-    from softgrpo_engine.model_source import resolve_model
-
-    data = Config.load("demo").data
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m"))
-    example = Example("What is 67 - 57?", "10", {})
-    ids = build_prompt(example, tokenizer, data.system_prompt, data.few_shot)
-    assert len(ids) == 67
-    assert tokenizer.decode(ids) == (
-        "<|im_start|>system\nPut the final answer in \\boxed{}.<|im_end|>\n"
-        "<|im_start|>user\nWhat is 5 + 2?<|im_end|>\n"
-        "<|im_start|>assistant\n5 + 2 = 7\n\\boxed{7}<|im_end|>\n"
-        "<|im_start|>user\nWhat is 67 - 57?<|im_end|>\n<|im_start|>assistant\n"
-    )
+# --- what training takes ---------------------------------------------------------------------
 
 
 def test_a_prompt_that_is_too_long_is_found_before_the_run(tmp_path):
