@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig
+from tiny_decoder import CONFIG, make_decoder
 
 from softgrpo.batch import RolloutBatch
 from softgrpo.density import (
@@ -17,42 +17,19 @@ from softgrpo.density import (
 )
 from softgrpo.policy import Policy
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.model import Decoder
 from softgrpo_kernels import gumbel_noise, soft_density, soft_weights
-
-CONFIG = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "eos_token_id": 1,
-    "initializer_range": 0.3,
-}
-
-
-def make_decoder(tied=True):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **CONFIG, tie_word_embeddings=tied)
-    decoder = Decoder(DecoderConfig.from_hf(config))
-    for name, parameter in decoder.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(parameter, 0.0, 0.3)
-    return decoder
 
 
 def roll(soft, params=None, groups=2, samples=4, tied=True):
     """A rollout of a tiny random model, and the decoder with the weights that wrote it."""
-    engine = LLM(make_decoder(tied), kv_memory=0.01, max_batch_size=16)
+    shape = {"num_hidden_layers": 2, "tie_word_embeddings": tied}
+    engine = LLM(make_decoder(**shape), kv_memory=0.01, max_batch_size=16)
     params = params or SamplingParams(max_tokens=12, temperature=0.8, top_k=6, top_p=0.9)
     prompts = [[5, 6, 7, 8, 9][: 3 + g] for g in range(groups)]
     uids = [[10 * g + s for s in range(samples)] for g in range(groups)]
     outputs = engine.generate_groups(prompts, params, soft or False, seed=3, uids=uids)
     batch = RolloutBatch.from_outputs(outputs, seed=3, stream=0, weight_version=0)
-    return batch, make_decoder(tied)
+    return batch, make_decoder(**shape)
 
 
 THINKING = {"end_of_thinking": 2}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tiny_decoder import CONFIG, make_decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig
 
 from softgrpo.batch import RolloutBatch
 from softgrpo.config import AlgorithmConfig, OptimConfig
@@ -12,36 +12,14 @@ from softgrpo.density import DensitySettings
 from softgrpo.policy import Policy
 from softgrpo.update import Update
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.config import DecoderConfig
 from softgrpo_engine.group_attention import GroupAttention
-from softgrpo_engine.model import Decoder
 from softgrpo_kernels import soft_density, soft_weights
 
-VOCABULARY, HIDDEN, TOKENS = 61, 16, 24
+HIDDEN, TOKENS = CONFIG["hidden_size"], 24
 GROUPS, SAMPLES = 3, 8
 SOFT = DensitySettings()
 # Over the whole vocabulary: the expensive rows.
 DISCRETE = DensitySettings(soft_enabled=False, discrete_full=True, discrete_listed=False)
-
-
-def make_decoder(vocabulary=VOCABULARY, tied=True, layers=1):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=vocabulary,
-        hidden_size=HIDDEN,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=1,
-        tie_word_embeddings=tied,
-    )
-    decoder = Decoder(DecoderConfig.from_hf(config))
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.3)
-    return decoder
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +86,7 @@ def assert_equal_gradients(ours, expected, tolerance):
 def test_densities_and_gradients_equal_those_of_dense_autograd(batches, mode, tied):
     """The head's gradient goes into .grad beside autograd, in two passes here."""
     batch, settings = batches[mode]
-    policy = Policy(make_decoder(tied=tied), settings, torch.float32)
+    policy = Policy(make_decoder(tie_word_embeddings=tied), settings, torch.float32)
     weights = torch.linspace(-1.0, 1.0, len(batch.soft.token))
     ours = torch.zeros_like(weights)
     for groups in ([0, 2], [1]):
@@ -116,7 +94,7 @@ def test_densities_and_gradients_equal_those_of_dense_autograd(batches, mode, ti
         density = policy(part).density
         (density * weights[rows]).sum().backward()
         ours[rows] = density.detach()
-    decoder = make_decoder(tied=tied).train()
+    decoder = make_decoder(tie_word_embeddings=tied).train()
     expected = dense_densities(decoder, batch, settings)
     (expected * weights).sum().backward()
     torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-4)
@@ -127,14 +105,14 @@ def test_densities_and_gradients_equal_those_of_dense_autograd(batches, mode, ti
 def test_bf16_computation_leaves_float32_gradients(batches, tied):
     """Sums over passes are not rounded to bf16: the gradient of the same pass twice is double."""
     batch, settings = batches["soft"]
-    policy = Policy(make_decoder(tied=tied), settings, torch.bfloat16)
+    policy = Policy(make_decoder(tie_word_embeddings=tied), settings, torch.bfloat16)
     policy(batch).density.sum().backward()
     once = gradients(policy.decoder)
     policy(batch).density.sum().backward()
     for name, gradient in gradients(policy.decoder).items():
         assert gradient.dtype == torch.float32
         torch.testing.assert_close(gradient, 2 * once[name], rtol=1e-5, atol=1e-5)
-    exact = Policy(make_decoder(tied=tied), settings, torch.float32)
+    exact = Policy(make_decoder(tie_word_embeddings=tied), settings, torch.float32)
     exact(batch).density.sum().backward()
     for name, gradient in gradients(exact.decoder).items():
         error = (once[name] - gradient).norm() / gradient.norm()
@@ -147,7 +125,7 @@ def test_micro_batches_and_clipping_see_the_whole_gradient(batches, tied):
     advantages = torch.linspace(-1.0, 1.0, GROUPS * SAMPLES)
     found = []
     for tokens, clip in ((4096, 1e9), (1, 1e9), (1, 1e-3)):
-        policy = Policy(make_decoder(tied=tied), settings, torch.float32)
+        policy = Policy(make_decoder(tie_word_embeddings=tied), settings, torch.float32)
         optim = OptimConfig(tokens_per_microbatch=tokens, grad_clip=clip)
         row, _ = Update(policy, None, AlgorithmConfig(), optim, TOKENS)(batch, advantages, 1e-6)
         found.append((row["grad_norm"], gradients(policy.decoder)))
@@ -172,7 +150,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def train_step(vocabulary, batch, settings):
-    policy = Policy(make_decoder(vocabulary), settings, torch.bfloat16)
+    policy = Policy(make_decoder(vocab_size=vocabulary), settings, torch.bfloat16)
     update = Update(policy, None, AlgorithmConfig(), OptimConfig(), TOKENS)
     advantages = torch.linspace(-1.0, 1.0, GROUPS * SAMPLES)
     return lambda: update(batch, advantages, 1e-6)
@@ -198,7 +176,7 @@ def test_gradient_checkpointing_changes_no_bit_and_takes_less_memory(batches, pe
     batch, settings = batches["soft"]
     found = []
     for recompute in (False, True):
-        policy = Policy(make_decoder(layers=8), settings, torch.float32)
+        policy = Policy(make_decoder(num_hidden_layers=8), settings, torch.float32)
         policy.decoder.gradient_checkpointing = recompute
 
         def step(policy=policy):

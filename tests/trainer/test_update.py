@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
+from tiny_decoder import make_decoder
 
 from softgrpo.batch import RolloutBatch
 from softgrpo.config import AlgorithmConfig, CorrectionConfig, OptimConfig
@@ -10,40 +10,19 @@ from softgrpo.density import DensitySettings, log_densities, rollout_logq
 from softgrpo.policy import Policy
 from softgrpo.update import Update
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.model import Decoder
 
 GROUPS, SAMPLES = 3, 4
 SETTINGS = DensitySettings()
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 2.0, -1.0, -0.5, -0.5])
 
 
-def make_decoder(shift=0.0):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=1,
-        tie_word_embeddings=True,
-    )
-    decoder = Decoder(DecoderConfig.from_hf(config))
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.3)
-    with torch.no_grad():
-        decoder.embed_weight.add_(shift * torch.randn_like(decoder.embed_weight))
-    return decoder
-
-
 @pytest.fixture(scope="module")
 def batch():
     """Written by an engine whose embeddings are a little off."""
-    engine = LLM(make_decoder(shift=0.05), kv_memory=0.01, max_batch_size=16)
+    decoder = make_decoder()
+    with torch.no_grad():
+        decoder.embed_weight.add_(0.02 * torch.randn_like(decoder.embed_weight))
+    engine = LLM(decoder, kv_memory=0.01, max_batch_size=16)
     uids = [[10 * g + s for s in range(SAMPLES)] for g in range(GROUPS)]
     prompts = [[5, 6, 7, 8][: 2 + g] for g in range(GROUPS)]
     params = SamplingParams(max_tokens=9, top_k=6, top_p=0.9)
