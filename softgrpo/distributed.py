@@ -96,11 +96,13 @@ class World:
         """Until all processes are here."""
         self.gather(None)
 
-    def shard(self, module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    def shard(
+        self, module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype | None
+    ) -> None:
         """Spreads the weights over the processes (FSDP2), in place; over several nodes every node
         holds all of them (HSDP).
 
-        The blocks are gathered one by one as they are needed, in the dtype of the computation; what
+        The blocks are gathered one by one as they are needed, in `dtype` (None: in their own); what
         belongs to none of them (embeddings, last norm, head) for the whole pass, as it is. All
         processes must run the same number of passes.
         """

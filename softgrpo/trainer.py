@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from softgrpo.advantages import group_advantages, overlong_penalty
 from softgrpo.batch import RolloutBatch
 from softgrpo.checkpoint import load_checkpoint, load_newest, set_aside
-from softgrpo.config import Config, ConfigError
+from softgrpo.config import Config
 from softgrpo.data import TrainingData
 from softgrpo.distributed import World, patience
 from softgrpo.engines import RolloutEngine, load_engine
@@ -71,8 +71,6 @@ class Trainer:
         self.config = config
         self.world = World.join(config.run.timeout_s)
         self.world.check_shares("rollout.prompts_per_step", config.rollout.prompts_per_step)
-        if config.lora.rank and self.world.size > 1:
-            raise ConfigError("lora.rank: adapters train in one process; set lora.rank=0")
         self.folder = RunFolder(Path(config.run.output_dir) / config.run.name, self.world)
         self.checkpoint = find_checkpoint(self.folder, config)
         self.tracking = Tracking(config.log.report_to if self.world.is_first else [])
@@ -242,7 +240,8 @@ class Trainer:
         if config.lora.rank:
             add_adapters(decoder, config.lora, config.run.seed)
         policy = Policy(decoder, settings, dtype)
-        self.world.shard(policy, decoder.model.layers, dtype)
+        # With adapters the frozen weights are in that dtype already, and the adapters stay float32.
+        self.world.shard(policy, decoder.model.layers, None if config.lora.rank else dtype)
         most = config.rollout.max_new_tokens
         update = Update(policy, reference, config.algorithm, config.optim, most, self.world)
         return policy, update

@@ -11,6 +11,7 @@ import time
 
 import pytest
 from checkpoints import tensors_of
+from safetensors.torch import load_file
 
 from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
@@ -42,6 +43,10 @@ def two_nodes(*arguments):
     return [
         subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}) for rank in (0, 1)
     ]
+
+
+def adapters_of(folder):
+    return load_file(folder / "adapter_model.safetensors")
 
 
 def rows_of(run):
@@ -79,6 +84,24 @@ def test_two_processes_train_as_one_and_continue_each_others_checkpoints(
     assert {"__0_0.distcp", "__1_0.distcp"} <= set(files)
     first, other = (next(r for r in rows_of(run) if "eval/mean@2" in r) for run in (begun, one))
     assert first == other
+
+
+def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
+    pytest.importorskip("peft")
+    # A rank that two processes cannot share equally.
+    common = ["--config", str(tiny_config), *OVERRIDES, "lora.rank=3", "run.max_steps=4"]
+    one, two = (tmp_path / "runs" / name for name in ("one", "two"))
+    both = torchrun(*common, "run.name=two")
+    main([*common, "run.name=one"])
+    assert both.wait(120) == 0
+    for read, part in ((tensors_of, "checkpoints/step_000004"), (adapters_of, "adapter")):
+        tensors, expected = read(two / part), read(one / part)
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            assert (tensor - expected[name]).abs().max() < 1e-5, name
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    assert rows_of(two)[-1] == pytest.approx(rows_of(one)[-1], abs=1e-4)
+    assert (two / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
@@ -157,12 +180,6 @@ def test_lost_rewards_of_all_processes_are_told(tiny_config, capsys):
     trainer.step(1)
     trainer.rewards.close()
     assert "warning: rewards of 3 samples hung or crashed" in capsys.readouterr().out
-
-
-def test_adapters_are_refused_in_several_processes(monkeypatch, tiny_config):
-    monkeypatch.setattr(World, "join", staticmethod(lambda timeout_s: World(0, 2)))
-    with pytest.raises(ConfigError, match=r"lora.rank: adapters train in one process"):
-        Trainer(Config.load(tiny_config, ["lora.rank=4"]))
 
 
 def test_one_process_needs_no_torchrun(monkeypatch, tiny_config):
