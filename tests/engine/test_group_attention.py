@@ -90,19 +90,23 @@ def test_equals_dense_attention_on_random_layouts():
         compare(prompt_lens, response_lens, *draw.choice(HEADS))
 
 
-def test_bf16_is_as_near_as_rounding_allows():
+@pytest.mark.parametrize("longest", [30, 300])  # the backward of short spans is in float32
+def test_bf16_is_as_near_as_rounding_allows(longest):
     """Not further from the exact result than plain bf16 attention of each span is."""
-    prompt_lens, response_lens = [40], [[30, 9, 30]]
+    prompt_lens, response_lens = [40], [[longest, 9, 30]]
     generator = torch.Generator().manual_seed(2)
-    tokens = 109
-    qkv = torch.randn(tokens, 10 * HEAD_DIM, generator=generator).bfloat16()
+    tokens = 79 + longest
+    qkv = torch.randn(tokens, 10 * HEAD_DIM, generator=generator).bfloat16().requires_grad_()
     rope = torch.ones(tokens, HEAD_DIM), torch.zeros(tokens, HEAD_DIM)
-    exact = dense(
-        prompt_lens, response_lens, 6, 2, qkv.double(), tuple(part.double() for part in rope)
-    )
+    exact_rope = tuple(part.double() for part in rope)
+    exact = dense(prompt_lens, response_lens, 6, 2, qkv.double(), exact_rope)
     ours = GroupAttention(prompt_lens, response_lens, 6, 2)(0, qkv, rope)
     assert ours.dtype == torch.bfloat16
     assert (ours - exact).abs().max() < 2 * (exact.bfloat16() - exact).abs().max() + 2**-8
+    direction = torch.randn(tokens, 6 * HEAD_DIM, generator=generator).bfloat16()
+    (gradient,) = torch.autograd.grad((exact * direction).sum(), qkv)
+    (our_gradient,) = torch.autograd.grad(ours, qkv, direction)
+    assert (our_gradient - gradient).norm() < 2**-7 * gradient.norm()
 
 
 def test_memory_is_linear_in_the_tokens(peak_memory, one_thread):
