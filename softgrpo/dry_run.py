@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from softgrpo.config import Config
 from softgrpo.data import Prompt
@@ -20,12 +21,12 @@ from softgrpo_engine import Output
 _PROMPTS, _SAMPLES, _TOKENS = 2, 2, 4
 
 
-def dry_run(config: Config) -> str:
+def dry_run(config: Config) -> str | None:
     """Checks a run as training does, tries it, and says in one screen what it would be.
 
     A step of 2 prompts x 2 samples x 4 tokens goes all the way: rollout, rewards, update, sync.
     A second one of 4 tokens, with as many samples as the run has, is timed. Raises what training
-    would raise, and leaves no run folder.
+    would raise, and leaves no run folder. Of several processes only the first has something to say.
     """
     trainer = Trainer(config)
     rewards = trainer.rewards
@@ -37,6 +38,8 @@ def dry_run(config: Config) -> str:
         row = trainer.step(2)
     finally:
         rewards.close()
+    if not trainer.world.is_first:
+        return None
     return "\n".join(f"{label:<8}  {value}" for label, value in _facts(config, trainer, row))
 
 
@@ -84,7 +87,7 @@ def _facts(config: Config, trainer: Trainer, row: dict[str, Any]) -> list[tuple[
     )
     left_out = f", {data.removed} more are held out or shown" if data.removed else ""
     left_out += f", {data.too_long} are too long" if data.too_long else ""
-    weights = 16 * parameters / 2**30  # float32: weights, gradients, two moments of Adam
+    weights = sum(map(_training_bytes, trainer.policy.decoder.parameters())) / 2**30
     return [
         ("model", f"{config.model.path}: {parameters:,} parameters, {config.model.dtype}"),
         ("engine", f"{rollout.engine}, {'soft thinking' if rollout.soft.enabled else 'discrete'}"),
@@ -111,6 +114,12 @@ def _facts(config: Config, trainer: Trainer, row: dict[str, Any]) -> list[tuple[
         ),
         ("leaves", f"{trainer.folder.path} (nothing yet: this was a dry run, and all is well)"),
     ]
+
+
+def _training_bytes(parameter: Tensor) -> int:
+    """Of this process's part: frozen, or float32 with its gradient and the two moments of Adam."""
+    part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return part.numel() * (16 if parameter.requires_grad else part.element_size())
 
 
 def _peak_gib() -> float:

@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             from softgrpo.dry_run import dry_run
 
-            print(dry_run(config))
+            if (facts := dry_run(config)) is not None:
+                print(facts)
             return 0
         from softgrpo.trainer import Trainer
 
