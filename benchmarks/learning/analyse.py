@@ -34,6 +34,7 @@ SERIES = {
     "candidates_in_training": "soft/effective_candidates",
 }
 WINDOW = 10  # steps
+SAMPLES = 32  # of a question
 
 
 def read_scores(folder: Path, mode: str) -> dict[str, Any]:
@@ -126,35 +127,45 @@ def _trend(series: list[float | None]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Reward of training and held-out pass@k of the main rows of the easy task, over seeds."""
-    figure, (curves, passes) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    """Of the easy task: reward of training and held-out pass@k of the main rows over seeds; below,
+    reward and mismatch of the runs that broke."""
+    figure, ((curves, passes), (broken, mismatch)) = plt.subplots(
+        2, 2, figsize=(10, 6.6), layout="constrained"
+    )
     for name, colour in zip(MAIN, ("#c2571a", "#0b6e99", "#2a8c4a", "#8450a8"), strict=True):
         seeds = [r for r in rows if re.fullmatch(rf"easy/{name}-\d", r["cell"])]
-        if not seeds:
-            continue
-        starts = range(0, seeds[0]["steps"] - WINDOW + 1, WINDOW // 2)
         for row in seeds:
-            smooth = [mean(row["reward"][i : i + WINDOW]) for i in starts]
-            curves.plot([i + WINDOW / 2 for i in starts], smooth, color=colour, alpha=0.35, lw=1)
-        steps = zip(*(row["reward"] for row in seeds), strict=True)
-        overall = [mean(values) for values in steps]
-        smooth = [mean(overall[i : i + WINDOW]) for i in starts]
-        curves.plot([i + WINDOW / 2 for i in starts], smooth, color=colour, lw=2, label=name)
-        ks = range(1, len(seeds[0]["pass"]) + 1)
-        values = [mean(row["pass"][k - 1]["value"] for row in seeds) for k in ks]
-        passes.plot(ks, values, color=colour, lw=2, label=f"{name} ({len(seeds)} seeds)")
+            curves.plot(*_smooth(row["reward"]), color=colour, alpha=0.35, lw=1)
+        if seeds:
+            overall = [mean(rewards) for rewards in zip(*(r["reward"] for r in seeds), strict=True)]
+            curves.plot(*_smooth(overall), color=colour, lw=2, label=name)
+            values = [mean(r["pass"][k]["value"] for r in seeds) for k in range(SAMPLES)]
+            label = f"{name} ({len(seeds)} seeds)"
+            passes.plot(range(1, SAMPLES + 1), values, color=colour, lw=2, label=label)
+        for row in (r for r in rows if r["cell"] == f"easy/{name}-lr-1e-4-0"):
+            broken.plot(*_smooth(row["reward"]), color=colour, lw=2, label=f"{name}, lr 1e-4")
+            mismatch.plot(*_smooth(row["mismatch"]), color=colour, lw=2, label=f"{name}, lr 1e-4")
     for row in (r for r in rows if r["cell"].startswith("easy/start")):
         dash = "--" if row["mode"] == "soft" else ":"
         values = [entry["value"] for entry in row["pass"]]
-        passes.plot(range(1, len(values) + 1), values, dash, color="#777", label=row["cell"][5:])
+        passes.plot(range(1, SAMPLES + 1), values, dash, color="#777", label=row["cell"][5:])
     curves.set(xlabel="step", ylabel=f"reward, mean of {WINDOW} steps")
+    broken.set(xlabel="step", ylabel=f"reward, mean of {WINDOW} steps")
+    mismatch.set(xlabel="step", ylabel="engine - trainer, mean |log p|", ylim=(0, None))
     passes.set(xlabel="k", ylabel="held-out pass@k", xscale="log")
     passes.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"], minor=False)
     passes.minorticks_off()
-    for axes in (curves, passes):
+    for axes in (curves, passes, broken, mismatch):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path)
+
+
+def _smooth(series: list[float | None]) -> tuple[list[float], list[float]]:
+    """(steps, means) of windows that overlap by half."""
+    starts = range(0, len(series) - WINDOW + 1, WINDOW // 2)
+    windows = [[v for v in series[i : i + WINDOW] if v is not None] for i in starts]
+    return [i + WINDOW / 2 for i in starts], [mean(w) if w else 0.0 for w in windows]
 
 
 def main() -> None:

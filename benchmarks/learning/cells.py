@@ -67,5 +67,5 @@ ABLATIONS = {
 CELLS = [
     *(Cell("easy", name, seed, changes) for seed in range(3) for name, changes in MAIN.items()),
     *(Cell("easy", name, 0, changes) for name, changes in ABLATIONS.items()),
-    *(Cell("hard", name, 0, changes) for name, changes in MAIN.items()),
+    *(Cell("hard", name, seed, changes) for seed in range(3) for name, changes in MAIN.items()),
 ]

@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
         f"soft, tau {tau}": ([f"rollout.soft.tau={tau}"], ["exact", "concrete", "argmax"])
         for tau in (0.1, 0.5, 1.0)
     },
+    "soft, tau 0.1, top_p 1": (["rollout.soft.top_p=1.0"], ["exact", "concrete", "argmax"]),
 }
 
 
@@ -151,7 +152,7 @@ def measure(model: Path, data: Path, kind: str, batches: int) -> dict[str, dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
