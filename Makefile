@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-gpu lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/softgrpo-train --engine native --config demo run.resume=auto
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# By the Python that has PyTorch for CUDA, with this package installed: make test-gpu PYTHON=python
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
