@@ -87,7 +87,7 @@ def _facts(config: Config, trainer: Trainer, row: dict[str, Any]) -> list[tuple[
     )
     left_out = f", {data.removed} more are held out or shown" if data.removed else ""
     left_out += f", {data.too_long} are too long" if data.too_long else ""
-    weights = sum(map(_training_bytes, trainer.policy.decoder.parameters())) / 2**30
+    weights = _training_bytes(trainer) / 2**30
     return [
         ("model", f"{config.model.path}: {parameters:,} parameters, {config.model.dtype}"),
         ("engine", f"{rollout.engine}, {'soft thinking' if rollout.soft.enabled else 'discrete'}"),
@@ -116,10 +116,14 @@ def _facts(config: Config, trainer: Trainer, row: dict[str, Any]) -> list[tuple[
     ]
 
 
-def _training_bytes(parameter: Tensor) -> int:
-    """Of this process's part: frozen, or float32 with its gradient and the two moments of Adam."""
-    part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return part.numel() * (16 if parameter.requires_grad else part.element_size())
+def _training_bytes(trainer: Trainer) -> int:
+    """Weights, gradients and optimizer state after a step, of this process's part."""
+    parameters: list[Tensor] = list(trainer.policy.decoder.parameters())
+    gradients = [p for p in parameters if p.requires_grad]
+    states = trainer.update.optimizer.state.values()
+    moments = [t for state in states for t in state.values() if isinstance(t, Tensor)]
+    tensors = parameters + gradients + moments
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
 
 def _peak_gib() -> float:

@@ -39,8 +39,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    before = {n: handler for n, handler in handlers.items() if handler is not signal.SIG_IGN}
+    before = {n: h for n in _SIGNALS if (h := signal.getsignal(n)) is not signal.SIG_IGN}
 
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = number

@@ -18,7 +18,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from cells import CELLS, HERE, MAIN, is_done
+from cells import CELLS, HERE, MAIN, SAMPLES, is_done
 from scoring import format_free
 
 from softgrpo.evaluation.results import compare_results, read_results
@@ -34,7 +34,6 @@ SERIES = {
     "candidates_in_training": "soft/effective_candidates",
 }
 WINDOW = 10  # steps
-SAMPLES = 32  # of a question
 
 
 def read_scores(folder: Path, mode: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+SAMPLES = 32  # of a question, in the evaluation
 
 
 @dataclass(frozen=True)

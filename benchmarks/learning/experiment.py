@@ -19,10 +19,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cells import CELLS, DISCRETE, HERE, Cell, is_done
+from cells import CELLS, DISCRETE, HERE, SAMPLES, Cell, is_done
 from tasks import write_tasks
 
-SAMPLES = 32
 FORMAT_STEPS = 20
 
 

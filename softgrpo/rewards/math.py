@@ -11,7 +11,7 @@ from typing import Any
 from math_verify import LatexExtractionConfig, parse, verify
 
 _BOX = "\\boxed{"
-_PLAIN = {"times": "*", "cdot": "*", "div": "/", "left": "", "right": ""}
+_OPERATORS = {"times": "*", "cdot": "*", "div": "/"}
 _BOX_FIRST = LatexExtractionConfig(boxed_match_priority=0)
 # It warns that its own time limit is off; that limit is an alarm, for the main thread only.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -84,7 +84,9 @@ def _is_integer(gold: str) -> bool:
 
 def _is_left_to_compute(content: str) -> bool:
     """Whether all after the last = is numbers, brackets and at least one operator between them."""
-    value = re.sub(r"\\(times|cdot|div|left|right)", lambda name: _PLAIN[name[1]], content)
+    # Brackets lose their sizes, and spaces of LaTeX are none.
+    names = r"\\(times|cdot|div|left|right|[,;:! ])"
+    value = re.sub(names, lambda name: _OPERATORS.get(name[1], ""), content)
     value = value.rpartition("=")[2]
     return bool(re.fullmatch(r"[\d\s.,()*/+-]*", value) and re.search(r"[\d)]\s*[*/+-]", value))
 

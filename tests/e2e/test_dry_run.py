@@ -2,7 +2,9 @@
 
 import pytest
 
+from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
+from softgrpo.dry_run import _training_bytes
 
 
 def test_it_says_what_would_be_run_and_leaves_nothing(tiny_config, tiny_reward, tmp_path, capsys):
@@ -19,6 +21,21 @@ def test_it_says_what_would_be_run_and_leaves_nothing(tiny_config, tiny_reward, 
     ):
         assert text in shown
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_frozen_weights_have_neither_gradients_nor_moments(rank, tiny_config):
+    if rank:
+        pytest.importorskip("peft")
+    trainer = Trainer(Config.load(tiny_config, [f"lora.rank={rank}"]))
+    trainer.step(1)
+    trainer.rewards.close()
+    parameters = list(trainer.policy.decoder.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen = sum(p.numel() for p in parameters) - trained
+    steps = 4 * sum(p.requires_grad for p in parameters)  # Adam counts them for each parameter
+    assert bool(frozen) == bool(rank)
+    assert _training_bytes(trainer) == 16 * trained + 4 * frozen + steps
 
 
 @pytest.mark.parametrize(

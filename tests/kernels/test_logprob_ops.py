@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
         )
     }  # fmt: skip
     slices = 48 << 10
-    assert peaks[16_384, "accumulate"] < slices, peaks
+    assert peaks[16_384, "accumulate"] < 32 << 10, peaks  # the logits would be 32 MiB
     assert peaks[262_144, "accumulate"] < slices, peaks
     assert peaks[262_144, "rows"] < 6 << 10, peaks
     # One dW, not two: the discrete rows' and the soft rows' gradients share it.

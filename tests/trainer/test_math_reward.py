@@ -34,6 +34,7 @@ def score(*completions, answer):
         (r"\boxed{x = 2 \times (3+4)}", "14", 0.0),
         (r"\boxed{2\left(3+4\right) - 4 \div 2}", "12", 0.0),
         (r"\boxed{14/2}", "7", 0.0),
+        (r"\boxed{16\,+\,70}", "86", 0.0),
         (r"\boxed{3 + 4 = 7}", "7", 1.0),
         (r"\boxed{-(7)}", "-7", 1.0),
         (r"\boxed{2^{10}}", "1024", 1.0),
