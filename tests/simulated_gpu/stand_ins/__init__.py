@@ -1,0 +1,36 @@
+"""A stand-in in vectorised torch for every Triton kernel that is launched.
+
+`STAND_INS["decoder.rms_norm_kernel"](grid, out=..., x=..., ...)` takes the launch's own arguments,
+CPU tensors, and leaves in their memory what the kernel would leave there: `softgrpo_kernels.gpu`
+runs as it is, with its allocations, grids and strides, at the speed of a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+from . import (
+    decoder,
+    full_vocabulary,
+    indexed_dot,
+    lm_head,
+    noise,
+    paged_attention,
+    soft_embedding,
+    soft_token,
+    statistics,
+    token_logprob,
+)
+
+MODULES: tuple[ModuleType, ...] = (
+    decoder, full_vocabulary, indexed_dot, lm_head, noise, paged_attention, soft_embedding,
+    soft_token, statistics, token_logprob,
+)  # fmt: skip
+
+STAND_INS: dict[str, Callable[..., None]] = {
+    f"{module.__name__.rpartition('.')[2]}.{name}": function
+    for module in MODULES
+    for name, function in vars(module).items()
+    if name.endswith("_kernel")
+}

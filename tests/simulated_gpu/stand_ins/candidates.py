@@ -1,0 +1,86 @@
+"""What the kernels of stage 2 share: keys that order candidates, and the noise of the slots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softgrpo_kernels.reference.noise import gumbel_noise, log_gamma_noise, normal_noise
+from softgrpo_kernels.reference.perturb import MIN_SHAPE, MIN_WEIGHT
+from softgrpo_kernels.rows import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE, SOFT, RowParameters
+
+NOTHING = -(2**63)
+LAST_ID = 2**31 - 1
+
+
+def order_of(value: Tensor) -> Tensor:
+    """int32 in the order of fp32 numbers; both zeros get one."""
+    bits = torch.where(value == 0.0, 0.0, value).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def number_of(order: Tensor) -> Tensor:
+    """The fp32 number of an int32 order."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def key_of(value: Tensor, token: Tensor) -> Tensor:
+    """int64 keys: value descending, id ascending is key descending."""
+    return (order_of(value).long() << 32) | (LAST_ID - token)
+
+
+def value_of(key: Tensor) -> Tensor:
+    return number_of((key >> 32).int())
+
+
+def token_of(key: Tensor) -> Tensor:
+    return LAST_ID - (key & LAST_ID)
+
+
+def perturb(logp: Tensor, token: Tensor, used: Tensor, rows: RowParameters) -> Tensor:
+    """g' of every slot [B, K]; -inf where a slot is not (or no longer) used."""
+    soft = (rows.mode == SOFT)[:, None]
+    noise, scale = rows.noise[:, None], rows.noise_scale[:, None]
+    keys = (rows.seed, rows.position, rows.uid, rows.stream)
+    g = gumbel_noise(token, *keys)
+    low, high = rows.clamp_low[:, None], rows.clamp_high[:, None]
+    clamped = scale * torch.minimum(torch.maximum(g, low), high)
+    value = torch.where(soft & (noise == NONE), logp, logp + torch.where(soft, clamped, g))
+    for kind, method in ((DIRICHLET, _dirichlet), (GAUSSIAN, _gaussian), (MULTIPLEX, _multiplex)):
+        chosen = soft & (noise == kind) & used.any(-1, keepdim=True)
+        if bool(chosen.any()):
+            other = method(logp, token, used, torch.where(chosen, scale, 1.0), keys)
+            value = torch.where(chosen, other, value)
+    return torch.where(used, value, -torch.inf)
+
+
+def _dirichlet(
+    logp: Tensor, token: Tensor, used: Tensor, scale: Tensor, keys: tuple[Tensor, ...]
+) -> Tensor:
+    shape = torch.where(used, (scale * torch.exp(logp)).clamp(min=MIN_SHAPE), 1.0)
+    log_g = log_gamma_noise(token, shape, *keys)
+    top = torch.where(used, log_g, -torch.inf).amax(-1, keepdim=True)
+    mass = torch.where(used, torch.exp(log_g - top), 0.0).sum(-1, keepdim=True)
+    return log_g - top - torch.log(mass)
+
+
+def _gaussian(
+    logp: Tensor, token: Tensor, used: Tensor, scale: Tensor, keys: tuple[Tensor, ...]
+) -> Tensor:
+    noisy = torch.exp(logp.double()) + (scale * normal_noise(token, *keys)).double()
+    return torch.log(noisy.clamp(min=MIN_WEIGHT)).float()
+
+
+def _multiplex(
+    logp: Tensor, token: Tensor, used: Tensor, scale: Tensor, keys: tuple[Tensor, ...]
+) -> Tensor:
+    """All draws of a row at once: [B, D, K]."""
+    draws = scale.int()
+    draw = torch.arange(int(draws.max()))
+    seed, position, uid, stream = (key[:, None] for key in keys)
+    noise = gumbel_noise(token[:, None], seed, position, uid, stream + (draw << 16))
+    order = torch.where(used[:, None], key_of(logp[:, None] + noise, token[:, None]), NOTHING)
+    won = (order == order.amax(-1, keepdim=True)) & (draw < draws)[..., None]
+    count = won.sum(1).float()
+    share = torch.where(count > 0.0, count, 1.0) / scale
+    return torch.where(count > 0.0, torch.log(share), -torch.inf)

@@ -1,0 +1,56 @@
+"""Memory as a kernel sees it: what lies behind the address of a tensor's first element.
+
+A kernel knows no shapes and strides but those it is told, so the stand-ins build their views from
+the arguments of the launch. A view that reaches past the end of the allocation raises, which a
+device would not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softgrpo_kernels.rows import RowParameters
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """1-d, from the tensor's first element to the end of its storage."""
+    start = tensor.storage_offset()
+    size = tensor.untyped_storage().nbytes() // tensor.element_size() - start
+    return tensor.detach().as_strided((size,), (1,), start)
+
+
+def first(tensor: Tensor, count: int) -> Tensor:
+    """The first `count` elements."""
+    return tensor.detach().as_strided((count,), (1,), tensor.storage_offset())
+
+
+def rows_of(tensor: Tensor, rows: int, stride: int, width: int, begin: int = 0) -> Tensor:
+    """[rows, width], rows `stride` elements apart, the first one `begin` elements in."""
+    return tensor.detach().as_strided((rows, width), (stride, 1), tensor.storage_offset() + begin)
+
+
+def table_of(tensor: Tensor, stride: int, width: int) -> Tensor:
+    """[rows, width]: every row that the memory holds."""
+    memory = flat(tensor)
+    assert 0 < width <= stride, f"rows of {width} elements, {stride} apart"
+    return memory.as_strided(((len(memory) - width) // stride + 1, width), (stride, 1))
+
+
+def write(target: Tensor, value: Tensor, where: Tensor) -> None:
+    """target = value, rounded to its dtype, where the (broadcast) mask is set."""
+    target.copy_(torch.where(where, value.to(target.dtype), target))
+
+
+def parameters(floats: Tensor, ints: Tensor, batch: int, k_max: int) -> RowParameters:
+    """The tables of the rows' parameters."""
+    return RowParameters(rows_of(floats, 8, batch, batch), rows_of(ints, 7, batch, batch), k_max)
+
+
+def largest(x: Tensor, dim: int = -1) -> Tensor:
+    """Maximum; NaN is passed over, as `tl.max` does, unless there is nothing else."""
+    best = x.amax(dim)
+    if bool(best.isnan().any()):
+        best = torch.where(x.isnan(), -torch.inf, x).amax(dim)
+        best = torch.where(x.isnan().all(dim), torch.nan, best)
+    return best

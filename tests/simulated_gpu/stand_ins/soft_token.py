@@ -1,0 +1,220 @@
+"""Stand-ins for the kernels of `softgrpo_kernels.gpu.soft_token`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softgrpo_kernels.rows import DISCRETE, GREEDY, SKIP, SOFT, RowParameters
+
+from .candidates import NOTHING, key_of, perturb, token_of, value_of
+from .memory import first, largest, parameters, rows_of, table_of, write
+from .statistics import mapped
+
+Grid = tuple[int, ...]
+
+
+def select_kernel(
+    grid: Grid,
+    out_keys: Tensor,
+    logits: Tensor,
+    stride: int,
+    vocabulary: int,
+    tile_max: Tensor,
+    tiles: int,
+    ints: Tensor,
+    batch: int,
+    k_max: int,
+    K: int,
+    TILES: int,
+    TILE: int,
+) -> None:
+    assert grid == (batch,)
+    assert tiles <= TILES
+    top_k, _, _, _, _, mode, _ = rows_of(ints, 7, batch, batch)
+    listed = ((mode == DISCRETE) | (mode == SOFT)) & (top_k >= 1) & (top_k <= k_max)
+    if TILES > K:
+        maxima, tile = rows_of(tile_max, batch, tiles, tiles), torch.arange(tiles)
+        order = torch.where(maxima > -torch.inf, key_of(maxima, tile), NOTHING).topk(K).values
+        most = max(int((order != NOTHING).sum(-1).max()), 1)
+        best_BT = torch.where(order != NOTHING, token_of(order), tiles)[:, :most]
+    else:
+        best_BT = torch.arange(min(K, tiles, -(-vocabulary // TILE))).expand(batch, -1)
+    token = (best_BT[..., None] * TILE + torch.arange(TILE)).flatten(1)
+    inside = token < vocabulary
+    z = rows_of(logits, batch, stride, vocabulary).float()
+    z = z.gather(1, torch.where(inside, token, 0))
+    keys = torch.where(inside & (z > -torch.inf), key_of(z, token), NOTHING)
+    keys = keys.topk(min(K, keys.shape[1])).values
+    keys = F.pad(keys, (0, K - keys.shape[1]), value=NOTHING)
+    write(rows_of(out_keys, batch, K, K), keys, (listed | (mode == GREEDY))[:, None])
+
+
+def draw_kernel(
+    grid: Grid,
+    keys: Tensor,
+    chunk_sums: Tensor,
+    chunks: int,
+    floats: Tensor,
+    ints: Tensor,
+    batch: int,
+    terminal_ids: Tensor | None,
+    terminal_width: int,
+    hidden: Tensor | None,
+    hidden_stride: int,
+    weight: Tensor | None,
+    weight_stride: int,
+    bias: Tensor | None,
+    width: int,
+    softcap: float,
+    logit_scale: float,
+    out_ids: Tensor,
+    out_gprime: Tensor,
+    out_weights: Tensor,
+    out_logp: Tensor,
+    out_n: Tensor,
+    out_token: Tensor,
+    out_token_logp: Tensor,
+    out_kind: Tensor,
+    out_lse: Tensor | None,
+    out_entropy: Tensor | None,
+    out_valid: Tensor,
+    k_max: int,
+    K: int,
+    CHUNKS: int,
+    TERMINALS: int,
+    HEAD: bool,
+    BIAS: bool,
+    SOFTCAP: bool,
+    JOINT: bool,
+    LSE: bool,
+    ENTROPY: bool,
+) -> None:
+    assert grid == (batch,)
+    assert chunks <= CHUNKS
+    assert k_max <= K
+    rows = parameters(floats, ints, batch, k_max)
+    skip, soft = rows.mode == SKIP, rows.mode == SOFT
+    sums = first(chunk_sums, batch * chunks * 4).view(batch, chunks, 4)
+    top, mass, weighted, bad = _vocabulary_sums(sums, ENTROPY)
+    sampled = ~skip & ~bad & (top > -torch.inf) & _sound(rows)
+    log_mass, listed = torch.log(mass), sampled & rows.listed
+    greedy = (sampled & (rows.mode == GREEDY))[:, None]
+
+    slot = torch.arange(K)
+    key = torch.where(listed[:, None] | greedy, rows_of(keys, batch, K, K), NOTHING)
+    token, value, logp = torch.full_like(key, -1), *torch.full((2, batch, K), -torch.inf)
+    if bool(listed.any()):
+        live = listed[:, None] & (slot < rows.top_k[:, None]) & (key != NOTHING)
+        z = value_of(key)
+        if HEAD:
+            assert hidden is not None
+            assert weight is not None
+            ids = torch.where(live, token_of(key), 0)
+            w_MH = table_of(weight, weight_stride, width).index_select(0, ids.flatten()).float()
+            x_BH = rows_of(hidden, batch, hidden_stride, width).float()
+            dots = torch.bmm(w_MH.view(batch, K, width), x_BH[..., None])[..., 0]
+            biases = None
+            if BIAS:
+                assert bias is not None
+                biases = first(bias, int(ids.max()) + 1)[ids]
+            z = mapped(dots, biases, softcap, logit_scale, SOFTCAP)
+        token, value, logp = _drawn(z, key, live, slot, rows, mass, JOINT)
+    head_of_row = greedy & (slot == 0)
+    token = torch.where(head_of_row, token_of(key), token)
+    value, logp = (torch.where(head_of_row, -log_mass[:, None], x) for x in (value, logp))
+
+    n = (token >= 0).sum(-1)
+    soft = soft & (n > 0)
+    if TERMINALS:
+        assert terminal_ids is not None
+        ends = rows_of(terminal_ids, batch, terminal_width, min(TERMINALS, terminal_width))
+        soft = soft & (ends != token[:, :1]).all(-1)
+    one_hot = ((n > 0)[:, None] & (slot == 0)).float()
+    weights = torch.where(soft[:, None], _weights(value, token, rows.tau), one_hot)
+
+    for target, x in (
+        (out_ids, token), (out_gprime, value), (out_weights, weights), (out_logp, logp),
+    ):  # fmt: skip
+        rows_of(target, batch, k_max, k_max).copy_(x[:, :k_max])
+    valid = sampled | skip
+    for target, x in (
+        (out_n, n), (out_token, token[:, 0]), (out_token_logp, logp[:, 0]), (out_kind, soft),
+        (out_valid, valid),
+    ):  # fmt: skip
+        first(target, batch).copy_(x)
+    if LSE:
+        assert out_lse is not None
+        first(out_lse, batch).copy_(torch.where(sampled, top + log_mass, torch.nan))
+    if ENTROPY:
+        assert out_entropy is not None
+        entropy = torch.where(sampled, log_mass - weighted / mass, torch.nan)
+        first(out_entropy, batch).copy_(entropy)
+
+
+def _vocabulary_sums(sums: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(maximum, mass, sum of exp(d) d, whether a logit is NaN or +inf) of every row."""
+    m, s, weighted, bad = sums.unbind(-1)
+    top = largest(m)
+    d = torch.where(m > -torch.inf, m - top[:, None], -1000.0)
+    factor = torch.exp(d)
+    mass = (factor * s).sum(-1)
+    entropy = (factor * (weighted + s * d)).sum(-1) if with_entropy else mass * 0.0
+    return top, mass, entropy, (bad > 0.0).any(-1)
+
+
+def _sound(rows: RowParameters) -> Tensor:
+    """Rows with nothing but allowed parameters."""
+    try:
+        rows.check()  # which is quick
+    except ValueError:
+        return rows.sound
+    return torch.ones_like(rows.mode, dtype=torch.bool)
+
+
+def _drawn(
+    z: Tensor, key: Tensor, live: Tensor, slot: Tensor, rows: RowParameters, mass: Tensor,
+    joint: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(ids, g', log p) of the listed rows, in the order of g'; -1 and -inf in unused slots."""
+    a = z / rows.temperature[:, None]
+    key = torch.where(live, key_of(a, token_of(key)), NOTHING).sort(descending=True).values
+    token, a, live = token_of(key), value_of(key), key != NOTHING
+    exact, used = _cut(a, live, slot, rows, mass if joint else None)
+    g = perturb(exact, token, used, rows)
+    key = torch.where(g > -torch.inf, key_of(g, token), NOTHING)
+    key, order = key.sort(descending=True)
+    used = key != NOTHING
+    return (
+        torch.where(used, token_of(key), -1),
+        torch.where(used, value_of(key), -torch.inf),
+        torch.where(used, exact.gather(1, order), -torch.inf),
+    )
+
+
+def _cut(
+    a: Tensor, live: Tensor, slot: Tensor, rows: RowParameters, mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(log p, slots in use) of descending rows after top-p, min-p and eps."""
+    top_p = rows.top_p[:, None]
+    best = torch.where(live, a, -torch.inf).amax(-1, keepdim=True)
+    ratio = torch.where(live, torch.exp(a - best), 0.0)
+    wide = ratio.double()
+    share = wide.sum(-1, keepdim=True) if mass is None else mass[:, None].double()
+    before = wide.cumsum(-1) - wide
+    kept = before / share < torch.where(top_p >= 1.0, torch.inf, top_p)
+    kept = live & ((kept & (ratio >= rows.min_p[:, None])) | (slot == 0))
+    logp = a - best - torch.log(torch.where(kept, ratio, 0.0).sum(-1, keepdim=True))
+    eps = torch.where(rows.mode == SOFT, rows.eps, 0.0)[:, None]
+    with_eps = torch.log(torch.where(kept, torch.exp(logp), 0.0) + eps)
+    used = torch.where(eps > 0.0, live, kept)
+    return torch.where(used, torch.where(eps > 0.0, with_eps, logp), 0.0), used
+
+
+def _weights(value: Tensor, token: Tensor, tau: Tensor) -> Tensor:
+    """softmax(g' / tau) in fp64 and one rounding."""
+    power = (value / tau[:, None]).double()
+    power = torch.exp(power - power.amax(-1, keepdim=True))
+    power = torch.where(token >= 0, power, 0.0)
+    return (power / power.sum(-1, keepdim=True)).float()

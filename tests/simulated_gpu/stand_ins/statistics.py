@@ -1,0 +1,72 @@
+"""Stand-in for the kernel of `softgrpo_kernels.gpu.statistics`, and what others share with it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softgrpo_kernels.gpu.statistics import CHUNK, TILE
+from softgrpo_kernels.rows import GREEDY, SKIP, RowParameters
+
+from .memory import largest, parameters, rows_of, write
+
+Grid = tuple[int, ...]
+
+
+def mapped(
+    dots: Tensor, bias: Tensor | None, softcap: float, logit_scale: float, with_softcap: bool
+) -> Tensor:
+    """fp32 logits before the temperature from dot products."""
+    z = dots.float() if bias is None else dots.float() + bias.float()
+    z = z * logit_scale
+    if with_softcap:
+        z = softcap * (1.0 - 2.0 / (torch.exp(2.0 * z / softcap) + 1.0))
+    return z
+
+
+def temperature_of(rows: RowParameters) -> Tensor:
+    """[B, 1], 1 in greedy rows."""
+    return torch.where(rows.mode == GREEDY, 1.0, rows.temperature)[:, None]
+
+
+def anchored(a: Tensor, top: Tensor) -> Tensor:
+    """a - top along the last axis; without a finite logit there is nothing to subtract."""
+    return a - torch.where(top > -torch.inf, top, 0.0)[..., None]
+
+
+def statistics_kernel(
+    grid: Grid,
+    tile_max: Tensor,
+    chunk_sums: Tensor,
+    logits: Tensor,
+    floats: Tensor,
+    ints: Tensor,
+    stride: int,
+    vocabulary: int,
+    chunks: int,
+    batch: int,
+    ENTROPY: bool,
+) -> None:
+    assert grid == (chunks, batch)
+    assert (chunks - 1) * CHUNK < vocabulary <= chunks * CHUNK
+    rows, per_chunk = parameters(floats, ints, batch, 1), CHUNK // TILE
+    active = (rows.mode != SKIP)[:, None]
+    # Of a single chunk only the tiles that hold anything: the rest adds nothing to the sums.
+    tiles = -(-vocabulary // TILE) if chunks == 1 else chunks * per_chunk
+    z_BV = rows_of(logits, batch, stride, vocabulary).float()
+    z_BV = F.pad(z_BV, (0, tiles * TILE - vocabulary), value=-torch.inf)
+    best = largest(z_BV.view(batch, tiles, TILE))
+    padded = F.pad(best, (0, chunks * per_chunk - tiles), value=-torch.inf)
+    write(rows_of(tile_max, batch, chunks * per_chunk, chunks * per_chunk), padded, active)
+
+    temperature, bad = temperature_of(rows), ~(z_BV < torch.inf).view(batch, chunks, -1).all(-1)
+    top = largest(best.view(batch, chunks, -1)) / temperature
+    d = anchored((z_BV / temperature).view(batch, chunks, -1), top)
+    ratio = torch.exp(d)
+    sums = rows_of(chunk_sums, batch, chunks * 4, chunks * 4).view(batch, chunks, 4)
+    write(sums[..., 0], top, active)
+    write(sums[..., 1], ratio.sum(-1), active)
+    if ENTROPY:
+        write(sums[..., 2], torch.where(ratio > 0.0, ratio * d, 0.0).sum(-1), active)
+    write(sums[..., 3], bad, active)
