@@ -21,6 +21,9 @@ Attend = Callable[[PagedAttention, Tensor, Tensor, Tensor], Tensor]
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation asks for
 # Keys of one split of FlashInfer: constant, so that a row does not depend on its batch.
 _SPLIT_PAGES = 512 // PAGE_SIZE
+# Its FlashAttention 2 alone has splits of a constant size. Left to itself it takes FlashAttention
+# 3 for prompts on Hopper, which ignores them without a word.
+_FLASHINFER_KERNELS = "fa2"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Kernels:
 class FlashInfer:
     """FlashInfer's wrappers for paged decode and prefill, on its tensor-core kernels.
 
+    In a decode step a row does not depend on its batch. In a step with parts of prompts it may:
+    FlashInfer chooses its tile of queries (16, 64 or 128 rows) by the mean of all sequences' rows.
     They plan on the host, once a step, in buffers that the step before must have left; pages are
     head-major, which it calls "HND".
     """
@@ -78,9 +83,11 @@ class FlashInfer:
             ) from error
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._decode: Any = library.BatchDecodeWithPagedKVCacheWrapper(
-            workspace, "HND", use_tensor_cores=True
+            workspace, "HND", use_tensor_cores=True, backend=_FLASHINFER_KERNELS
         )
-        self._prefill: Any = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+        self._prefill: Any = library.BatchPrefillWithPagedKVCacheWrapper(
+            workspace, "HND", backend=_FLASHINFER_KERNELS
+        )
         self._heads = (config.num_heads, config.num_kv_heads, config.head_dim, PAGE_SIZE)
         self._options = {
             "sm_scale": config.head_dim**-0.5,
@@ -118,12 +125,6 @@ class Varlen:
 
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         _check_gpu("varlen", dtype, device)
-        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        if version < (2, 12):
-            raise ValueError(
-                f"attention='varlen' needs torch >= 2.12 for its block_table, not "
-                f"{torch.__version__}: upgrade torch, or take attention='kernels'"
-            )
         from torch.nn.attention import current_flash_attention_impl
 
         if current_flash_attention_impl() != "FA3":
