@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/softgrpo-train --engine native --config demo run.resume=auto
 
+# The CPU's tests hold on a machine with a GPU too when they do not see it.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest
 
 # By the Python that has PyTorch for CUDA, with this package installed: make test-gpu PYTHON=python
 test-gpu:
