@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from softgrpo.cli.errors import one_line_errors
+from softgrpo.cli.errors import is_for_the_user, one_line_errors
 
 if TYPE_CHECKING:
     from softgrpo_engine import LLM, Sample, SamplingParams, SoftParams
@@ -63,18 +63,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    text = arguments.prompt
-    if text is None and not sys.stdin.isatty():
-        text = sys.stdin.read().strip()
-        if not text:
-            raise ValueError("the prompt on stdin is empty")
-    if text is None and (arguments.raw or arguments.n > 1):
+    is_chat = arguments.prompt is None and sys.stdin.isatty()
+    if is_chat and (arguments.raw or arguments.n > 1):
         raise ValueError("--raw and --n need a --prompt")
     # Heavy imports come after the arguments are known to be good.
     from softgrpo_engine import LLM
+    from softgrpo_engine.model_source import resolve_model
 
     params = _sampling_params(arguments)
-    llm = LLM(arguments.model, max_batch_size=arguments.n)
+    # Before stdin: what writes into the pipe may take long.
+    model = resolve_model(arguments.model)
+    text = None if is_chat else _prompt(arguments)
+    llm = LLM(model, max_batch_size=arguments.n)
     session = _Session(llm, params, _soft_params(arguments, llm.default_soft), arguments.candidates)
     has_template = bool(llm.tokenizer.chat_template)
     if text is None and not has_template:
@@ -84,6 +84,16 @@ def _generate(arguments: argparse.Namespace) -> None:
     else:
         chat = has_template and not arguments.raw
         session.answer([{"role": "user", "content": text}] if chat else text)
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    """That of --prompt, or all of stdin."""
+    text: str | None = arguments.prompt
+    if text is None:
+        text = sys.stdin.read().strip()
+        if not text:
+            raise ValueError("the prompt on stdin is empty")
+    return text
 
 
 def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
@@ -215,6 +225,8 @@ def _turn(session: _Session, turns: list[dict[str, str]], text: str) -> None:
         with _ctrl_c_interrupts(session):
             sample = session.answer([*turns, question])
     except ValueError as error:
+        if not is_for_the_user(error):
+            raise
         session.console.print(f"{error} (/clear forgets the conversation)", style="red")
         return
     turns += [question, {"role": "assistant", "content": sample.text}]

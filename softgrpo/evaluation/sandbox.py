@@ -49,10 +49,14 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
+class SandboxError(RuntimeError):
+    """Programs cannot be shut in here; one line that says where they can."""
+
+
 def passes(program: str, wall_seconds: float = WALL_SECONDS) -> bool:
     """Whether the program runs to its end: no exception, no exit before it, within the limits.
 
-    Raises RuntimeError where the process cannot be shut in.
+    Raises SandboxError where the process cannot be shut in.
     """
     # The child says this word after the program's last line; exit(0) half way does not count.
     word = secrets.token_hex(16)
@@ -76,7 +80,7 @@ def passes(program: str, wall_seconds: float = WALL_SECONDS) -> bool:
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode == _CANNOT_START:
-        raise RuntimeError(
+        raise SandboxError(
             "code cannot be shut in on this machine: code tasks need Linux with seccomp on x86-64 "
             "or arm64"
         )

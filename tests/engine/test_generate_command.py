@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from softgrpo.cli.generate import main
+from softgrpo.cli.generate import _Session, _turn, main
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 
 
@@ -186,3 +186,24 @@ def test_a_model_without_a_chat_template_wants_a_prompt(capsys, monkeypatch, mod
     assert "no chat template: give a --prompt" in err
     status, _, err = run(capsys, model, "--n", 2)
     assert "--raw and --n need a --prompt" in err
+
+
+def test_the_model_is_looked_for_before_the_prompt(capsys, monkeypatch, model):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    status, out, err = run(capsys, "nosuch")
+    assert (status, out) == (2, "")
+    assert err.startswith("softgrpo-generate: error: no model 'nosuch'")
+    status, _, err = run(capsys, model)
+    assert (status, err) == (2, "softgrpo-generate: error: the prompt on stdin is empty\n")
+
+
+def test_a_mistake_of_the_program_in_a_chat_is_no_line():
+    """Only what cannot be asked leaves the conversation as it was."""
+
+    class Broken(_Session):
+        def answer(self, prompt):
+            return int("x")
+
+    session = Broken(None, SamplingParams(), False, False)
+    with pytest.raises(ValueError, match="invalid literal"):
+        _turn(session, [], "aa")
