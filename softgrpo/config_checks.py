@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Raises ConfigError, one line that names the keys and the remedy, for a wrong pairing."""
+    _check_name(config.run.name)
     if not config.data.train:
         raise ConfigError(
             "data.train is not set: name a dataset, such as reasoning_gym:chain_sum, "
@@ -48,6 +49,15 @@ def check(config: Config) -> None:
     if config.health.stop and not config.checkpoint.every:
         raise ConfigError(
             "health.stop: there is no checkpoint to go back to; set checkpoint.every above 0"
+        )
+
+
+def _check_name(name: str) -> None:
+    """A run stays in its folder of run.output_dir."""
+    if name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
+        raise ConfigError(
+            f"run.name: {name!r} is not allowed: must be the name of one folder, which is made in "
+            "run.output_dir"
         )
 
 

@@ -57,10 +57,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from softgrpo.data import Example, TrainingData, build_prompt
+    from softgrpo.device import check_device, device_type
     from softgrpo.parity import compare
     from softgrpo_engine.model_source import resolve_model
 
     disable_progress_bar()
+    check_device(config, device_type())
     data = None if questions else TrainingData(config)
     path = resolve_model(config.model.path)
     tokenizer = AutoTokenizer.from_pretrained(str(path))

@@ -271,3 +271,10 @@ def test_missing_recipes_and_files(tmp_path):
         Config.load(tmp_path / "nope.yaml")
     assert "not valid YAML" in message(tmp_path, "run: [")
     assert "expected sections" in message(tmp_path, "- a\n- b\n")
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/x", "..", ".", "", "a\\b"])
+def test_a_run_stays_in_its_output_dir(name, tmp_path):
+    said = message(tmp_path, "", [f"run.name={name}"])
+    assert said.startswith("run.name: ")
+    assert "must be the name of one folder" in said
