@@ -11,6 +11,8 @@ from softgrpo_kernels.rows import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE, SOFT, Ro
 
 NOTHING = -(2**63)
 LAST_ID = 2**31 - 1
+# The order of -inf.
+LOWEST = -2139095041
 
 
 def order_of(value: Tensor) -> Tensor:

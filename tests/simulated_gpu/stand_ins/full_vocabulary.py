@@ -7,17 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softgrpo_kernels.gpu import full_vocabulary as kernels
+from softgrpo_kernels.gpu.statistics import CHUNK
 from softgrpo_kernels.reference.noise import gumbel_noise
 from softgrpo_kernels.rows import RowParameters
 
-from .candidates import LAST_ID, NOTHING, key_of, order_of, token_of, value_of
-from .kept_prefix import LOWEST, kept_prefix
+from .candidates import LAST_ID, LOWEST, NOTHING, key_of, order_of, token_of, value_of
+from .kept_prefix import kept_prefix
 from .memory import first, parameters, rows_of
 
 Grid = tuple[int, ...]
-
-CHUNK, CAPACITY = kernels.CHUNK.value, kernels.CAPACITY.value
-SPLITS, DRAW_BLOCK = kernels.SPLITS.value, kernels.DRAW_BLOCK.value
 
 
 def _mine(
@@ -74,13 +72,14 @@ def collect_kernel(
     bound = (top + torch.log(torch.maximum(rare, rows.min_p)) - 1e-3)[:, None]
     a_RV = rows_of(logits, batch, stride, vocabulary)[index].float() / rows.temperature[:, None]
     found = (a_RV >= bound) & (a_RV > -torch.inf)
+    capacity = kernels.CAPACITY.value
     number = first(count, batch)
     place = number[index, None] + found.cumsum(-1) - 1
     number[index] += found.sum(-1).int()
-    r, i = (found & (place < CAPACITY)).nonzero().unbind(-1)
+    r, i = (found & (place < capacity)).nonzero().unbind(-1)
     at = index[r], place[r, i]
-    rows_of(listed_a, batch, CAPACITY, CAPACITY)[at] = a_RV[r, i]
-    rows_of(listed_id, batch, CAPACITY, CAPACITY)[at] = i.int()
+    rows_of(listed_a, batch, capacity, capacity)[at] = a_RV[r, i]
+    rows_of(listed_id, batch, capacity, capacity)[at] = i.int()
 
 
 def _source(
@@ -90,7 +89,8 @@ def _source(
     """a and ids [R, S]: the list where the row may have one and it holds all, or the row itself;
     -inf and the largest id past the end."""
     listed = first(count, batch)[index].long()
-    from_list = listable & (listed <= CAPACITY)
+    capacity = kernels.CAPACITY.value
+    from_list = listable & (listed <= capacity)
     i = torch.arange(vocabulary)
     a, ids = rows_of(logits, batch, stride, vocabulary)[index].float(), i.expand(len(index), -1)
     a = a / rows.temperature[:, None]
@@ -99,8 +99,8 @@ def _source(
     if bool(from_list.any()):
         short = torch.arange(longest) < listed[:, None]
         padding = (0, vocabulary - longest)
-        for_a = torch.where(short, rows_of(listed_a, batch, CAPACITY, longest)[index], -torch.inf)
-        for_id = torch.where(short, rows_of(listed_id, batch, CAPACITY, longest)[index], LAST_ID)
+        for_a = torch.where(short, rows_of(listed_a, batch, capacity, longest)[index], -torch.inf)
+        for_id = torch.where(short, rows_of(listed_id, batch, capacity, longest)[index], LAST_ID)
         mine = from_list[:, None]
         a = torch.where(mine, F.pad(for_a, padding, value=-torch.inf), a)
         ids = torch.where(mine, F.pad(for_id.long(), padding, value=LAST_ID), ids)
@@ -167,7 +167,8 @@ def draw_kernel(
     best: Tensor,
     best_id: Tensor,
 ) -> None:
-    assert grid == (SPLITS, batch)
+    splits, block = kernels.SPLITS.value, kernels.DRAW_BLOCK.value
+    assert grid == (splits, batch)
     index, rows = _mine(floats, ints, valid, batch, k_max)
     if not len(index):
         return
@@ -179,15 +180,15 @@ def draw_kernel(
     kept = (order > cut_key) | ((order == cut_key) & (ids <= cut_id))
     noise = gumbel_noise(ids, rows.seed, rows.position, rows.uid, rows.stream)
     keys = torch.where(kept, key_of(a + noise, ids), NOTHING)
-    # Program s takes the blocks s, s + SPLITS, ... of the source.
-    rounds = -(-keys.shape[1] // (SPLITS * DRAW_BLOCK))
-    keys = F.pad(keys, (0, rounds * SPLITS * DRAW_BLOCK - keys.shape[1]), value=NOTHING)
-    winner = keys.view(len(index), rounds, SPLITS, DRAW_BLOCK).amax((1, 3))
+    # Program s takes the blocks s, s + splits, ... of the source.
+    rounds = -(-keys.shape[1] // (splits * block))
+    keys = F.pad(keys, (0, rounds * splits * block - keys.shape[1]), value=NOTHING)
+    winner = keys.view(len(index), rounds, splits, block).amax((1, 3))
     found = winner != NOTHING
     value = torch.where(found, value_of(winner), -torch.inf)
-    rows_of(best, batch, SPLITS, SPLITS)[index] = value
+    rows_of(best, batch, splits, splits)[index] = value
     token = torch.where(found, token_of(winner), LAST_ID)
-    rows_of(best_id, batch, SPLITS, SPLITS)[index] = token.int()
+    rows_of(best_id, batch, splits, splits)[index] = token.int()
 
 
 def record_kernel(
@@ -214,8 +215,9 @@ def record_kernel(
     index, rows = _mine(floats, ints, valid, batch, k_max)
     if not len(index):
         return
-    value = rows_of(best, batch, SPLITS, SPLITS)[index]
-    ids = rows_of(best_id, batch, SPLITS, SPLITS)[index].long()
+    splits = kernels.SPLITS.value
+    value = rows_of(best, batch, splits, splits)[index]
+    ids = rows_of(best_id, batch, splits, splits)[index].long()
     token = torch.where(value == value.amax(-1, keepdim=True), ids, LAST_ID).amin(-1)
     z = rows_of(logits, batch, stride, int(token.max()) + 1)[index, token].float()
     logp = ((z / rows.temperature).double() - first(lse, batch)[index]).float()

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.gpu import full_vocabulary as kernels
 from softgrpo_kernels.rows import RowParameters
 
-from .candidates import LAST_ID, key_of, number_of, order_of, token_of
-
-LOWEST = kernels._LOWEST.value
+from .candidates import LAST_ID, LOWEST, key_of, number_of, order_of, token_of
 
 
 def _unit_of(total: Tensor) -> Tensor:
