@@ -10,7 +10,7 @@ from softgrpo_kernels.logprob import (
 )
 from softgrpo_kernels.reference.soft_density import soft_density
 from softgrpo_kernels.reference.soft_embedding import soft_weights
-from softgrpo_kernels.rows import RowParameters, SoftToken
+from softgrpo_kernels.rows import RowParameters
 from softgrpo_kernels.sampling import (
     gumbel_noise,
     soft_embedding,
@@ -18,6 +18,7 @@ from softgrpo_kernels.sampling import (
     soft_token_from_hidden,
     soft_token_of_rows,
 )
+from softgrpo_kernels.step import SoftToken
 
 __all__ = [
     "DecoderLayers",

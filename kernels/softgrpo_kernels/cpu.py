@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.rows import LMHead, RowParameters, SoftToken
+from softgrpo_kernels.rows import RowParameters
+from softgrpo_kernels.step import LMHead, SoftToken
 
 # Numbers of the dtypes in C++.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -83,7 +84,7 @@ def soft_embedding(kernels: ModuleType, ids: Tensor, weights: Tensor, embed: Ten
         out.data_ptr(),
         ids.data_ptr(),
         weights.data_ptr(),
-        ids.numel() // max(1, ids.shape[-1]),
+        out.numel() // max(1, out.shape[-1]),  # not from ids, which may have no slots
         ids.shape[-1],
         table.data_ptr(),
         table.stride(0),

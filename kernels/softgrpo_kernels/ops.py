@@ -18,14 +18,11 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels import cpu, reference
+from softgrpo_kernels.checks import check_counter_words
 from softgrpo_kernels.extension import cpu_extension
 from softgrpo_kernels.indexed_dot import LIBRARY
-from softgrpo_kernels.rows import (
-    LMHead,
-    RowParameters,
-    SoftToken,
-    check_counter_words,
-)
+from softgrpo_kernels.rows import RowParameters
+from softgrpo_kernels.step import LMHead, SoftToken
 
 LIBRARY.define(
     "soft_token(Tensor? logits, Tensor? embed, Tensor floats, Tensor ints, Tensor? terminal_ids, "
@@ -91,7 +88,7 @@ def soft_token(
     out = SoftToken(*outputs)
     rows = RowParameters(floats, ints, out.ids.shape[1])
     if floats.is_cpu:
-        rows.check()
+        rows.check()  # elsewhere the kernels mark rows as not valid
     head = None
     if hidden is not None and lm_head is not None:
         head = LMHead(hidden, lm_head, bias, softcap, logit_scale)

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels import ops
-from softgrpo_kernels.rows import (
-    ORDERS,
-    Clamp,
-    Number,
-    RowParameters,
-    SoftToken,
-    check_device,
-    check_integers,
-)
+from softgrpo_kernels.checks import check_device, check_head_map, check_integers, check_word
+from softgrpo_kernels.row_rules import LAST_WORD
+from softgrpo_kernels.rows import ORDERS, Clamp, Number, RowParameters
+from softgrpo_kernels.step import SoftToken
+
+# Token ids are int32 in every back end, and blocks reach beyond the last of them.
+MAX_VOCABULARY = 2**30
 
 
 @torch.no_grad()
@@ -66,14 +64,19 @@ def soft_token(
 
     Every scalar argument is a number or a tensor [B]. A row's result depends on that row alone.
 
+    A number out of its range is a ValueError on every device, and so is a tensor on the CPU. A
+    tensor on another device is not looked at, which would wait for it: a row with a value out of
+    its range comes back with valid False and token -1, as one whose logits are NaN.
+
     Args:
         logits: [B, V] float32, bfloat16 or float16; any row stride. float64: reference only, and
             float64 results. None: from hidden and lm_head, as in `soft_token_from_hidden`.
         embed: [V, H] input embeddings, or None: no mixture is made.
-        temperature: T > 0 in sampled rows.
-        top_k: 1 .. k_max in soft rows. Discrete rows: any, <= 0 is the whole vocabulary.
-        top_p: >= 1 keeps everything. min_p: relative to the most probable candidate.
-        gumbel_tau: tau > 0 of the mixture weights.
+        temperature: T > 0, not denormal, in sampled rows.
+        top_k: 1 .. k_max in soft rows, which must give it. Discrete rows: any, <= 0 is the whole
+            vocabulary.
+        top_p: >= 0, >= 1 keeps everything. min_p: relative to the most probable candidate.
+        gumbel_tau: tau > 0, not denormal, of the mixture weights.
         noise: of soft rows; a name or a tensor of their indices in `NOISES`:
             "gumbel": as above;
             "none": g' = log p (Soft Thinking, 2505.15778);
@@ -81,7 +84,7 @@ def soft_token(
             "gaussian": g' = log max(p + noise_scale N(0, 1), 1e-6);
             "multiplex": g' = log(count / noise_scale) of noise_scale independent draws from p; the
             slots are the tokens drawn (2601.08808). The last three go with gumbel_tau 1.
-        noise_scale: see noise; soft rows only. noise_clamp: None or bounds (low, high) or
+        noise_scale: >= 0, see noise; soft rows only. noise_clamp: None or bounds (low, high) or
             [B, 2] of the Gumbel noise before the factor, soft rows only.
         eps: soft rows only. > 0 keeps all top_k candidates, with log(p + eps) for log p, p = 0 for
             those that top-p or min-p cut (the released code of the paper uses 1e-6).
@@ -101,8 +104,8 @@ def soft_token(
             "triton".
 
     Raises:
-        ValueError: shapes, dtypes or parameters that do not fit. Bad logits raise nothing: see
-            `SoftToken.valid`.
+        ValueError: shapes, dtypes or parameters that do not fit. Bad logits, and bad parameters in
+            tensors on a device, raise nothing: see `SoftToken.valid`.
     """
     source, _ = _check_source(logits, hidden, lm_head)
     rows = RowParameters.pack(
@@ -170,8 +173,10 @@ def soft_token_of_rows(
         ValueError: see `soft_token`.
     """
     source, vocabulary = _check_source(logits, hidden, lm_head)
+    if vocabulary > MAX_VOCABULARY:
+        raise ValueError(f"at most {MAX_VOCABULARY} tokens, not {vocabulary}")
     _check_tables(source, vocabulary, embed, terminal_ids)
-    _check_head(source, vocabulary, hidden, lm_head, bias, softcap, order)
+    _check_head(source, vocabulary, hidden, lm_head, bias, softcap, logit_scale, order)
     rows.check_shape(source.shape[0], source.device)
     k_max = rows.k_max
     layout = SoftToken.layout(source, k_max, embed, need_lse, need_entropy)
@@ -231,17 +236,31 @@ def gumbel_noise(
         seed, position, uid, stream: numbers or int64 tensors that broadcast against ids[..., 0].
 
     Returns:
-        float32 [..., K].
+        float32 [..., K]. On a device, NaN where a tensor there holds a bad position, uid or stream.
 
     Raises:
-        ValueError: position, uid or stream outside 0 .. 2^32 - 1.
+        ValueError: position, uid or stream outside 0 .. 2^32 - 1; a shape that does not fit.
     """
     check_integers("ids", ids)
-    keys = [
-        torch.as_tensor(key, dtype=torch.int64, device=ids.device)
-        for key in (seed, position, uid, stream)
-    ]
-    return torch.ops.softgrpo_kernels.gumbel_noise(ids, *keys)
+    keys = {"seed": seed, "position": position, "uid": uid, "stream": stream}
+    tensors = [_noise_key(name, key, ids) for name, key in keys.items()]
+    return torch.ops.softgrpo_kernels.gumbel_noise(ids, *tensors)
+
+
+def _noise_key(name: str, key: int | Tensor, ids: Tensor) -> Tensor:
+    if not isinstance(key, Tensor):
+        check_word(name, key)
+        if name != "seed" and not 0 <= key <= LAST_WORD:
+            raise ValueError(f"{name} must be in 0 .. 2^32 - 1 (take it modulo 2^32), not {key}")
+        return torch.as_tensor(key, dtype=torch.int64, device=ids.device)
+    check_integers(name, key)
+    rows = ids.shape[:-1]
+    fits = key.dim() <= len(rows) and all(
+        have in (1, want) for have, want in zip(key.shape[::-1], rows[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {list(rows)}, not {list(key.shape)}")
+    return key.to(device=ids.device, dtype=torch.int64)
 
 
 def soft_embedding(ids: Tensor, weights: Tensor, embed: Tensor) -> Tensor:
@@ -264,7 +283,10 @@ def soft_embedding(ids: Tensor, weights: Tensor, embed: Tensor) -> Tensor:
             f"{list(weights.shape)}, {list(embed.shape)}"
         )
     check_integers("ids", ids)
-    check_device("embed", embed, ids.device)
+    for name, tensor in (("weights", weights), ("embed", embed)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
+        check_device(name, tensor, ids.device)
     return torch.ops.softgrpo_kernels.soft_embedding(ids, weights, embed)
 
 
@@ -314,14 +336,14 @@ def _check_head(
     lm_head: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
+    logit_scale: float,
     order: str,
 ) -> None:
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     if (hidden is None) != (lm_head is None):
         raise ValueError("hidden and lm_head go together: give both or neither")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0, not {softcap}")
+    check_head_map(softcap, logit_scale)
     if hidden is None or lm_head is None:
         return
     rows = source.shape[0]

@@ -32,7 +32,7 @@ def rms_norm_kernel(
         x_H = rounded(x_H, dtype)
         tl.store(total + place, x_H, mask=inside)
         x_H = x_H.to(tl.float32)
-    scale = tl.rsqrt(tl.div_rn(tl.sum(x_H * x_H, axis=0), width.to(tl.float32)) + eps)
+    scale = tl.rsqrt(tl.div_rn(tl.sum(x_H * x_H, axis=0), tl.cast(width, tl.float32)) + eps)
     x_H = rounded(x_H * scale, dtype).to(tl.float32)
     w_H = tl.load(weight + h, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place, rounded(w_H * x_H, dtype), mask=inside)
@@ -58,7 +58,7 @@ def _rotated(x, other, cos, sin, SIGN: tl.constexpr, dtype: tl.constexpr):
     return rounded(rounded(x * cos, dtype).to(tl.float32) + turned, dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_kv_heads"])
 def rope_store_kv_kernel(
     q_out, k_pages, v_pages, qkv, cos, sin, slot_mapping, num_heads, num_kv_heads,
     PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -98,7 +98,7 @@ def rope_store_kv_kernel(
     is_k = inside & ((kv_head >= 0) & (kv_head < num_kv_heads))[:, None]
     tl.store(k_pages + place, new_low, mask=is_k)
     tl.store(k_pages + place + HALF, new_high, mask=is_k)
-    place -= num_kv_heads.to(tl.int64) * PAGE * DIM
+    place -= tl.cast(num_kv_heads, tl.int64) * PAGE * DIM
     is_v = inside & (kv_head >= num_kv_heads)[:, None]
     tl.store(v_pages + place, low, mask=is_v)
     tl.store(v_pages + place + HALF, high, mask=is_v)

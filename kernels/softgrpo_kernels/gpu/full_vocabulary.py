@@ -8,9 +8,6 @@ with it, a last id. Three steps find the prefix and draw:
     cut      one program a row bisects the value (32 bits) and then the id over the list, or over
              the whole row where the list overflows or top_k is set
     draw     a fixed number of programs a row take the noise of the kept tokens; one records
-
-Masses are sums of 2^44 exp(a - max) in int64: exact, so that neither the order of the list nor the
-number of threads decides a boundary.
 """
 
 from __future__ import annotations
@@ -21,17 +18,27 @@ import triton.language as tl
 from torch import Tensor
 
 from softgrpo_kernels.gpu.noise import gumbel
-from softgrpo_kernels.rows import DISCRETE, RowParameters, SoftToken
+from softgrpo_kernels.gpu.vocabulary_row import (
+    CHUNK,
+    LOWEST,
+    MAX_ID,
+    is_mine,
+    key_of,
+    limits_of,
+    load_source,
+    mass_above,
+    mass_of,
+    row_statistics,
+    tied_up_to,
+    unit_of,
+    value_of,
+)
+from softgrpo_kernels.rows import RowParameters
+from softgrpo_kernels.step import SoftToken
 
-CHUNK = tl.constexpr(4096)
 CAPACITY = tl.constexpr(8192)
 SPLITS = tl.constexpr(32)
 DRAW_BLOCK = tl.constexpr(1024)
-_DISCRETE = tl.constexpr(DISCRETE)
-_UNIT = tl.constexpr(2.0**44)
-# Keys of -inf and of one less.
-_LOWEST = tl.constexpr(-2139095041)
-_MAX_ID = tl.constexpr(2**31 - 1)
 
 
 def sample_full_vocabulary(
@@ -45,7 +52,7 @@ def sample_full_vocabulary(
     """Writes the rows of `rows.unlisted` that are valid; all others are left as they are.
 
     Args:
-        logits: [B, V] float32, bfloat16 or float16, last axis contiguous; V < 2^19.
+        logits: [B, V] float32, bfloat16 or float16, last axis contiguous.
         out: filled with padding (and `valid`) where a row is to be written.
         chunk: fp32 [B, cdiv(V, 4096), 4], the statistics of the row at its temperature.
         joint: top-p counts the mass of the whole vocabulary even where top_k is set.
@@ -82,84 +89,18 @@ def sample_full_vocabulary(
     )  # fmt: skip
 
 
-@triton.jit
-def _is_mine(floats, ints, valid, batch, k_max, row):
-    """Discrete, valid, and its set may be larger than the slots."""
-    top_k = tl.load(ints + row)
-    mode = tl.load(ints + 5 * batch + row)
-    listed = (top_k >= 1) & (top_k <= k_max)
-    return (mode == _DISCRETE) & ~listed & (tl.load(valid + row) != 0)
-
-
-@triton.jit
-def _limits(floats, ints, batch, row, vocabulary):
-    """temperature, top_k (0 for none), top_p, min_p, and whether any of them cuts."""
-    temperature = tl.load(floats + row)
-    top_p = tl.load(floats + batch + row)
-    min_p = tl.load(floats + 2 * batch + row)
-    top_k = tl.load(ints + row)
-    top_k = tl.where((top_k > 0) & (top_k < vocabulary), top_k, 0)
-    return temperature, top_k, top_p, min_p, (top_p < 1) | (min_p > 0) | (top_k > 0)
-
-
-@triton.jit
-def _key(a):
-    """int32 in the order of the numbers; both zeros get one key."""
-    bits = tl.where(a == 0, 0.0, a).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _value(key):
-    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _mass_of(a, top):
-    return (tl.exp(a - top) * _UNIT).to(tl.int64)
-
-
-@triton.jit
-def _row_statistics(chunk, chunks, row, PADDED: tl.constexpr):
-    """Maximum fp32 and sum exp(a - maximum) fp64 of the row."""
-    i = tl.arange(0, PADDED)
-    base = chunk + row.to(tl.int64) * chunks * 4
-    m = tl.load(base + i * 4, mask=i < chunks, other=-float("inf"))
-    s = tl.load(base + i * 4 + 1, mask=i < chunks, other=0.0)
-    top = tl.max(m, 0)
-    return top, tl.sum(s.to(tl.float64) * tl.exp(m - top).to(tl.float64), 0)
-
-
-@triton.jit
-def _load_source(
-    logits, vocabulary, listed_a, listed_id, from_list, size, temperature, start,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """a and token ids of one block of the list, or of the row itself; -inf past the end."""
-    i = start + tl.arange(0, BLOCK)
-    # (The interpreter cannot combine a block of truth values with a single one.)
-    short = i < tl.where(from_list, size, 0)
-    row = i < tl.where(from_list, 0, vocabulary)
-    z = tl.load(logits + i, mask=row, other=-float("inf"))
-    a = tl.load(listed_a + i, mask=short, other=-float("inf"))
-    ids = tl.load(listed_id + i, mask=short, other=_MAX_ID)
-    a = tl.where(from_list, a, tl.div_rn(z.to(tl.float32), temperature))
-    return a, tl.where(from_list, ids, i)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "k_max", "chunks"])
 def collect_kernel(
     floats, ints, valid, batch, k_max, logits, stride, vocabulary, listed_a, listed_id, count,
     chunk, chunks, PADDED: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
-    if not _is_mine(floats, ints, valid, batch, k_max, row):
+    if not is_mine(floats, ints, valid, batch, k_max, row):
         return
-    temperature, top_k, top_p, min_p, limited = _limits(floats, ints, batch, row, vocabulary)
+    temperature, top_k, top_p, min_p, limited = limits_of(floats, ints, batch, row, vocabulary)
     if (not limited) | (top_k > 0):
         return
-    top, total = _row_statistics(chunk, chunks, row, PADDED)
+    top, total = row_statistics(chunk, chunks, row, PADDED)
     # All tokens under p = (1 - top_p) / V together have less than 1 - top_p: none is kept.
     rare = tl.where(top_p < 1, (1 - top_p) * total.to(tl.float32) / vocabulary, 0.0)
     # 0.1 %: the bound itself is rounded.
@@ -180,52 +121,19 @@ def collect_kernel(
     tl.store(listed_id + base + place, i, mask=fits)
 
 
-@triton.jit
-def _above(logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top, key, maxima):
-    """Number and mass of the tokens of the source whose key is larger than this one."""
-    number = tl.zeros((), tl.int64)
-    mass = tl.zeros((), tl.int64)
-    for start in range(0, size, CHUNK):
-        highest = tl.load(maxima + start // CHUNK * 4, mask=from_list == 0, other=float("inf"))
-        if _key(highest) > key:
-            a, _ = _load_source(
-                logits, vocabulary, listed_a, listed_id, from_list, size, temperature, start, CHUNK
-            )
-            above = _key(a) > key
-            number += tl.sum(above.to(tl.int32), 0)
-            mass += tl.sum(tl.where(above, _mass_of(a, top), 0), 0)
-    return number, mass
-
-
-@triton.jit
-def _tied_up_to(
-    logits, vocabulary, listed_a, listed_id, from_list, size, temperature, key, last, maxima
-):
-    """Number of tokens of the source with this key and an id up to `last`."""
-    number = tl.zeros((), tl.int64)
-    for start in range(0, size, CHUNK):
-        highest = tl.load(maxima + start // CHUNK * 4, mask=from_list == 0, other=float("inf"))
-        if _key(highest) >= key:
-            a, ids = _load_source(
-                logits, vocabulary, listed_a, listed_id, from_list, size, temperature, start, CHUNK
-            )
-            number += tl.sum(((_key(a) == key) & (ids <= last)).to(tl.int32), 0)
-    return number
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "k_max", "chunks"])
 def cut_kernel(
     floats, ints, valid, batch, k_max, logits, stride, vocabulary, listed_a, listed_id, count,
     chunk, chunks, PADDED: tl.constexpr, cut, lse, JOINT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    if not _is_mine(floats, ints, valid, batch, k_max, row):
+    if not is_mine(floats, ints, valid, batch, k_max, row):
         return
-    temperature, top_k, top_p, min_p, limited = _limits(floats, ints, batch, row, vocabulary)
-    top, total = _row_statistics(chunk, chunks, row, PADDED)
+    temperature, top_k, top_p, min_p, limited = limits_of(floats, ints, batch, row, vocabulary)
+    top, total = row_statistics(chunk, chunks, row, PADDED)
     if not limited:
         # All that is larger than -inf.
-        tl.store(cut + row * 2, _LOWEST)
+        tl.store(cut + row * 2, LOWEST)
         tl.store(cut + row * 2 + 1, -1)
         tl.store(lse + row, top.to(tl.float64) + tl.log(total))
         return
@@ -237,54 +145,66 @@ def cut_kernel(
     listed = tl.load(count + row)
     from_list = (top_k == 0) & (listed <= CAPACITY)
     size = tl.where(from_list, listed, vocabulary)
-    highest = _key(top)
+    highest = key_of(top)
+    unit = unit_of(total)
+    wide_unit = unit.to(tl.float64)
 
     # Kept is every key above `key`, and of those equal to it the first `free`.
-    key = tl.full((), _LOWEST, tl.int32)
+    key = tl.full((), LOWEST, tl.int32)
     free = tl.zeros((), tl.int64)
     if top_k > 0:
-        low = tl.full((), _LOWEST, tl.int64)
+        low = tl.full((), LOWEST, tl.int64)
         high = highest.to(tl.int64)
-        number, mass = _above(
-            logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top, key, maxima
+        number, mass = mass_above(
+            logits,
+            vocabulary,
+            listed_a,
+            listed_id,
+            from_list,
+            size,
+            temperature,
+            top,
+            unit,
+            key,
+            maxima,
         )
         if number > top_k:
             while high - low > 1:
                 middle = (low + high) >> 1
-                number, mass = _above(
+                number, mass = mass_above(
                     logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top,
-                    middle.to(tl.int32), maxima,
+                    unit, middle.to(tl.int32), maxima,
                 )  # fmt: skip
                 low = tl.where(number < top_k, low, middle)
                 high = tl.where(number < top_k, middle, high)
             key = high.to(tl.int32)
-            number, mass = _above(
-                logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top, key,
-                maxima,
+            number, mass = mass_above(
+                logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top, unit,
+                key, maxima,
             )  # fmt: skip
             free = top_k - number
         if not JOINT:
-            mass += free * _mass_of(_value(key), top)
-            total = mass.to(tl.float64) / _UNIT
+            mass += free * mass_of(value_of(key), top, unit)
+            total = mass.to(tl.float64) / wide_unit
     if top_p < 1:
         # The lowest key whose first token has less than top_p before it.
-        limit = top_p.to(tl.float64) * total * _UNIT
+        limit = top_p.to(tl.float64) * total * wide_unit
         low = key.to(tl.int64) - 1
         high = highest.to(tl.int64)
         while high - low > 1:
             middle = (low + high) >> 1
-            number, mass = _above(
-                logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top,
+            number, mass = mass_above(
+                logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top, unit,
                 middle.to(tl.int32), maxima,
             )  # fmt: skip
             inside = mass.to(tl.float64) < limit
             low = tl.where(inside, low, middle)
             high = tl.where(inside, middle, high)
-        number, mass = _above(
-            logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top,
+        number, mass = mass_above(
+            logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top, unit,
             high.to(tl.int32), maxima,
         )  # fmt: skip
-        each = tl.maximum(_mass_of(_value(high.to(tl.int32)), top), 1).to(tl.float64)
+        each = tl.maximum(mass_of(value_of(high.to(tl.int32)), top, unit), 1).to(tl.float64)
         # Token i of the tied has i times their mass before it, too.
         fits = tl.ceil((limit - mass.to(tl.float64)) / each).to(tl.int64)
         # The first token of all is always kept.
@@ -294,15 +214,25 @@ def cut_kernel(
     if min_p > 0:
         exact = top.to(tl.float64) + tl.log(min_p.to(tl.float64))
         near = exact.to(tl.float32)
-        least = _key(near) + (near.to(tl.float64) < exact).to(tl.int32)
+        least = key_of(near) + (near.to(tl.float64) < exact).to(tl.int32)
         free = tl.where(least > key, 2147483647, free)
         key = tl.maximum(key, least)
 
-    number, mass = _above(
-        logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top, key, maxima
+    number, mass = mass_above(
+        logits,
+        vocabulary,
+        listed_a,
+        listed_id,
+        from_list,
+        size,
+        temperature,
+        top,
+        unit,
+        key,
+        maxima,
     )
-    tied = _tied_up_to(
-        logits, vocabulary, listed_a, listed_id, from_list, size, temperature, key, _MAX_ID - 1,
+    tied = tied_up_to(
+        logits, vocabulary, listed_a, listed_id, from_list, size, temperature, key, MAX_ID - 1,
         maxima,
     )  # fmt: skip
     low = tl.full((), -1, tl.int64)
@@ -310,27 +240,27 @@ def cut_kernel(
     if (free < tied) & (free > 0):
         while high - low > 1:
             middle = (low + high) >> 1
-            enough = _tied_up_to(
+            enough = tied_up_to(
                 logits, vocabulary, listed_a, listed_id, from_list, size, temperature, key,
                 middle.to(tl.int32), maxima,
             ) >= free  # fmt: skip
             low = tl.where(enough, low, middle)
             high = tl.where(enough, middle, high)
-    mass += tl.minimum(free, tied) * _mass_of(_value(key), top)
+    mass += tl.minimum(free, tied) * mass_of(value_of(key), top, unit)
     tl.store(cut + row * 2, key)
     tl.store(cut + row * 2 + 1, tl.where(free > 0, high, -1).to(tl.int32))
-    tl.store(lse + row, top.to(tl.float64) + tl.log(mass.to(tl.float64) / _UNIT))
+    tl.store(lse + row, top.to(tl.float64) + tl.log(mass.to(tl.float64) / wide_unit))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "k_max"])
 def draw_kernel(
     floats, ints, valid, batch, k_max, logits, stride, vocabulary, listed_a, listed_id, count,
     cut, best, best_id,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
-    if not _is_mine(floats, ints, valid, batch, k_max, row):
+    if not is_mine(floats, ints, valid, batch, k_max, row):
         return
-    temperature, top_k, _top_p, _min_p, limited = _limits(floats, ints, batch, row, vocabulary)
+    temperature, top_k, _top_p, _min_p, limited = limits_of(floats, ints, batch, row, vocabulary)
     logits += row.to(tl.int64) * stride
     listed_a += row.to(tl.int64) * CAPACITY
     listed_id += row.to(tl.int64) * CAPACITY
@@ -341,18 +271,18 @@ def draw_kernel(
     seed, position = tl.load(ints + batch + row), tl.load(ints + 2 * batch + row)
     uid, stream = tl.load(ints + 3 * batch + row), tl.load(ints + 4 * batch + row)
     value = tl.full((), -float("inf"), tl.float32)
-    winner = tl.full((), _MAX_ID, tl.int32)
+    winner = tl.full((), MAX_ID, tl.int32)
     for start in range(part * DRAW_BLOCK, size, SPLITS * DRAW_BLOCK):
-        a, ids = _load_source(
+        a, ids = load_source(
             logits, vocabulary, listed_a, listed_id, from_list, size, temperature, start, DRAW_BLOCK
         )
-        key = _key(a)
+        key = key_of(a)
         kept = (key > cut_key) | ((key == cut_key) & (ids <= cut_id))
         if tl.max(kept.to(tl.int32), 0) > 0:
             noise = gumbel(ids, seed, position, uid, stream)
             perturbed = tl.where(kept, a + noise, -float("inf"))
             top = tl.max(perturbed, 0)
-            first = tl.min(tl.where(perturbed == top, ids, _MAX_ID), 0)
+            first = tl.min(tl.where(perturbed == top, ids, MAX_ID), 0)
             better = (top > value) | ((top == value) & (first < winner))
             value = tl.where(better, top, value)
             winner = tl.where(better, first, winner)
@@ -360,18 +290,18 @@ def draw_kernel(
     tl.store(best_id + row * SPLITS + part, winner)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "k_max"])
 def record_kernel(
     floats, ints, valid, batch, k_max, logits, stride, best, best_id, lse,
     out_ids, out_gprime, out_weights, out_logp, out_n, out_token, out_token_logp,
 ):  # fmt: skip
     row = tl.program_id(0)
-    if not _is_mine(floats, ints, valid, batch, k_max, row):
+    if not is_mine(floats, ints, valid, batch, k_max, row):
         return
     i = tl.arange(0, SPLITS)
     value = tl.load(best + row * SPLITS + i)
     ids = tl.load(best_id + row * SPLITS + i)
-    token = tl.min(tl.where(value == tl.max(value, 0), ids, _MAX_ID), 0)
+    token = tl.min(tl.where(value == tl.max(value, 0), ids, MAX_ID), 0)
     seed, position = tl.load(ints + batch + row), tl.load(ints + 2 * batch + row)
     uid, stream = tl.load(ints + 3 * batch + row), tl.load(ints + 4 * batch + row)
     z = tl.load(logits + row.to(tl.int64) * stride + token).to(tl.float32)

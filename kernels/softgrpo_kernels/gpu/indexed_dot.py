@@ -22,7 +22,7 @@ PIECE = 128
 _UNUSED = torch.iinfo(torch.int32).max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def indexed_dot_kernel(
     out, hidden, table, ids, hidden_stride, table_stride, slots, width,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -45,7 +45,7 @@ def indexed_dot_kernel(
     tl.store(out + row * slots + slot_K, tl.sum(sum_KH, axis=1), mask=slot_K < slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "slots"])
 def piece_sums_kernel(
     table_grad, heads, tails, tokens, pairs, grad, hidden, table_stride, hidden_stride, count,
     slots, width, UNUSED: tl.constexpr, PIECE: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -87,7 +87,7 @@ def piece_sums_kernel(
         sum_H = tl.where(ends, 0.0, sum_H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def join_pieces_kernel(
     table_grad, heads, tails, tokens, ends, table_stride, count, width,
     UNUSED: tl.constexpr, PIECE: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -14,7 +14,8 @@ from torch import Tensor
 from softgrpo_kernels.gpu.rounding import INTERPRET, rounded
 from softgrpo_kernels.gpu.soft_embedding import unit_stride
 from softgrpo_kernels.gpu.statistics import CHUNK, TILE
-from softgrpo_kernels.rows import GREEDY, LMHead, RowParameters
+from softgrpo_kernels.rows import GREEDY, RowParameters
+from softgrpo_kernels.step import LMHead
 
 # More rows than these and the product is bound by arithmetic: cuBLAS is better at that.
 MOST_ROWS = 128
@@ -50,7 +51,7 @@ def _product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tiles"])
 def lm_head_kernel(
     logits, tile_max, tile_sums, hidden, hidden_stride, weight, weight_stride, bias, softcap,
     logit_scale, floats, ints, batch, vocabulary, width, tiles,
@@ -83,7 +84,7 @@ def lm_head_kernel(
     # Without a finite logit there is nothing to subtract.
     d = tl.div_rn(z, t[None, :]) - tl.where(top > -float("inf"), top, 0.0)[None, :]
     ratio = tl.exp(d)
-    at, plane = row.to(tl.int64) * tiles + tile, batch.to(tl.int64) * tiles
+    at, plane = row.to(tl.int64) * tiles + tile, tl.cast(batch, tl.int64) * tiles
     tl.store(tile_max + at, best, mask=real_row)
     tl.store(tile_sums + at, tl.sum(ratio, axis=0), mask=real_row)
     if ENTROPY:
@@ -92,7 +93,7 @@ def lm_head_kernel(
     tl.store(tile_sums + 2 * plane + at, bad.to(tl.float32), mask=real_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tiles", "chunks"])
 def combine_kernel(
     chunk_sums, tile_max, tile_sums, floats, ints, batch, tiles, chunks,
     ENTROPY: tl.constexpr, TILES: tl.constexpr,
@@ -101,7 +102,7 @@ def combine_kernel(
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     t = _temperature(floats, ints, row, row < batch, batch)
     tile = row * tiles + chunk * TILES + tl.arange(0, TILES)
-    plane = batch.to(tl.int64) * tiles
+    plane = tl.cast(batch, tl.int64) * tiles
     m = tl.div_rn(tl.load(tile_max + tile), t)
     s = tl.load(tile_sums + tile)
     top = tl.max(m, axis=0)
@@ -131,8 +132,8 @@ def lm_head_statistics(
     # Blocks of rows that share a tile of the weight run side by side and find it in the cache.
     lm_head_kernel[(triton.cdiv(batch, ROWS), tiles)](
         logits, tile_max, tile_sums, hidden, hidden.stride(0), weight, weight.stride(0),
-        None if head.bias is None else head.bias.contiguous(), head.softcap or 0.0,
-        head.logit_scale, rows.floats, rows.ints, batch, vocabulary, width, tiles,
+        None if head.bias is None else head.bias.contiguous(), float(head.softcap or 0.0),
+        float(head.logit_scale), rows.floats, rows.ints, batch, vocabulary, width, tiles,
         BIAS=head.bias is not None, SOFTCAP=head.softcap is not None, ENTROPY=need_entropy,
         ROWS=ROWS, TILE=TILE, BLOCK_H=BLOCK_BYTES // weight.element_size(),
         num_warps=8, num_stages=3,

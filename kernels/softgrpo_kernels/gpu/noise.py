@@ -112,7 +112,7 @@ def log_gamma(ids, shape, seed, position, uid, stream):
     return _portable_log(d) + log_v - tl.div_rn(_exponential(r0, r1), shape)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def gumbel_noise_kernel(out, ids, seed, position, uid, stream, slots, BLOCK: tl.constexpr):
     """Program (i, b): block b of row i."""
     row = tl.program_id(0).to(tl.int64)

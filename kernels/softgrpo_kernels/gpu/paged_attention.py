@@ -71,7 +71,7 @@ def _attend(
     return top, mass, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "num_kv_heads", "splits"])
 def decode_kernel(
     out, sums, statistics, q, k_pages, v_pages, block_table, table_width, seq_lens, scale,
     num_kv_heads, splits,
@@ -107,7 +107,7 @@ def decode_kernel(
             tl.store(statistics + part * 2 + 1, mass, mask=m < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "splits"])
 def join_kernel(
     out, sums, statistics, seq_lens, num_heads, splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
@@ -147,7 +147,7 @@ def _sequence_of(tile, query_starts, sequences, QUERIES: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "sequences", "num_kv_heads"])
 def prefill_kernel(
     out, q, k_pages, v_pages, block_table, table_width, seq_lens, query_starts, sequences, scale,
     num_kv_heads,

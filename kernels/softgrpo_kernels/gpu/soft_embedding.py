@@ -12,7 +12,7 @@ from softgrpo_kernels.gpu.rounding import rounded
 BLOCK_H = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def soft_embedding_kernel(
     out, ids, weights, table, table_stride, slots, width, BLOCK_H: tl.constexpr
 ):  # fmt: skip

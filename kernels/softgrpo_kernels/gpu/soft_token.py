@@ -24,9 +24,11 @@ from softgrpo_kernels.gpu.candidates import (
 )
 from softgrpo_kernels.gpu.full_vocabulary import sample_full_vocabulary
 from softgrpo_kernels.gpu.lm_head import MOST_ROWS, lm_head_statistics
+from softgrpo_kernels.gpu.row_rules import row_is_sound
 from softgrpo_kernels.gpu.soft_embedding import mix_into, unit_stride
 from softgrpo_kernels.gpu.statistics import TILE, vocabulary_statistics
-from softgrpo_kernels.rows import DISCRETE, GREEDY, SKIP, SOFT, LMHead, RowParameters, SoftToken
+from softgrpo_kernels.rows import DISCRETE, GREEDY, SKIP, SOFT, RowParameters
+from softgrpo_kernels.step import LMHead, SoftToken
 
 _GREEDY, _DISCRETE = tl.constexpr(GREEDY), tl.constexpr(DISCRETE)
 _SOFT, _SKIP = tl.constexpr(SOFT), tl.constexpr(SKIP)
@@ -51,7 +53,7 @@ def _vocabulary_sums(chunk_sums, chunks, CHUNKS: tl.constexpr, ENTROPY: tl.const
     return top, mass, weighted, bad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "batch", "k_max"])
 def select_kernel(
     out_keys, logits, stride, vocabulary, tile_max, tiles, ints, batch, k_max,
     K: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
@@ -67,7 +69,7 @@ def select_kernel(
         tl.store(out_keys + row * K + tl.arange(0, K), keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "batch", "terminal_width", "k_max"])
 def draw_kernel(
     keys, chunk_sums, chunks, floats, ints, batch, terminal_ids, terminal_width, hidden,
     hidden_stride, weight, weight_stride, bias, width, softcap, logit_scale, out_ids, out_gprime,
@@ -91,6 +93,7 @@ def draw_kernel(
             chunk_sums + row * chunks * 4, chunks, CHUNKS, ENTROPY
         )
         valid = (bad == 0) & (top > -float("inf"))
+        valid = valid & row_is_sound(floats, ints, batch, row, k_max)
         log_mass = tl.log(mass)
         lse = tl.where(valid, top + log_mass, lse)
         entropy = tl.where(valid, log_mass - weighted / mass, entropy)
@@ -223,7 +226,7 @@ def _sample_from_statistics(
         hidden, 0 if hidden is None else hidden.stride(0),
         weight, 0 if weight is None else weight.stride(0), bias,
         0 if weight is None else weight.shape[1],
-        (head and head.softcap) or 0.0, head.logit_scale if head else 1.0,
+        float((head and head.softcap) or 0.0), float(head.logit_scale if head else 1.0),
         out.ids, out.gprime, out.weights, out.logp, out.n, out.token, out.token_logp, out.kind,
         out.lse, out.entropy, out.valid.view(torch.uint8), rows.k_max,
         K=k, CHUNKS=triton.next_power_of_2(chunks), TERMINALS=ends, HEAD=head is not None,

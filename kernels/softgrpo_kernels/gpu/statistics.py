@@ -19,7 +19,7 @@ _TILE, _CHUNK = tl.constexpr(TILE), tl.constexpr(CHUNK)
 _GREEDY, _SKIP = tl.constexpr(GREEDY), tl.constexpr(SKIP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "batch"])
 def statistics_kernel(
     tile_max, chunk_sums, logits, floats, ints, stride, vocabulary, chunks, batch,
     ENTROPY: tl.constexpr,

@@ -27,7 +27,7 @@ def _scaled(dots, bias, inside, softcap, logit_scale, BIAS: tl.constexpr, SOFTCA
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "rows"])
 def accumulate_kernel(
     dots, bias, temperature, label, state, stride, width, begin, rows, softcap, logit_scale,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
@@ -58,7 +58,7 @@ def accumulate_kernel(
     tl.store(state + 3 * rows + row, chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin"])
 def differentiate_kernel(
     dots, bias, temperature, label, lse, entropy, d_logp, d_lse, d_entropy, stride, width, begin,
     softcap, logit_scale,
@@ -106,7 +106,7 @@ def accumulate(
     if rows:
         accumulate_kernel[(rows,)](
             dots, dots if bias is None else bias, temperature, label, state, dots.stride(0),
-            width, begin, rows, softcap or 0.0, logit_scale, BIAS=bias is not None,
+            width, begin, rows, float(softcap or 0.0), float(logit_scale), BIAS=bias is not None,
             SOFTCAP=softcap is not None, ENTROPY=need_entropy, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
 
@@ -131,9 +131,9 @@ def differentiate_(
     if rows:
         differentiate_kernel[(rows, triton.cdiv(width, BLOCK))](
             dots, dots if bias is None else bias, temperature, label, lse, entropy, d_logp, d_lse,
-            lse if d_entropy is None else d_entropy, dots.stride(0), width, begin, softcap or 0.0,
-            logit_scale, BIAS=bias is not None, SOFTCAP=softcap is not None,
-            ENTROPY=d_entropy is not None, BLOCK=BLOCK, num_warps=8,
+            lse if d_entropy is None else d_entropy, dots.stride(0), width, begin,
+            float(softcap or 0.0), float(logit_scale), BIAS=bias is not None,
+            SOFTCAP=softcap is not None, ENTROPY=d_entropy is not None, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return dots
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from softgrpo_kernels.reference.noise import gumbel_noise
 from softgrpo_kernels.reference.perturb import perturb
 from softgrpo_kernels.reference.soft_embedding import soft_embedding, soft_weights
-from softgrpo_kernels.rows import GREEDY, SKIP, SOFT, LMHead, RowParameters, SoftToken
+from softgrpo_kernels.rows import GREEDY, SKIP, SOFT, RowParameters
+from softgrpo_kernels.step import LMHead, SoftToken
 
 
 def soft_token(
@@ -26,11 +27,12 @@ def soft_token(
     z_BV = logits.to(wide)
     skipped = rows.mode == SKIP
     finite = (z_BV < torch.inf).all(-1) & (z_BV > -torch.inf).any(-1)
-    sampled = finite & ~skipped
+    good = finite & rows.sound
+    sampled = good & ~skipped
     z_BV = torch.where(sampled[:, None], z_BV, 0.0)
 
     out.fill_padding()
-    out.valid.copy_(finite | skipped)
+    out.valid.copy_(good | skipped)
     out.kind.copy_(sampled & (rows.mode == SOFT))
     ids, z_BK = _top_candidates(z_BV, min(rows.k_max, logits.shape[1]))
     _sample_listed(out, ids, z_BK, z_BV, rows, sampled, head, joint)

@@ -1,0 +1,163 @@
+"""What the parameters of a row must be.
+
+One list of rules serves numbers on the host and whole tables alike. Tables on the CPU are refused;
+on a device nobody can look without waiting, so there a row that breaks a rule is marked as not
+valid (`gpu.row_rules` says the same to Triton, and a test holds the two together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Values of `mode`.
+GREEDY, DISCRETE, SOFT, SKIP = range(4)
+# Values of `noise`: each method of soft thinking is one of them.
+NOISES = ("gumbel", "none", "dirichlet", "gaussian", "multiplex")
+GUMBEL, NONE, DIRICHLET, GAUSSIAN, MULTIPLEX = range(5)
+
+MAX_CANDIDATES = 64
+
+# Divisors. A denormal one overflows its reciprocal, and some hardware takes it for 0.
+SMALLEST = torch.finfo(torch.float32).smallest_normal
+LARGEST = torch.finfo(torch.float32).max
+LAST_WORD = 0xFFFFFFFF
+# Draws after the first count in the upper half of the word of the stream.
+LAST_STREAM_OF_DRAWS = 0xFFFF
+
+
+class Values(NamedTuple):
+    """The parameters in the order of their tables: numbers of one row, or tensors [B]."""
+
+    temperature: Any = 1.0
+    top_p: Any = 1.0
+    min_p: Any = 0.0
+    tau: Any = 1.0
+    noise_scale: Any = 1.0
+    clamp_low: Any = -torch.inf
+    clamp_high: Any = torch.inf
+    eps: Any = 0.0
+    top_k: Any = 1
+    seed: Any = 0
+    position: Any = 0
+    uid: Any = 0
+    stream: Any = 0
+    mode: Any = SKIP
+    noise: Any = GUMBEL
+
+
+class Rule(NamedTuple):
+    """broken: bool, or bool [B]. The rest makes the message."""
+
+    broken: Any
+    name: str
+    value: Any
+    text: str
+    advice: str = ""
+
+    def error(self) -> ValueError:
+        """Names the first value that breaks it."""
+        value = self.value
+        if isinstance(self.broken, Tensor):
+            value = value[self.broken][0].item()
+        return ValueError(f"{self.text}, not {self.name} = {value}{self.advice}")
+
+
+def rules_of(v: Values, k_max: int) -> Iterator[Rule]:
+    """All rules. What a row does not read is not looked at: a greedy row may have temperature 0."""
+    soft = v.mode == SOFT
+    sampled = soft | (v.mode == DISCRETE)
+    yield Rule(
+        _outside(v.mode, GREEDY, SKIP), "mode", v.mode,
+        "mode must be 0 (greedy), 1 (discrete), 2 (soft) or 3 (skip)",
+    )  # fmt: skip
+    yield Rule(
+        soft & _outside(v.top_k, 1, k_max), "top_k", v.top_k,
+        f"a soft row needs 1 <= top_k <= k_max = {k_max}",
+        "; give top_k (5 in the paper), or mode=1 to sample without mixing",
+    )  # fmt: skip
+    yield Rule(
+        sampled & _outside(v.temperature, SMALLEST, LARGEST), "temperature", v.temperature,
+        "temperature must be > 0, not denormal and finite in sampled rows (mode 0 is greedy)",
+    )  # fmt: skip
+    yield Rule(
+        soft & _outside(v.tau, SMALLEST, LARGEST), "gumbel_tau", v.tau,
+        "gumbel_tau must be > 0, not denormal and finite in soft rows",
+    )  # fmt: skip
+    yield Rule(
+        sampled & _outside(v.top_p, 0.0, LARGEST), "top_p", v.top_p,
+        "top_p must be >= 0 and finite (>= 1 keeps everything)",
+    )  # fmt: skip
+    yield Rule(
+        sampled & _outside(v.min_p, 0.0, 1.0), "min_p", v.min_p, "min_p must be in 0 .. 1"
+    )  # fmt: skip
+    yield Rule(
+        soft & _outside(v.noise_scale, 0.0, LARGEST), "noise_scale", v.noise_scale,
+        "noise_scale must be >= 0 and finite",
+    )  # fmt: skip
+    yield Rule(
+        soft & _no_interval(v.clamp_low, v.clamp_high), "low", v.clamp_low,
+        "noise_clamp must be (low, high) with low <= high, neither NaN nor both infinite alike",
+    )  # fmt: skip
+    yield Rule(
+        soft & _outside(v.eps, 0.0, LARGEST), "eps", v.eps, "eps must be >= 0 and finite"
+    )  # fmt: skip
+    for name in ("position", "uid", "stream"):
+        word = getattr(v, name)
+        yield Rule(
+            (v.mode != SKIP) & _outside(word, 0, LAST_WORD), name, word,
+            f"{name} must be in 0 .. 2^32 - 1 (take it modulo 2^32)",
+        )  # fmt: skip
+    yield from _rules_of_noise(v, soft)
+
+
+def _rules_of_noise(v: Values, soft: Any) -> Iterator[Rule]:
+    yield Rule(
+        soft & _outside(v.noise, GUMBEL, MULTIPLEX), "noise", v.noise,
+        f"noise must be 0 .. {MULTIPLEX} ({', '.join(NOISES)})",
+    )  # fmt: skip
+    yield Rule(
+        soft & (v.noise >= DIRICHLET) & (v.stream > LAST_STREAM_OF_DRAWS), "stream", v.stream,
+        "stream must be below 2^16 with dirichlet, gaussian, multiplex noise",
+    )  # fmt: skip
+    scale = v.noise_scale
+    yield Rule(
+        soft & (v.noise == DIRICHLET) & (scale == 0.0), "noise_scale", scale,
+        "noise_scale, Dirichlet's concentration, must be > 0",
+    )  # fmt: skip
+    yield Rule(
+        soft & (v.noise == MULTIPLEX) & (_outside(scale, 1.0, MAX_CANDIDATES) | (scale % 1.0 != 0)),
+        "noise_scale", scale,
+        f"noise_scale, the number of draws of multiplex noise, must be 1, 2 .. {MAX_CANDIDATES}",
+    )  # fmt: skip
+
+
+def check_numbers(v: Values, k_max: int) -> None:
+    """Raises ValueError for numbers that no row may have; tensors among them are passed over.
+
+    Where the mode is a tensor, only the device knows which numbers are read: a NaN is refused.
+    """
+    for name, value in zip(Values._fields, v, strict=True):
+        if isinstance(value, float) and value != value:
+            raise ValueError(f"{name.replace('tau', 'gumbel_tau')} must be a number, not NaN")
+    neutral = Values()
+    numbers = [
+        default if isinstance(value, Tensor) else value
+        for default, value in zip(neutral, v, strict=True)
+    ]
+    for rule in rules_of(Values(*numbers), k_max):
+        if rule.broken:
+            raise rule.error()
+
+
+def _outside(x: Any, low: float, high: float) -> Any:
+    # Not `not low <= x <= high`: this holds for tensors too, and NaN is outside.
+    return (x < low) | (x > high) | (x != x)
+
+
+def _no_interval(low: Any, high: Any) -> Any:
+    empty = (low > high) | (low > LARGEST) | (high < -LARGEST)
+    return empty | (low != low) | (high != high)
