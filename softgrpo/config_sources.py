@@ -51,6 +51,8 @@ def _read(path: str | Path) -> str:
             return Path(name).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot read config file {name!r}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"cannot read config file {name!r}: it is no UTF-8 text") from None
     if name not in recipe_names():
         raise ConfigError(f"no packaged recipe {name!r}{did_you_mean(name, recipe_names())}")
     return (importlib.resources.files("softgrpo") / "recipes" / f"{name}.yaml").read_text("utf-8")

@@ -233,7 +233,8 @@ def read_rows(spec: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    # As bytes: a line that is no UTF-8 is then a line like any other that is not JSON.
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -278,3 +278,10 @@ def test_a_run_stays_in_its_output_dir(name, tmp_path):
     said = message(tmp_path, "", [f"run.name={name}"])
     assert said.startswith("run.name: ")
     assert "must be the name of one folder" in said
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"run:\n  name: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"recipe.yaml': it is no UTF-8 text$"):
+        Config.load(path)

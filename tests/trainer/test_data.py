@@ -58,6 +58,12 @@ def test_jsonl_json_and_parquet_give_the_same_examples(tmp_path):
         assert load_examples(str(tmp_path / name), DataConfig()) == expected
 
 
+def test_a_line_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "What?", "answer": "2"}\n{"prompt": "caf\xe9", "answer": "2"}\n')
+    assert f"{path}, line 2: not JSON" in failure(path)
+
+
 def test_named_columns_and_templates(tmp_path):
     rows = [{"q": "1 + 1", "gold": 2, "unit": "m"}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
