@@ -13,9 +13,9 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 def command(target):
     """The last one: those before it install what is missing."""
-    listed = subprocess.run(
-        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    # By itself make names the folder, last of all, where it was started by `make test`.
+    arguments = ["make", "--dry-run", "--no-print-directory", target]
+    listed = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     return listed.stdout.splitlines()[-1].split()
 
 
