@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.reference.noise import gumbel_noise, log_gamma_noise, normal_noise
+from softgrpo_kernels.reference import noise as reference
 from softgrpo_kernels.reference.perturb import MIN_SHAPE, MIN_WEIGHT
 from softgrpo_kernels.rows import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE, SOFT, RowParameters
+
+from .noise import gumbel_noise
 
 NOTHING = -(2**63)
 LAST_ID = 2**31 - 1
@@ -17,7 +19,7 @@ LOWEST = -2139095041
 
 def order_of(value: Tensor) -> Tensor:
     """int32 in the order of fp32 numbers; both zeros get one."""
-    bits = torch.where(value == 0.0, 0.0, value).view(torch.int32)
+    bits = (value + 0.0).view(torch.int32)  # -0 becomes 0
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -47,29 +49,51 @@ def perturb(logp: Tensor, token: Tensor, used: Tensor, rows: RowParameters) -> T
     g = gumbel_noise(token, *keys)
     low, high = rows.clamp_low[:, None], rows.clamp_high[:, None]
     clamped = scale * torch.minimum(torch.maximum(g, low), high)
-    value = torch.where(soft & (noise == NONE), logp, logp + torch.where(soft, clamped, g))
+    value = logp + torch.where(soft, clamped, g)
+    value = torch.where(soft & (noise == NONE), logp, value)
+    if bool((rows.noise <= NONE).all()):
+        return value.masked_fill_(~used, -torch.inf)
     for kind, method in ((DIRICHLET, _dirichlet), (GAUSSIAN, _gaussian), (MULTIPLEX, _multiplex)):
         chosen = soft & (noise == kind) & used.any(-1, keepdim=True)
         if bool(chosen.any()):
             other = method(logp, token, used, torch.where(chosen, scale, 1.0), keys)
             value = torch.where(chosen, other, value)
-    return torch.where(used, value, -torch.inf)
+    return value.masked_fill(~used, -torch.inf)
 
 
 def _dirichlet(
     logp: Tensor, token: Tensor, used: Tensor, scale: Tensor, keys: tuple[Tensor, ...]
 ) -> Tensor:
     shape = torch.where(used, (scale * torch.exp(logp)).clamp(min=MIN_SHAPE), 1.0)
-    log_g = log_gamma_noise(token, shape, *keys)
+    log_g = _log_gamma(token, shape, keys)
     top = torch.where(used, log_g, -torch.inf).amax(-1, keepdim=True)
     mass = torch.where(used, torch.exp(log_g - top), 0.0).sum(-1, keepdim=True)
     return log_g - top - torch.log(mass)
 
 
+def _log_gamma(token: Tensor, shape: Tensor, keys: tuple[Tensor, ...]) -> Tensor:
+    """`reference.log_gamma_noise` with all attempts at once, along a middle axis."""
+    attempts = torch.arange(reference.GAMMA_ATTEMPTS + 1)
+    seed, position, uid, stream = (key[:, None] for key in keys)
+    words = reference._words(token[:, None], seed, position, uid, stream + (attempts << 16))
+    exponential = reference.exponential_from_words(words[0][:, -1], words[1][:, -1])
+    r0, r1, r2, r3 = (word[:, :-1] for word in words)
+    d = shape[:, None] + reference._TWO_THIRDS
+    x = reference.normal_from_words(r0, r1, r2)
+    root = 1.0 + (1.0 / reference._square_root(9.0 * d)) * x
+    v = root * root * root
+    log_v = reference.portable_log(torch.where(v > 0.0, v, 1.0))
+    bound = 0.5 * x * x + (d - d * v + d * log_v)
+    good = (v > 0.0) & (reference.portable_log(reference._open_unit(r3)) < bound)
+    first_good = good & (good.cumsum(1) == 1)
+    log_v = torch.where(first_good, log_v, 0.0).sum(1)
+    return reference.portable_log(d[:, 0]) + log_v - exponential / shape
+
+
 def _gaussian(
     logp: Tensor, token: Tensor, used: Tensor, scale: Tensor, keys: tuple[Tensor, ...]
 ) -> Tensor:
-    noisy = torch.exp(logp.double()) + (scale * normal_noise(token, *keys)).double()
+    noisy = torch.exp(logp.double()) + (scale * reference.normal_noise(token, *keys)).double()
     return torch.log(noisy.clamp(min=MIN_WEIGHT)).float()
 
 
@@ -80,7 +104,8 @@ def _multiplex(
     draws = scale.int()
     draw = torch.arange(int(draws.max()))
     seed, position, uid, stream = (key[:, None] for key in keys)
-    noise = gumbel_noise(token[:, None], seed, position, uid, stream + (draw << 16))
+    tokens = token[:, None].expand(-1, len(draw), -1)
+    noise = gumbel_noise(tokens, seed, position, uid, stream + (draw << 16))
     order = torch.where(used[:, None], key_of(logp[:, None] + noise, token[:, None]), NOTHING)
     won = (order == order.amax(-1, keepdim=True)) & (draw < draws)[..., None]
     count = won.sum(1).float()

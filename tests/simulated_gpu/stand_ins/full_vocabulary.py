@@ -8,22 +8,29 @@ from torch import Tensor
 
 from softgrpo_kernels.gpu import full_vocabulary as kernels
 from softgrpo_kernels.gpu.statistics import CHUNK
-from softgrpo_kernels.reference.noise import gumbel_noise
-from softgrpo_kernels.rows import RowParameters
+from softgrpo_kernels.rows import DISCRETE, RowParameters
 
 from .candidates import LAST_ID, LOWEST, NOTHING, key_of, order_of, token_of, value_of
 from .kept_prefix import kept_prefix
 from .memory import first, parameters, rows_of
+from .noise import gumbel_noise
 
 Grid = tuple[int, ...]
 
 
 def _mine(
     floats: Tensor, ints: Tensor, valid: Tensor, batch: int, k_max: int
-) -> tuple[Tensor, RowParameters]:
+) -> tuple[Tensor, RowParameters] | None:
     """Index of the rows to be written, and their parameters."""
     rows = parameters(floats, ints, batch, k_max)
-    index = (rows.unlisted & (first(valid, batch) != 0)).nonzero()[:, 0]
+    each = zip(rows.mode.tolist(), rows.top_k.tolist(), first(valid, batch).tolist(), strict=True)
+    mine = [
+        b for b, (mode, top_k, good) in enumerate(each)
+        if mode == DISCRETE and not 1 <= top_k <= k_max and good
+    ]  # fmt: skip
+    if not mine:
+        return None
+    index = torch.tensor(mine)
     return index, RowParameters(rows.floats[:, index], rows.ints[:, index], k_max)
 
 
@@ -61,7 +68,10 @@ def collect_kernel(
     assert grid == (chunks, batch)
     assert (chunks - 1) * CHUNK < vocabulary <= chunks * CHUNK
     assert chunks <= PADDED
-    index, rows = _mine(floats, ints, valid, batch, k_max)
+    mine = _mine(floats, ints, valid, batch, k_max)
+    if mine is None:
+        return
+    index, rows = mine
     top_k, limited = _limits(rows, vocabulary)
     chosen = limited & (top_k == 0)
     if not bool(chosen.any()):
@@ -131,9 +141,10 @@ def cut_kernel(
 ) -> None:
     assert grid == (batch,)
     assert chunks <= PADDED
-    index, rows = _mine(floats, ints, valid, batch, k_max)
-    if not len(index):
+    mine = _mine(floats, ints, valid, batch, k_max)
+    if mine is None:
         return
+    index, rows = mine
     top_k, limited = _limits(rows, vocabulary)
     top, total = _row_statistics(chunk, chunks, batch, index)
     key, last = torch.full_like(top, LOWEST, dtype=torch.int64), torch.full_like(top_k, -1)
@@ -169,9 +180,10 @@ def draw_kernel(
 ) -> None:
     splits, block = kernels.SPLITS.value, kernels.DRAW_BLOCK.value
     assert grid == (splits, batch)
-    index, rows = _mine(floats, ints, valid, batch, k_max)
-    if not len(index):
+    mine = _mine(floats, ints, valid, batch, k_max)
+    if mine is None:
         return
+    index, rows = mine
     top_k, limited = _limits(rows, vocabulary)
     source = (logits, stride, vocabulary, listed_a, listed_id, count)
     a, ids = _source(index, rows, batch, *source, limited & (top_k == 0))
@@ -181,9 +193,12 @@ def draw_kernel(
     noise = gumbel_noise(ids, rows.seed, rows.position, rows.uid, rows.stream)
     keys = torch.where(kept, key_of(a + noise, ids), NOTHING)
     # Program s takes the blocks s, s + splits, ... of the source.
-    rounds = -(-keys.shape[1] // (splits * block))
-    keys = F.pad(keys, (0, rounds * splits * block - keys.shape[1]), value=NOTHING)
-    winner = keys.view(len(index), rounds, splits, block).amax((1, 3))
+    blocks = -(-keys.shape[1] // block)
+    if blocks > 1:
+        keys = F.pad(keys, (0, blocks * block - keys.shape[1]), value=NOTHING)
+    winner = keys.view(len(index), blocks, -1).amax(-1)
+    winner = F.pad(winner, (0, -blocks % splits), value=NOTHING)
+    winner = winner.view(len(index), -1, splits).amax(1)
     found = winner != NOTHING
     value = torch.where(found, value_of(winner), -torch.inf)
     rows_of(best, batch, splits, splits)[index] = value
@@ -212,9 +227,10 @@ def record_kernel(
     out_token_logp: Tensor,
 ) -> None:
     assert grid == (batch,)
-    index, rows = _mine(floats, ints, valid, batch, k_max)
-    if not len(index):
+    mine = _mine(floats, ints, valid, batch, k_max)
+    if mine is None:
         return
+    index, rows = mine
     splits = kernels.SPLITS.value
     value = rows_of(best, batch, splits, splits)[index]
     ids = rows_of(best_id, batch, splits, splits)[index].long()

@@ -39,7 +39,7 @@ def table_of(tensor: Tensor, stride: int, width: int) -> Tensor:
 
 def write(target: Tensor, value: Tensor, where: Tensor) -> None:
     """target = value, rounded to its dtype, where the (broadcast) mask is set."""
-    target.copy_(torch.where(where, value.to(target.dtype), target))
+    torch.where(where, value.to(target.dtype), target, out=target)
 
 
 def parameters(floats: Tensor, ints: Tensor, batch: int, k_max: int) -> RowParameters:

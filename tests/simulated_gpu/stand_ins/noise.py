@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softgrpo_kernels.reference.noise import gumbel_noise
+from softgrpo_kernels import cpu
+from softgrpo_kernels.extension import cpu_extension
+from softgrpo_kernels.reference import noise as reference
 
 from .memory import first, rows_of
 
 Grid = tuple[int, ...]
+
+
+def gumbel_noise(
+    ids: Tensor, seed: Tensor, position: Tensor, uid: Tensor, stream: Tensor
+) -> Tensor:
+    """Noise of ids [..., K], keys [...]; the C++ kernel makes the same bits in one call."""
+    extension = cpu_extension()
+    if extension is None:
+        return reference.gumbel_noise(ids, seed, position, uid, stream)
+    return cpu.gumbel_noise(extension, ids, seed, position, uid, stream)
 
 
 def gumbel_noise_kernel(

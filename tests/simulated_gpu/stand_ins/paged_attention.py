@@ -10,16 +10,22 @@ from .memory import first, rows_of, table_of, write
 Grid = tuple[int, ...]
 
 
-def _gathered(
-    pages: Tensor, page_BS: Tensor, offset_S: Tensor, filled_BS: Tensor, num_kv_heads: int,
-    PAGE: int, DIM: int,
-) -> Tensor:  # fmt: skip
-    """fp32 [B, KV heads, S, D] from the pages; 0 where a key is not filled."""
+def _places(
+    table_BP: Tensor, key_S: Tensor, filled_BS: Tensor, num_kv_heads: int, PAGE: int
+) -> Tensor:
+    """Where keys lie in the pages, in rows of one head: [B, KV heads, S]. A key that is not filled
+    gets the place of the first one, so that its value, times 0, is as finite as the sequence's."""
+    first_page = torch.where(filled_BS[:, :1], table_BP[:, int(key_S[0]) // PAGE, None], 0)
+    page_BS = torch.where(filled_BS, table_BP[:, key_S // PAGE], first_page)
+    offset_BS = torch.where(filled_BS, key_S % PAGE, key_S[0] % PAGE)
     head = torch.arange(num_kv_heads)[:, None]
-    place_BKS = (page_BS[:, None] * num_kv_heads + head) * PAGE + offset_S
-    x = table_of(pages, DIM, DIM).index_select(0, place_BKS.flatten())
-    x = x.view(*place_BKS.shape, DIM).float()
-    return x.masked_fill_(~filled_BS[:, None, :, None], 0.0)
+    return (page_BS[:, None] * num_kv_heads + head) * PAGE + offset_BS[:, None]
+
+
+def _gathered(pages: Tensor, place_BKS: Tensor, DIM: int) -> Tensor:
+    """fp32 [B, KV heads, S, D]."""
+    rows = table_of(pages, DIM, DIM).index_select(0, place_BKS.flatten())
+    return rows.float().view(*place_BKS.shape, DIM)
 
 
 def decode_kernel(
@@ -57,11 +63,8 @@ def decode_kernel(
     for split in range(min(splits, -(-longest // SPLIT))):
         key = torch.arange(split * SPLIT, min((split + 1) * SPLIT, longest))
         filled = key < lengths[:, None]
-        page_BS = torch.where(filled, table_BP[:, key // PAGE], 0)
-        k_BKSD, v_BKSD = (
-            _gathered(pages, page_BS, key % PAGE, filled, num_kv_heads, PAGE, DIM)
-            for pages in (k_pages, v_pages)
-        )
+        place = _places(table_BP, key, filled, num_kv_heads, PAGE)
+        k_BKSD, v_BKSD = (_gathered(pages, place, DIM) for pages in (k_pages, v_pages))
         scores = (q_BKGD @ k_BKSD.mT) * scale
         scores = scores.masked_fill_(~filled[:, None, None], -torch.inf)
         top = scores.amax(-1, keepdim=True)
@@ -142,13 +145,11 @@ def prefill_kernel(
         assert tiles <= grid[0], f"no program for the last queries of sequence {b}"
         assert count <= length <= table_width * PAGE
         pages = -(-length // PAGE)
-        table_P = rows_of(block_table, b + 1, table_width, pages)[b].long()
+        table_BP = rows_of(block_table, 1, table_width, pages, begin=b * table_width).long()
         key = torch.arange(length)
-        page_S, filled = table_P[key // PAGE][None], torch.ones(1, length, dtype=torch.bool)
-        k_KSD, v_KSD = (
-            _gathered(cache, page_S, key % PAGE, filled, num_kv_heads, PAGE, DIM)[0]
-            for cache in (k_pages, v_pages)
-        )
+        filled = torch.ones(1, length, dtype=torch.bool)
+        place = _places(table_BP, key, filled, num_kv_heads, PAGE)
+        k_KSD, v_KSD = (_gathered(cache, place, DIM)[0] for cache in (k_pages, v_pages))
         q_NKGD = rows_of(q, count, heads * DIM, heads * DIM, begin=start * heads * DIM)
         q_KGND = q_NKGD.float().view(count, num_kv_heads, GROUP, DIM).permute(1, 2, 0, 3)
         scores = (q_KGND @ k_KSD.mT[:, None]) * scale

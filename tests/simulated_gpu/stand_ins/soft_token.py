@@ -32,23 +32,28 @@ def select_kernel(
 ) -> None:
     assert grid == (batch,)
     assert tiles <= TILES
-    top_k, _, _, _, _, mode, _ = rows_of(ints, 7, batch, batch)
-    listed = ((mode == DISCRETE) | (mode == SOFT)) & (top_k >= 1) & (top_k <= k_max)
+    table = rows_of(ints, 7, batch, batch)
+    wanted = [
+        mode == GREEDY or (mode in (DISCRETE, SOFT) and 1 <= top_k <= k_max)
+        for mode, top_k in zip(table[5].tolist(), table[0].tolist(), strict=True)
+    ]
+    if not any(wanted):
+        return
     if TILES > K:
         maxima, tile = rows_of(tile_max, batch, tiles, tiles), torch.arange(tiles)
-        order = torch.where(maxima > -torch.inf, key_of(maxima, tile), NOTHING).topk(K).values
+        order = key_of(maxima, tile).masked_fill_(~(maxima > -torch.inf), NOTHING).topk(K).values
         most = max(int((order != NOTHING).sum(-1).max()), 1)
         best_BT = torch.where(order != NOTHING, token_of(order), tiles)[:, :most]
     else:
         best_BT = torch.arange(min(K, tiles, -(-vocabulary // TILE))).expand(batch, -1)
     token = (best_BT[..., None] * TILE + torch.arange(TILE)).flatten(1)
     inside = token < vocabulary
-    z = rows_of(logits, batch, stride, vocabulary).float()
-    z = z.gather(1, torch.where(inside, token, 0))
-    keys = torch.where(inside & (z > -torch.inf), key_of(z, token), NOTHING)
+    z = rows_of(logits, batch, stride, vocabulary)
+    z = z.gather(1, token.clamp(max=vocabulary - 1)).float()
+    keys = key_of(z, token).masked_fill_(~(inside & (z > -torch.inf)), NOTHING)
     keys = keys.topk(min(K, keys.shape[1])).values
     keys = F.pad(keys, (0, K - keys.shape[1]), value=NOTHING)
-    write(rows_of(out_keys, batch, K, K), keys, (listed | (mode == GREEDY))[:, None])
+    write(rows_of(out_keys, batch, K, K), keys, torch.tensor(wanted)[:, None])
 
 
 def draw_kernel(
@@ -103,7 +108,7 @@ def draw_kernel(
     greedy = (sampled & (rows.mode == GREEDY))[:, None]
 
     slot = torch.arange(K)
-    key = torch.where(listed[:, None] | greedy, rows_of(keys, batch, K, K), NOTHING)
+    key = rows_of(keys, batch, K, K).masked_fill(~(listed[:, None] | greedy), NOTHING)
     token, value, logp = torch.full_like(key, -1), *torch.full((2, batch, K), -torch.inf)
     if bool(listed.any()):
         live = listed[:, None] & (slot < rows.top_k[:, None]) & (key != NOTHING)
@@ -121,9 +126,10 @@ def draw_kernel(
                 biases = first(bias, int(ids.max()) + 1)[ids]
             z = mapped(dots, biases, softcap, logit_scale, SOFTCAP)
         token, value, logp = _drawn(z, key, live, slot, rows, mass, JOINT)
-    head_of_row = greedy & (slot == 0)
-    token = torch.where(head_of_row, token_of(key), token)
-    value, logp = (torch.where(head_of_row, -log_mass[:, None], x) for x in (value, logp))
+    if bool(greedy.any()):
+        head_of_row = greedy & (slot == 0)
+        token = torch.where(head_of_row, token_of(key), token)
+        value, logp = (torch.where(head_of_row, -log_mass[:, None], x) for x in (value, logp))
 
     n = (token >= 0).sum(-1)
     soft = soft & (n > 0)
@@ -131,8 +137,9 @@ def draw_kernel(
         assert terminal_ids is not None
         ends = rows_of(terminal_ids, batch, terminal_width, min(TERMINALS, terminal_width))
         soft = soft & (ends != token[:, :1]).all(-1)
-    one_hot = ((n > 0)[:, None] & (slot == 0)).float()
-    weights = torch.where(soft[:, None], _weights(value, token, rows.tau), one_hot)
+    weights = ((n > 0)[:, None] & (slot == 0)).float()
+    if bool(soft.any()):
+        weights = torch.where(soft[:, None], _weights(value, token, rows.tau), weights)
 
     for target, x in (
         (out_ids, token), (out_gprime, value), (out_weights, weights), (out_logp, logp),
@@ -179,17 +186,17 @@ def _drawn(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(ids, g', log p) of the listed rows, in the order of g'; -1 and -inf in unused slots."""
     a = z / rows.temperature[:, None]
-    key = torch.where(live, key_of(a, token_of(key)), NOTHING).sort(descending=True).values
+    key = key_of(a, token_of(key)).masked_fill_(~live, NOTHING).sort(descending=True).values
     token, a, live = token_of(key), value_of(key), key != NOTHING
     exact, used = _cut(a, live, slot, rows, mass if joint else None)
     g = perturb(exact, token, used, rows)
-    key = torch.where(g > -torch.inf, key_of(g, token), NOTHING)
+    key = key_of(g, token).masked_fill_(~(g > -torch.inf), NOTHING)
     key, order = key.sort(descending=True)
-    used = key != NOTHING
+    free = key == NOTHING
     return (
-        torch.where(used, token_of(key), -1),
-        torch.where(used, value_of(key), -torch.inf),
-        torch.where(used, exact.gather(1, order), -torch.inf),
+        token_of(key).masked_fill_(free, -1),
+        value_of(key).masked_fill_(free, -torch.inf),
+        exact.gather(1, order).masked_fill_(free, -torch.inf),
     )
 
 
@@ -198,23 +205,25 @@ def _cut(
 ) -> tuple[Tensor, Tensor]:
     """(log p, slots in use) of descending rows after top-p, min-p and eps."""
     top_p = rows.top_p[:, None]
-    best = torch.where(live, a, -torch.inf).amax(-1, keepdim=True)
-    ratio = torch.where(live, torch.exp(a - best), 0.0)
+    dead = ~live
+    best = a.masked_fill(dead, -torch.inf).amax(-1, keepdim=True)
+    ratio = torch.exp(a - best).masked_fill_(dead, 0.0)
     wide = ratio.double()
     share = wide.sum(-1, keepdim=True) if mass is None else mass[:, None].double()
     before = wide.cumsum(-1) - wide
-    kept = before / share < torch.where(top_p >= 1.0, torch.inf, top_p)
+    kept = (before / share < top_p) | (top_p >= 1.0)
     kept = live & ((kept & (ratio >= rows.min_p[:, None])) | (slot == 0))
-    logp = a - best - torch.log(torch.where(kept, ratio, 0.0).sum(-1, keepdim=True))
+    logp = a - best - torch.log((ratio * kept).sum(-1, keepdim=True))
     eps = torch.where(rows.mode == SOFT, rows.eps, 0.0)[:, None]
-    with_eps = torch.log(torch.where(kept, torch.exp(logp), 0.0) + eps)
-    used = torch.where(eps > 0.0, live, kept)
-    return torch.where(used, torch.where(eps > 0.0, with_eps, logp), 0.0), used
+    used = kept
+    if bool((eps > 0.0).any()):
+        with_eps = torch.log(torch.exp(logp).masked_fill_(~kept, 0.0) + eps)
+        used, logp = torch.where(eps > 0.0, live, kept), torch.where(eps > 0.0, with_eps, logp)
+    return logp.masked_fill_(~used, 0.0), used
 
 
 def _weights(value: Tensor, token: Tensor, tau: Tensor) -> Tensor:
     """softmax(g' / tau) in fp64 and one rounding."""
     power = (value / tau[:, None]).double()
-    power = torch.exp(power - power.amax(-1, keepdim=True))
-    power = torch.where(token >= 0, power, 0.0)
+    power = torch.exp(power - power.amax(-1, keepdim=True)).masked_fill_(token < 0, 0.0)
     return (power / power.sum(-1, keepdim=True)).float()
