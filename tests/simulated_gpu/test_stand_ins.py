@@ -21,16 +21,17 @@ import triton.language as tl
 from triton.runtime.interpreter import GridExecutor
 
 import softgrpo_kernels
-from softgrpo_kernels import SoftToken, soft_token, soft_token_from_hidden
+from softgrpo_kernels import RowParameters, SoftToken, soft_token, soft_token_from_hidden
 from softgrpo_kernels import gpu as ops
 from softgrpo_kernels import token_logprob as plain_logprob
+from softgrpo_kernels.reference.noise import log_gamma_noise
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]
 from attention_cases import make_case  # noqa: E402
 from logit_styles import logits_of  # noqa: E402
 
-from simulated_gpu.stand_ins import STAND_INS  # noqa: E402
+from simulated_gpu.stand_ins import STAND_INS, candidates  # noqa: E402
 
 GPU = Path(softgrpo_kernels.__file__).parent / "gpu"
 # Not the functions that the package has under these names.
@@ -338,6 +339,32 @@ def test_bad_rows(launches):
     assert out.valid.tolist() == [False] * 3 + [True] * 2 + [False]
 
 
+def test_rows_that_break_a_rule(launches):
+    """On a device nobody looks at them before the kernels do; what is out of range in one row is
+    of no concern to another."""
+    faults = {
+        "temperature": (1, 0.0), "gumbel_tau": (2, 0.0), "top_k": (3, 5), "min_p": (4, 1.5),
+        "noise": (5, 9), "uid": (6, -1), "mode": (7, 9), "top_p": (8, torch.nan),
+        "noise_scale": (9, torch.inf),
+    }  # fmt: skip
+    settings = {name: torch.tensor([x] * 10) for name, x in SOUND.items()}
+    for name, (row, value) in faults.items():
+        settings[name][row] = value
+    settings["mode"][8] = DISCRETE
+    rows = RowParameters.pack(10, torch.device("cpu"), 2, noise_clamp=None, **settings)
+    logits, embed = logits_of("plain", 10, 100), torch.randn(100, 9)
+    out = poisoned(logits, embed, 2, True)
+    ops.soft_token(logits, embed, rows, out)
+    assert out.valid.tolist() == [True] + [False] * 9
+
+
+SOUND = {
+    "temperature": 0.7, "top_p": 1.0, "min_p": 0.0, "gumbel_tau": 0.1, "noise_scale": 1.0,
+    "eps": 0.0, "top_k": 2, "seed": 1, "position": 2, "uid": 3, "stream": 0, "mode": SOFT,
+    "noise": 0,
+}  # fmt: skip
+
+
 def whole_vocabulary(logits, **settings):
     return step(logits, k_max=2, mode=DISCRETE, temperature=0.9, **settings)
 
@@ -386,6 +413,13 @@ def test_noise(launches):
     keys[0] -= 2**31
     ops.gumbel_noise(ids, *keys)
     assert_reached(test_noise, launches)
+
+
+def test_attempts_at_once_have_the_bits_of_attempts_in_turn():
+    ids, shapes = torch.randint(0, 300_000, (20, 50)), torch.randn(20, 50).mul(3).exp()
+    keys = (torch.arange(20) + 2**40, torch.arange(20), torch.arange(20), torch.zeros(20).long())
+    expected = log_gamma_noise(ids, shapes, *keys)
+    assert torch.equal(candidates._log_gamma(ids, shapes, keys), expected)
 
 
 def strided(*shape, dtype=torch.float32):
