@@ -55,6 +55,7 @@ def decode_kernel(
     assert grid[1:] == (num_kv_heads, splits)
     assert GROUP <= ROWS
     assert DIM <= BLOCK_D
+    assert SPLIT % KEYS == 0, "a block of keys that reaches into the next split counts them as 0"
     lengths = first(seq_lens, batch).long()
     longest = int(lengths.max())
     assert longest <= table_width * PAGE, "a sequence that is longer than its pages"
