@@ -41,6 +41,9 @@ logprob = importlib.import_module("softgrpo_kernels.gpu.token_logprob")
 lm_head = importlib.import_module("softgrpo_kernels.gpu.lm_head")
 whole_rows = importlib.import_module("softgrpo_kernels.gpu.full_vocabulary")
 
+# numpy's, of the kernels: infinities and NaN are part of the cases.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 GREEDY, DISCRETE, SOFT, SKIP = range(4)
 DTYPES = [torch.float32, torch.bfloat16]
 
