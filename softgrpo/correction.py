@@ -9,12 +9,13 @@ from softgrpo.config import CorrectionConfig
 
 
 def importance_weights(
-    log_ratio_T: Tensor, sample_T: Tensor, config: CorrectionConfig
+    log_ratio_T: Tensor, sample_T: Tensor, num_samples: int, config: CorrectionConfig
 ) -> tuple[Tensor, Tensor]:
     """Weight of each token's policy gradient, and whether its ratio is beyond the bound. Both [T].
 
     log_ratio_T: float [T], log of the trainer's density over the rollout's, both of the weights
-    that sampled; 0 where it is not known. sample_T: int64 [T], the sample of each token.
+    that sampled; 0 where it is not known. sample_T: int64 [T], the sample of each token,
+    of num_samples.
 
     The ratio is that of the token, or (level ``sequence``) the product over the tokens of its
     sample. ``truncate`` (TIS; Ionides 2008): min(ratio, max). ``mask`` (IcePop, arXiv 2510.18855):
@@ -22,8 +23,9 @@ def importance_weights(
     with ``none``, what ``mask`` would.
     """
     if config.level == "sequence":
-        samples = int(sample_T.max()) + 1 if len(sample_T) else 0
-        log_ratio_T = log_ratio_T.new_zeros(samples).index_add_(0, sample_T, log_ratio_T)[sample_T]
+        log_ratio_T = log_ratio_T.new_zeros(num_samples).index_add_(0, sample_T, log_ratio_T)[
+            sample_T
+        ]
     ratio_T = log_ratio_T.exp()
     above = ratio_T > config.max
     if config.mode == "truncate":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from softgrpo.config import Config, ConfigError
+from softgrpo_engine import group_attention
 
 
 def device_type() -> str:
@@ -17,9 +18,10 @@ def check_device(config: Config, device: str) -> None:
 
     It asks nothing but the configuration, so that it can be called before a model is looked for.
     """
-    if device != "cpu" and config.model.dtype == "float32":
+    computed = getattr(torch, config.model.dtype) in group_attention.FLASH_DTYPES
+    if device != "cpu" and not computed:
         raise ConfigError(
-            "model.dtype: float32 cannot be trained on a GPU, whose attention takes bfloat16 "
-            "alone: set model.dtype=bfloat16, or hide the GPUs (CUDA_VISIBLE_DEVICES=-1) to train "
-            "on the CPU"
+            f"model.dtype: {config.model.dtype} cannot be trained on a GPU, whose attention takes "
+            "bfloat16 alone: set model.dtype=bfloat16, or hide the GPUs (CUDA_VISIBLE_DEVICES=-1) "
+            "to train on the CPU"
         )

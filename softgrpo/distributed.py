@@ -87,7 +87,7 @@ class World:
         return values
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place. tensor: on the CPU."""
+        """The sum over all processes, in place. tensor: on this process's device or its CPU."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from softgrpo.config import Config
 from softgrpo.data import Prompt
-from softgrpo.device import check_device, device_type
 from softgrpo.report.words import duration
 from softgrpo.rewards import RewardRunner
 from softgrpo.trainer import Trainer
@@ -29,7 +28,6 @@ def dry_run(config: Config) -> str | None:
     A second one of 4 tokens, with as many samples as the run has, is timed. Raises what training
     would raise, and leaves no run folder. Of several processes only the first has something to say.
     """
-    check_device(config, device_type())
     trainer = Trainer(config)
     rewards = trainer.rewards
     try:

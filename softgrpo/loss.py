@@ -64,6 +64,7 @@ def policy_loss(
     advantages_T: Tensor,
     weights_T: Tensor,
     sample_T: Tensor,
+    num_samples: int,
     algorithm: AlgorithmConfig,
     *,
     correction_T: Tensor | None = None,
@@ -73,15 +74,15 @@ def policy_loss(
 
     new_T, old_T, reference_T: log-densities [T] of the current, the sampling and the frozen
     reference policy. advantages_T, weights_T: float32 [T]. sample_T: int64 [T], the sample of each
-    token. correction_T: weights of the surrogate (softgrpo.correction). Where the advantage is
-    negative the surrogate is at least `dual_clip` times it.
+    token, of num_samples. correction_T: weights of the surrogate (softgrpo.correction). Where the
+    advantage is negative the surrogate is at least `dual_clip` times it.
 
     A token of weight 0 counts in nothing.
     """
     counted_T = weights_T > 0
     log_ratio_T = torch.where(counted_T, new_T - old_T, 0.0)
     if algorithm.ratio_level == "sequence":
-        log_ratio_T = _sample_means(log_ratio_T, counted_T, sample_T)
+        log_ratio_T = _sample_means(log_ratio_T, counted_T, sample_T, num_samples)
     ratio = log_ratio_T.exp()
     low, high = 1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high
     surrogate = torch.minimum(ratio * advantages_T, ratio.clamp(low, high) * advantages_T)
@@ -134,9 +135,10 @@ def kl_penalty(new_T: Tensor, reference_T: Tensor, estimator: str) -> Tensor:
     raise ValueError(f"unknown kl_estimator {estimator!r}; known: k1, k2, k3")
 
 
-def _sample_means(values_T: Tensor, counted_T: Tensor, sample_T: Tensor) -> Tensor:
+def _sample_means(
+    values_T: Tensor, counted_T: Tensor, sample_T: Tensor, num_samples: int
+) -> Tensor:
     """At each token the mean over the counted tokens of its sample (GSPO, arXiv 2507.18071)."""
-    samples = int(sample_T.max()) + 1 if len(sample_T) else 0
-    sums = values_T.new_zeros(samples).index_add(0, sample_T, values_T)
-    counts = values_T.new_zeros(samples).index_add(0, sample_T, counted_T.to(values_T.dtype))
+    sums = values_T.new_zeros(num_samples).index_add(0, sample_T, values_T)
+    counts = values_T.new_zeros(num_samples).index_add(0, sample_T, counted_T.to(values_T.dtype))
     return (sums / counts.clamp(min=1.0))[sample_T]

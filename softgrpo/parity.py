@@ -15,15 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from softgrpo.batch import RolloutBatch
 from softgrpo.config import Config
-from softgrpo.density import (
-    DensitySettings,
-    PositionClasses,
-    log_densities,
-    mismatch,
-    rollout_logq,
-)
+from softgrpo.density import log_densities, mismatch, rollout_logq
 from softgrpo.engines import load_engine
 from softgrpo.policy import Policy
+from softgrpo.positions import DensitySettings, PositionClasses, Positions
 from softgrpo.rollout import ROLLOUT_STREAM, collect, density_settings, rollout_uids
 from softgrpo_engine.weights import load_decoder
 from softgrpo_kernels import reference
@@ -88,14 +83,14 @@ def compare(
     dtype = getattr(torch, config.model.dtype)
     policy = Policy(load_decoder(model_path, torch.float32, engine.device), settings, dtype)
     trainer = policy(batch)
-    classes = trainer.classes
-    engine_logq = rollout_logq(batch, classes, settings)
-    engine_density = log_densities(engine_logq, batch.logprobs, batch, classes, settings)
+    positions = trainer.positions
+    engine_logq = rollout_logq(positions, settings)
+    engine_density = log_densities(engine_logq, positions.logprobs, positions, settings)
     model = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=dtype)
     theirs_logq, theirs_token = _transformers_logq(
-        model.eval().to(engine.device), batch, classes, settings
+        model.eval().to(engine.device), batch, positions, settings
     )
-    theirs_density = log_densities(theirs_logq, theirs_token, batch, classes, settings)
+    theirs_density = log_densities(theirs_logq, theirs_token, positions, settings)
     pairs = {
         "engine/trainer": (
             (trainer.candidates, engine_logq),
@@ -118,7 +113,7 @@ def compare(
         if nucleus and "engine" in who and (row.where, row.what) == ("discrete", "density")
         else row
         for who, (logq, density) in pairs.items()
-        for row in _rows(who, logq, density, classes, bound, settings)
+        for row in _rows(who, logq, density, positions.classes, bound, settings)
     ]
 
 
@@ -137,48 +132,43 @@ def _rows(
     if settings.noise != "gumbel" and "engine" in who:
         distance_T = torch.where(classes.soft, torch.nan, distance_T)
     for where, of_phase in (("soft", classes.soft_phase), ("discrete", ~classes.soft_phase)):
-        listed = of_phase & classes.listed
-        part = _of(classes, listed)
+        part = dataclasses.replace(classes, listed=of_phase & classes.listed)
+        difference_TK, known_TK = mismatch(*logq, part)
+        distance = distance_T[of_phase & ~classes.forced]
         found = {
             # A density is a sum over candidates, weighed by g': it has no bound of its own.
-            "log p": (mismatch(*logq, part), bound),
-            "density": (distance_T[of_phase & ~classes.forced], None if where == "soft" else bound),
+            "log p": (difference_TK[known_TK], bound),
+            "density": (distance[~distance.isnan()], None if where == "soft" else bound),
         }
         for what, (values, limit) in found.items():
-            values = values[~values.isnan()] if what == "density" else values
             if len(values):
                 mean, largest = float(values.mean()), float(values.max())
                 rows.append(Difference(where, what, who, len(values), mean, largest, limit))
     return rows
 
 
-def _of(classes: PositionClasses, listed: Tensor) -> PositionClasses:
-    return PositionClasses(
-        classes.soft, classes.candidates, classes.full, classes.forced, classes.soft_phase, listed
-    )
-
-
 def _transformers_logq(
-    model: Any, batch: RolloutBatch, classes: PositionClasses, settings: DensitySettings
+    model: Any, batch: RolloutBatch, positions: Positions, settings: DensitySettings
 ) -> tuple[Tensor, Tensor]:
     """log q of the candidates [T, K] over their set, and log p of the token [T] over the
     vocabulary, by transformers' model."""
     embed_VH = model.get_input_embeddings().weight
     head_VH = model.get_output_embeddings().weight.float()
-    prompts = batch.prompt_ids.long().split(batch.prompt_lens.tolist())
-    weights_TK = reference.soft_weights(batch.soft.gprime, batch.soft.kind, settings.tau)
+    device, soft, phase = head_VH.device, positions.soft, positions.classes.soft_phase
+    prompts = batch.prompt_ids.long().to(device).split(batch.prompt_lens.tolist())
+    weights_TK = reference.soft_weights(soft.gprime, soft.kind, settings.tau)
     logq, token_logp, start = [], [], 0
     for group, length in zip(batch.group.tolist(), batch.response_lens.tolist(), strict=True):
         rows = slice(start, start + length)
         start += length
-        mixtures = reference.soft_embedding(batch.soft.ids[rows], weights_TK[rows], embed_VH)
+        mixtures = reference.soft_embedding(soft.ids[rows], weights_TK[rows], embed_VH)
         inputs = torch.cat([F.embedding(prompts[group], embed_VH), mixtures])[None, :-1]
         hidden = model.base_model(inputs_embeds=inputs).last_hidden_state[0, -length:]
         temperature = torch.where(
-            classes.soft_phase[rows], settings.soft_temperature, settings.discrete_temperature
+            phase[rows], settings.soft_temperature, settings.discrete_temperature
         )
         logits = hidden.float() @ head_VH.T / temperature[:, None]
-        ids = batch.soft.ids[rows].long()
+        ids = soft.ids[rows].long()
         listed = logits.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
         logq.append(listed.log_softmax(-1))
         token_logp.append(logits.log_softmax(-1).gather(1, ids[:, :1])[:, 0])

@@ -11,9 +11,10 @@ from torch import Tensor
 from softgrpo.advantages import groups_with_spread
 from softgrpo.config import Config, ConfigError, RolloutConfig
 from softgrpo.data import Prompt
-from softgrpo.density import OFFICIAL_EPS, OFFICIAL_NOISE_CLIP, DensitySettings
+from softgrpo.density import OFFICIAL_EPS, OFFICIAL_NOISE_CLIP
 from softgrpo.distributed import World
 from softgrpo.engines import RolloutEngine
+from softgrpo.positions import DensitySettings
 from softgrpo_engine import Output, SamplingParams, SoftParams
 from softgrpo_engine.params import K_MAX
 

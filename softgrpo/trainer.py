@@ -21,6 +21,7 @@ from softgrpo.batch import RolloutBatch
 from softgrpo.checkpoint import load_checkpoint, load_newest, set_aside
 from softgrpo.config import Config
 from softgrpo.data import TrainingData
+from softgrpo.device import check_device, device_type
 from softgrpo.distributed import World, patience
 from softgrpo.engines import RolloutEngine, load_engine
 from softgrpo.evaluator import evaluate, evaluation_rollout, evaluation_row
@@ -68,6 +69,7 @@ class Trainer:
         reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
         reward_weights: Sequence[float] | None = None,
     ) -> None:
+        check_device(config, device_type())
         self.config = config
         self.world = World.join(config.run.timeout_s)
         self.world.check_shares("rollout.prompts_per_step", config.rollout.prompts_per_step)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
 
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from softgrpo.distributed import World, balanced, full
 from softgrpo.loss import loss_mask, policy_loss, token_weights
 from softgrpo.optimizer import make_optimizer
 from softgrpo.policy import Policy, PositionLogProbs
+from softgrpo.statistics import Statistics, merged
+from softgrpo_engine.transfer import to_device
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
@@ -30,61 +31,9 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     return config.lr * 0.5 * (1.0 + float(torch.cos(torch.tensor(progress * torch.pi))))
 
 
-@dataclass
-class _Statistics:
-    """What the passes of one step leave for its metrics row."""
-
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    kl: list[Tensor] = field(default_factory=list)
-    clipped_low: list[Tensor] = field(default_factory=list)
-    clipped_high: list[Tensor] = field(default_factory=list)
-    mismatch: list[Tensor] = field(default_factory=list)
-    ratio_to_rollout: list[Tensor] = field(default_factory=list)
-    beyond_max: list[Tensor] = field(default_factory=list)
-    candidate_entropy: list[Tensor] = field(default_factory=list)
-
-    @staticmethod
-    def merged(parts: Sequence[_Statistics]) -> _Statistics:
-        """Those of all processes: each has a part of every loss, and all have the same gradient."""
-        whole = _Statistics()
-        for part in parts:
-            for name, values in vars(part).items():
-                getattr(whole, name).extend(values)
-        whole.losses = [sum(losses) for losses in zip(*(p.losses for p in parts), strict=True)]
-        whole.grad_norms = parts[0].grad_norms
-        return whole
-
-    def row(self) -> dict[str, float]:
-        row = {
-            "loss": sum(self.losses) / max(1, len(self.losses)),
-            "grad_norm": sum(self.grad_norms) / max(1, len(self.grad_norms)),
-        }
-        # A number that this kind of rollout does not have leaves no name in the row.
-        difference, ratio = _joined(self.mismatch), _joined(self.ratio_to_rollout)
-        if len(difference):
-            row["sampling/sampling_logp_difference/mean"] = float(difference.mean())
-            row["sampling/sampling_logp_difference/max"] = float(difference.max())
-        if len(ratio):
-            row["sampling/importance_sampling_ratio/min"] = float(ratio.min())
-            row["sampling/importance_sampling_ratio/mean"] = float(ratio.mean())
-            row["sampling/importance_sampling_ratio/max"] = float(ratio.max())
-        for name, parts in (
-            ("sampling/beyond_max_ratio", self.beyond_max),
-            ("candidate_entropy", self.candidate_entropy),
-            ("clip_ratio/low_mean", self.clipped_low),
-            ("clip_ratio/high_mean", self.clipped_high),
-            ("kl", self.kl),
-        ):
-            if len(values := _joined(parts)):
-                row[name] = float(values.float().mean())
-        if self.clipped_low:
-            row["clip_ratio/region_mean"] = row["clip_ratio/low_mean"] + row["clip_ratio/high_mean"]
-        return row
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0)
+_DIFFERENCE = "sampling/sampling_logp_difference"
+_RATIO = "sampling/importance_sampling_ratio"
+_LOW, _HIGH = "clip_ratio/low_mean", "clip_ratio/high_mean"
 
 
 class Update:
@@ -105,6 +54,10 @@ class Update:
         self.max_new_tokens = max_new_tokens
         self.optimizer = make_optimizer(policy.decoder, optim)
 
+    @property
+    def device(self) -> torch.device:
+        return self.policy.decoder.embed_weight.device
+
     def __call__(
         self, batch: RolloutBatch, advantages_S: Tensor, lr: float
     ) -> tuple[dict[str, float], int]:
@@ -114,7 +67,7 @@ class Update:
         a minibatch in which no group has a spread of rewards teaches nothing and takes none.
         Raises FloatingPointError, before the weights change, when a gradient is not finite.
         """
-        statistics = _Statistics()
+        statistics = Statistics()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         size = self.optim.minibatch_prompts or batch.num_groups
@@ -126,21 +79,45 @@ class Update:
         if not any(parts):
             # Nothing to learn from, but the match of rollout and trainer is watched at every step.
             self._densities(batch, list(range(batch.num_groups)), statistics)
-            return self._row(statistics), 0
+            return self._row(statistics, []), 0
         # With one minibatch the sampling policy is the current one: its pass is the update's own.
         useful_groups = [g for groups in parts for g in groups]
         old = None
         if len(minibatches) > 1:
             old = self._densities(batch, useful_groups, statistics)
-        taken = 0
-        for groups, useful in zip(minibatches, parts, strict=True):
-            if useful:
-                self._minibatch(batch, advantages_S, groups, useful, old, statistics)
-                taken += 1
-        return self._row(statistics), taken
+        norms = [
+            self._minibatch(batch, advantages_S, groups, useful, old, statistics)
+            for groups, useful in zip(minibatches, parts, strict=True)
+            if useful
+        ]
+        return self._row(statistics, norms), len(norms)
 
-    def _row(self, statistics: _Statistics) -> dict[str, float]:
-        return _Statistics.merged(self.world.gather(statistics)).row()
+    def _row(self, statistics: Statistics, norms: list[float]) -> dict[str, float]:
+        """Of all processes together: each has a part of every loss, and all have the same gradient.
+        A number that this kind of rollout does not have leaves no name in the row."""
+        summaries = merged(self.world.gather(statistics.summaries()))
+        updates = max(1, len(norms))
+        loss = summaries.pop("loss", None)
+        row = {
+            "loss": loss.total / updates if loss else 0.0,
+            "grad_norm": sum(norms) / updates,
+        }
+        difference, ratio = (summaries.pop(name, None) for name in (_DIFFERENCE, _RATIO))
+        if difference:
+            row |= {
+                f"{_DIFFERENCE}/mean": difference.mean,
+                f"{_DIFFERENCE}/max": difference.largest,
+            }
+        if ratio:
+            row |= {
+                f"{_RATIO}/min": ratio.smallest,
+                f"{_RATIO}/mean": ratio.mean,
+                f"{_RATIO}/max": ratio.largest,
+            }
+        row |= {name: summary.mean for name, summary in summaries.items()}
+        if _LOW in row:
+            row["clip_ratio/region_mean"] = row[_LOW] + row[_HIGH]
+        return row
 
     def _useful(self, batch: RolloutBatch, advantages_S: Tensor, groups: list[int]) -> list[int]:
         """The groups that have a gradient."""
@@ -158,8 +135,9 @@ class Update:
         groups: list[int],
         useful: list[int],
         old: tuple[Tensor, Tensor] | None,
-        statistics: _Statistics,
-    ) -> None:
+        statistics: Statistics,
+    ) -> float:
+        """One optimizer step on the groups; returns the norm of its gradient."""
         # Every group of the minibatch counts in the denominator, also those without spread.
         whole, whole_rows = batch.select_groups(groups)
         weights_T = torch.zeros(len(batch.soft.token))
@@ -171,7 +149,6 @@ class Update:
         )
         advantages_T = advantages_S[batch.sample_of_token]
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
         for micro in self._micro_batches(batch, useful):
             if not micro:
                 self._idle_pass(batch, useful[0])
@@ -179,9 +156,10 @@ class Update:
             part, rows = batch.select_groups(micro)
             new = self.policy(part)
             if old is None:
-                old_T, correction_T = new.density.detach(), self._compare(part, new, statistics)
+                old_T, correction_T = new.density.detach(), self._compare(new, statistics)
             else:
-                old_T, correction_T = old[0][rows], old[1][rows]
+                at = to_device(rows, self.device)
+                old_T, correction_T = (values.index_select(0, at) for values in old)
             reference_T = None
             if self.reference is not None:
                 with torch.no_grad():
@@ -189,45 +167,46 @@ class Update:
             result = policy_loss(
                 new.density,
                 old_T,
-                advantages_T[rows],
-                weights_T[rows],
-                part.sample_of_token,
+                to_device(advantages_T[rows], self.device),
+                to_device(weights_T[rows], self.device),
+                new.positions.sample,
+                new.positions.num_samples,
                 self.algorithm,
                 correction_T=correction_T,
                 reference_T=reference_T,
             )
             # FSDP takes the mean of the processes' gradients; theirs are parts of a sum.
             (result.loss * self.world.size).backward()
-            total += result.loss.item()
-            statistics.clipped_low.append(result.clipped_low)
-            statistics.clipped_high.append(result.clipped_high)
+            statistics.add("loss", result.loss)
+            statistics.add(_LOW, result.clipped_low)
+            statistics.add(_HIGH, result.clipped_high)
             if result.kl is not None:
-                statistics.kl.append(result.kl)
+                statistics.add("kl", result.kl)
         norm = full(
             torch.nn.utils.clip_grad_norm_(self.policy.decoder.parameters(), self.optim.grad_clip)
-        )
-        if not bool(torch.isfinite(norm)):
+        ).item()
+        if not math.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient norm is {norm.item()}; lower optim.lr or look at the last samples"
+                f"the gradient norm is {norm}; lower optim.lr or look at the last samples"
             )
         self.optimizer.step()
-        statistics.losses.append(total)
-        statistics.grad_norms.append(norm.item())
+        return norm
 
     @torch.no_grad()
     def _densities(
-        self, batch: RolloutBatch, groups: list[int], statistics: _Statistics
+        self, batch: RolloutBatch, groups: list[int], statistics: Statistics
     ) -> tuple[Tensor, Tensor]:
         """Densities under the current policy and importance weights, both [T] (0 outside of the
         groups)."""
-        density_T = torch.zeros(len(batch.soft.token))
-        correction_T = torch.zeros(len(batch.soft.token))
+        density_T = torch.zeros(len(batch.soft.token), device=self.device)
+        correction_T = torch.zeros_like(density_T)
         for micro in self._micro_batches(batch, groups):
             part, rows = batch.select_groups(micro or groups[:1])
             current = self.policy(part)
             if micro:
-                correction_T[rows] = self._compare(part, current, statistics)
-                density_T[rows] = current.density
+                at = to_device(rows, self.device)
+                correction_T.index_copy_(0, at, self._compare(current, statistics))
+                density_T.index_copy_(0, at, current.density)
         return self.world.sum(density_T), self.world.sum(correction_T)
 
     def _idle_pass(self, batch: RolloutBatch, group: int) -> None:
@@ -241,30 +220,29 @@ class Update:
         nothing.backward()
 
     @torch.no_grad()
-    def _compare(
-        self, part: RolloutBatch, current: PositionLogProbs, statistics: _Statistics
-    ) -> Tensor:
+    def _compare(self, current: PositionLogProbs, statistics: Statistics) -> Tensor:
         """Records how far the trainer's probabilities are from those that the rollout drew from,
         and returns the importance weights [T]."""
-        settings, classes = self.policy.settings, current.classes
-        theirs = rollout_logq(part, classes, settings)
-        statistics.mismatch.append(mismatch(current.candidates, theirs, classes))
+        settings, positions = self.policy.settings, current.positions
+        classes = positions.classes
+        theirs = rollout_logq(positions, settings)
+        statistics.add(_DIFFERENCE, *mismatch(current.candidates, theirs, classes))
         # Drawn from the vocabulary, without candidates: the token alone is compared.
-        unlisted = classes.full & ~classes.listed
-        statistics.mismatch.append((current.density - part.logprobs)[unlisted].abs())
-        behaviour = log_densities(theirs, part.logprobs, part, classes, settings)
+        difference = (current.density - positions.logprobs).abs()
+        statistics.add(_DIFFERENCE, difference, classes.full & ~classes.listed)
+        behaviour = log_densities(theirs, positions.logprobs, positions, settings)
         known = ~classes.forced
         if settings.noise != "gumbel":
             known &= ~classes.soft
         log_ratio = torch.where(known, current.density - behaviour, 0.0)
         weights, beyond = importance_weights(
-            log_ratio, part.sample_of_token, self.algorithm.correction
+            log_ratio, positions.sample, positions.num_samples, self.algorithm.correction
         )
-        statistics.ratio_to_rollout.append(log_ratio[known].exp())
-        statistics.beyond_max.append(beyond[known])
-        logq = current.candidates[classes.listed]
+        statistics.add(_RATIO, log_ratio.exp(), known)
+        statistics.add("sampling/beyond_max_ratio", beyond, known)
+        logq = current.candidates
         entropy = -torch.where(logq > -torch.inf, logq.exp() * logq, 0.0).sum(-1)
-        statistics.candidate_entropy.append(entropy)
+        statistics.add("candidate_entropy", entropy, classes.listed)
         return weights
 
     def _micro_batches(self, batch: RolloutBatch, groups: list[int]) -> list[list[int]]:

@@ -1,16 +1,18 @@
-"""Before anything imports Triton: without a GPU its kernels run under the interpreter.
-
-Triton reads the variable when a kernel is defined, its own library of kernels included.
-"""
+"""What must come before PyTorch and Triton: the simulated GPU, and Triton as an interpreter."""
 
 import itertools
-import os
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # simulated_gpu
+
+from simulated_gpu import found  # noqa: F401, I001
+
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+pytest_plugins = ["simulated_gpu.plugin"]
 
 
 @pytest.fixture

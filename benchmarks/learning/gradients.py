@@ -32,9 +32,9 @@ from softgrpo.advantages import group_advantages
 from softgrpo.batch import RolloutBatch
 from softgrpo.config import Config
 from softgrpo.data import TrainingData
-from softgrpo.density import PositionClasses
 from softgrpo.loss import loss_mask, token_weights
 from softgrpo.policy import Policy, PositionLogProbs
+from softgrpo.positions import Positions
 from softgrpo.rewards import RewardRunner
 from softgrpo.rollout import ROLLOUT_STREAM, collect, density_settings, rollout_uids
 from softgrpo_engine import LLM
@@ -55,15 +55,17 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
 class ArgmaxPolicy(Policy):
     """Scores a soft position as if its heaviest candidate had been drawn as a token."""
 
-    def _score(
-        self, hidden_TH: Tensor, batch: RolloutBatch, classes: PositionClasses
-    ) -> PositionLogProbs:
+    def _score(self, hidden_TH: Tensor, positions: Positions) -> PositionLogProbs:
+        classes, rows = positions.classes, positions.classes.rows
         as_tokens = dataclasses.replace(
             classes,
             soft=torch.zeros_like(classes.soft),
             candidates=classes.candidates | classes.soft,
+            rows=dataclasses.replace(
+                rows, soft=rows.soft[:0], candidates=torch.cat([rows.candidates, rows.soft])
+            ),
         )
-        return super()._score(hidden_TH, batch, as_tokens)
+        return super()._score(hidden_TH, dataclasses.replace(positions, classes=as_tokens))
 
 
 class Moments:

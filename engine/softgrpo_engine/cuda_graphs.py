@@ -47,7 +47,8 @@ class CudaGraph:
             step()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may use the device meanwhile: only this one's work is captured.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.drawn = step()
 
     def replay(self) -> None:
@@ -73,7 +74,8 @@ class DecodeGraphs:
         record: Callable[[Callable[[], Tensor]], Recorded] | None = None,
     ) -> None:
         self._step, self._addresses, self._device = step, addresses, device
-        self._record = record
+        self._record = record or self._capture
+        self._pool: Any = None
         self._graphs: dict[DecodeShape, tuple[Tensor, Recorded]] = {}
         self._recorded_with: tuple[int, ...] = ()
 
@@ -83,6 +85,8 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Drops the graphs and the memory that they hold."""
         self._graphs.clear()
+        # PyTorch captures no more into a pool whose graphs are gone while a tensor of it is held.
+        self._pool = None
 
     def __call__(self, words: Tensor, padding: Callable[[], Tensor], shape: DecodeShape) -> Tensor:
         """What the step leaves for the inputs in ``words`` (see `DecodeInputs.views`).
@@ -102,9 +106,11 @@ class DecodeGraphs:
         return recorded.drawn
 
     def _new(self, padding: Tensor, shape: DecodeShape) -> tuple[Tensor, Recorded]:
-        buffer = padding.to(self._device, copy=True)
+        buffer = padding.to(self._device, copy=True, non_blocking=True)
         inputs = DecodeInputs.views(buffer, shape)
-        if self._record is None:
-            pool = torch.cuda.graph_pool_handle()
-            self._record = lambda step: CudaGraph(step, pool)
         return buffer, self._record(lambda: self._step(inputs))
+
+    def _capture(self, step: Callable[[], Tensor]) -> Recorded:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return CudaGraph(step, self._pool)

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from softgrpo_engine.attention import Rope
+from softgrpo_engine.transfer import to_device
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Up to so many tokens the backward is faster in float32, three times at 70: in bfloat16 it goes
 # through oneDNN for every tile of 64 x 64.
 _SHORT_SPAN = 256
+# What flash attention on a GPU computes.
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class GroupAttention:
@@ -245,15 +248,15 @@ class _VarlenAttention:
         ]
         query_lens = [length for _, length in layout.spans]
         key_lens = [len(k) for k in keys]
-        self._keys = torch.cat(keys).to(device)
-        self._query_starts = _starts(query_lens).to(device)
-        self._key_starts = _starts(key_lens).to(device)
+        self._keys = to_device(torch.cat(keys), device)
+        self._query_starts = to_device(_starts(query_lens), device)
+        self._key_starts = to_device(_starts(key_lens), device)
         self._longest = max(query_lens), max(key_lens)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        if q.dtype not in (torch.bfloat16, torch.float16):
+        if q.dtype not in FLASH_DTYPES:
             raise ValueError(f"training on a GPU needs model.dtype=bfloat16, not {q.dtype}")
         out = varlen_attn(
             q,

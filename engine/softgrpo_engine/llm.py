@@ -18,7 +18,7 @@ from softgrpo_engine.memory import pages_that_fit, return_freed_memory
 from softgrpo_engine.metrics import TokenRate, load_metrics, sample_progress
 from softgrpo_engine.model import Decoder
 from softgrpo_engine.model_source import resolve_model
-from softgrpo_engine.outputs import FinishReason, Output, Sample
+from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import SamplingParams, SoftParams
 from softgrpo_engine.prompts import Prompt, as_list, default_uids, encode
 from softgrpo_engine.requests import Call, check_fits, make_groups
@@ -193,7 +193,7 @@ class LLM:
         groups = make_groups(ids, params, soft, seed, uids, stream, self.config, self.tokenizer)
         slots = max((sequence.slots for group in groups for sequence in group), default=1)
         self.runner.record.reserve(params.max_tokens, slots)
-        call = Call(ids, groups, self._sample)
+        call = Call(ids, groups, self._samples)
         for sequence in call.sequences:
             self.scheduler.add(sequence)
         return call
@@ -221,24 +221,20 @@ class LLM:
             self._launched = None
             for sequence in self.scheduler.active:
                 sequence.error = error
-                self._end(sequence, "abort")
+            self._abort(self.scheduler.active)
             raise
         self.rate.add(len(advanced), time.perf_counter() - start)
         return advanced
 
     def release(self, call: Call) -> None:
         """Takes out what is left of a call: nothing stays behind, also after an error."""
-        for sequence in call.sequences:
-            if sequence.sample is None:
-                self._end(sequence, "abort")
+        self._abort([s for s in call.sequences if s.sample is None])
         if not self.scheduler.has_work:
             self.scheduler.check()
 
     def abort(self, uid: int) -> None:
         """Ends the samples of that name; they come back with finish_reason "abort"."""
-        for sequence in self.scheduler.active:
-            if sequence.uid == uid:
-                self._end(sequence, "abort")
+        self._abort([s for s in self.scheduler.active if s.uid == uid])
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces the weights in place (Hugging Face names, every parameter once).
@@ -352,12 +348,13 @@ class LLM:
             return []
         (plan, launched), self._launched = self._launched, None
         drawn = launched.read()
-        advanced = []
+        advanced: list[Sequence] = []
+        ended: list[Sequence] = []
         for i, (sequence, _) in enumerate(plan.samplers):
             if sequence.finish_reason is not None:
                 continue  # it ended while this step was under way
             if not drawn.valid[i]:
-                raise RuntimeError(
+                raise FloatingPointError(
                     f"the logits of sample uid {sequence.uid} are not finite (weight version "
                     f"{self.weight_version}): the weights or their update are broken"
                 )
@@ -369,9 +366,12 @@ class LLM:
             sequence.soft_phase = soft and self._within_budget(sequence)
             advanced.append(sequence)
             if token in sequence.end_ids or hits_stop_string(sequence, self.tokenizer):
-                self._end(sequence, "stop")
+                sequence.finish_reason = "stop"
             elif len(sequence.tokens) == sequence.params.max_tokens:
-                self._end(sequence, "length")
+                sequence.finish_reason = "length"
+            if sequence.finish_reason is not None:
+                ended.append(sequence)
+        self._end(ended)
         return advanced
 
     def _within_budget(self, sequence: Sequence) -> bool:
@@ -383,18 +383,30 @@ class LLM:
         self.runner.end_soft_phase(sequence)
         return False
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        sequence.finish_reason = reason
-        sequence.sample = self._sample(sequence)
-        self.scheduler.abort(sequence)
+    def _abort(self, sequences: Seq[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.finish_reason = "abort"
+        self._end(sequences)
 
-    def _sample(self, sequence: Sequence) -> Sample:
-        soft, logprobs = self.runner.record.soft_tokens(sequence)
-        return Sample(
-            text=sample_text(sequence, self.tokenizer),
-            token_ids=list(sequence.tokens),
-            logprobs=logprobs,
-            soft=soft,
-            finish_reason=sequence.finish_reason,
-            uid=sequence.uid,
-        )
+    def _end(self, sequences: Seq[Sequence]) -> None:
+        """Gives sequences their samples, all with one read, and takes them out."""
+        for sequence, sample in zip(sequences, self._samples(sequences), strict=True):
+            sequence.sample = sample
+            self.scheduler.abort(sequence)
+
+    def _samples(self, sequences: Seq[Sequence]) -> list[Sample]:
+        if not sequences:
+            return []
+        return [
+            Sample(
+                text=sample_text(sequence, self.tokenizer),
+                token_ids=list(sequence.tokens),
+                logprobs=logprobs,
+                soft=soft,
+                finish_reason=sequence.finish_reason,
+                uid=sequence.uid,
+            )
+            for sequence, (soft, logprobs) in zip(
+                sequences, self.runner.record.soft_tokens(sequences), strict=True
+            )
+        ]

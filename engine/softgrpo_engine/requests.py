@@ -19,7 +19,7 @@ _GROUP_NUMBERS = itertools.count()
 class Call:
     """The samples of one call, while they are computed.
 
-    prompts: token ids. groups: the samples of each prompt. sample: gives a sequence as a Sample.
+    prompts: token ids. groups: the samples of each prompt. samples: gives sequences as Samples.
     It is read by ``ended`` (whole groups) or by ``news`` (every token); both raise what a step
     raised that their samples were in.
     """
@@ -28,10 +28,10 @@ class Call:
         self,
         prompts: Seq[list[int]],
         groups: list[list[Sequence]],
-        sample: Callable[[Sequence], Sample],
+        samples: Callable[[Seq[Sequence]], list[Sample]],
     ) -> None:
         self._prompts = prompts
-        self._sample = sample
+        self._samples = samples
         self._open = dict(enumerate(groups))
         self._prompt_of = {s: i for i, group in enumerate(groups) for s in group}
         self._unread = dict.fromkeys(self._prompt_of, 0)  # tokens that the caller has seen
@@ -71,15 +71,17 @@ class Call:
 
     def news(self) -> Iterator[tuple[int, Sample]]:
         """(prompt index, the sample so far) of those that went on since they were last given."""
+        unfinished = []
         for sequence, seen in list(self._unread.items()):
             _raise_error(sequence)
             if sequence.sample is not None:
                 del self._unread[sequence]
+                yield self._prompt_of[sequence], sequence.sample
             elif len(sequence.tokens) > seen:
                 self._unread[sequence] = len(sequence.tokens)
-            else:
-                continue
-            yield self._prompt_of[sequence], sequence.sample or self._sample(sequence)
+                unfinished.append(sequence)
+        for sequence, sample in zip(unfinished, self._samples(unfinished), strict=True):
+            yield self._prompt_of[sequence], sample
 
 
 def check_fits(

@@ -19,6 +19,7 @@ from softgrpo_engine.model import Decoder
 from softgrpo_engine.record import Record
 from softgrpo_engine.scheduler import Chunk, Plan
 from softgrpo_engine.sequence import Sequence
+from softgrpo_engine.transfer import ToHost, to_device
 from softgrpo_kernels import soft_embedding, soft_token_of_rows
 
 
@@ -32,21 +33,14 @@ class Drawn:
 
 
 class Launched:
-    """The tokens of a step on their way to the host: one copy, behind the work that draws them."""
+    """The tokens of a step on their way to the host."""
 
     def __init__(self, drawn: Tensor) -> None:
-        self._drawn, self._arrived = drawn, None
-        if drawn.is_cuda:
-            self._drawn = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
-            self._drawn.copy_(drawn, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        self._drawn = ToHost(drawn)
 
     def read(self) -> Drawn:
         """Waits for the step, and for nothing that was launched after it."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        token, soft, valid = self._drawn.tolist()
+        token, soft, valid = self._drawn.wait().tolist()
         return Drawn(token, [bool(x) for x in soft], [bool(x) for x in valid])
 
 
@@ -109,8 +103,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: Plan) -> Launched:
         """Starts the forward pass and draw of a step; on a GPU it returns before they are done."""
-        for sequence in plan.started:
-            self.record.start(sequence)
+        self.record.start(plan.started)
         if plan.is_decode:
             return Launched(self._launch_decode(plan))
         hidden_TH = self._prefill(plan.chunks)
@@ -126,7 +119,8 @@ class Runner:
 
     def end_soft_phase(self, sequence: Sequence) -> None:
         """The next position of the sample is drawn discretely."""
-        self.record.soft[sequence.row] = 0
+        assert sequence.row is not None
+        self.record.end_soft_phase(sequence.row)
 
     def force(self, sequence: Sequence, token: int) -> None:
         """Puts ``token`` after those read so far; the phase is discrete from here."""
@@ -280,10 +274,7 @@ class Runner:
             self.v_pages[:, target] = self.v_pages[:, source]
 
     def _to_device(self, values: np.ndarray) -> Tensor:
-        host = torch.from_numpy(values)
-        if self.device.type != "cuda":
-            return host.to(self.device)
-        return host.pin_memory().to(self.device, non_blocking=True)
+        return to_device(values, self.device)
 
 
 def _block_table(chunks: Seq[Chunk]) -> np.ndarray:

@@ -58,6 +58,12 @@ class Sequence:
         return self.num_generated == 0 and self.row is None
 
     @property
+    def terminal_ids(self) -> list[int]:
+        """Tokens that end its soft phase: those that end it, and the end of thinking."""
+        ids = sorted(self.end_ids)
+        return ids if self.thinking_end is None else [*ids, self.thinking_end]
+
+    @property
     def forced_token(self) -> int | None:
         """The token that the thinking budget puts after ``tokens``, None when it is free."""
         budget = self.soft.max_soft_tokens if self.soft and self.soft_phase else None

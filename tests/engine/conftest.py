@@ -50,8 +50,8 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.fixture(scope="session")
-def make_llm(hf_model, tokenizer):
+@pytest.fixture
+def make_llm(hf_model, tokenizer, device):
     """An engine of its own weights; keyword arguments go to LLM, `pages` sets the KV cache."""
 
     def make(pages=None, **options):
@@ -61,7 +61,7 @@ def make_llm(hf_model, tokenizer):
             # 2 layers, k and v, 2 heads, 16 slots, 8 wide, 4 bytes
             options["kv_memory"] = pages * (2 * 2 * 2 * 16 * 8 * 4) / 2**30
         options = {"max_batch_size": 16, "max_batch_tokens": 256, "max_model_len": 256} | options
-        return LLM(decoder, tokenizer=tokenizer, **options)
+        return LLM(decoder.to(device), tokenizer=tokenizer, **options)
 
     return make
 

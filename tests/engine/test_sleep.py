@@ -118,7 +118,7 @@ def test_broken_weights_name_the_sample_and_the_version(make_llm, hf_model, prom
     state = {k: v.clone() for k, v in hf_model.state_dict().items()}
     state["model.norm.weight"][3] = float("nan")
     llm.update_weights(state.items(), version=12)
-    with pytest.raises(RuntimeError, match=r"uid 41\b.*weight version 12"):
+    with pytest.raises(FloatingPointError, match=r"uid 41\b.*weight version 12"):
         llm.generate_groups(prompts[:1], SamplingParams(max_tokens=8), seed=0, uids=[[41, 42]])
     # The engine is usable again once the weights are.
     llm.update_weights(iter(hf_model.state_dict().items()), version=13)

@@ -34,7 +34,9 @@ def numpy_weights(mode, level, bound):
 @pytest.mark.parametrize("bound", [1.2, 2.0])
 def test_weights_equal_numpy(mode, level, bound):
     config = CorrectionConfig(mode, level, bound)
-    weights, beyond = importance_weights(torch.tensor(LOG_RATIO), torch.tensor(SAMPLE), config)
+    weights, beyond = importance_weights(
+        torch.tensor(LOG_RATIO), torch.tensor(SAMPLE), max(SAMPLE) + 1, config
+    )
     expected, outside = numpy_weights(mode, level, bound)
     np.testing.assert_allclose(weights, expected, rtol=1e-12)
     assert beyond.tolist() == outside
@@ -45,7 +47,7 @@ def test_weights_equal_numpy(mode, level, bound):
 def test_no_tokens_have_no_weights(level):
     empty = torch.empty(0)
     config = CorrectionConfig("mask", level)
-    weights, beyond = importance_weights(empty, empty.long(), config)
+    weights, beyond = importance_weights(empty, empty.long(), 0, config)
     assert len(weights) == len(beyond) == 0
 
 
@@ -61,5 +63,5 @@ def test_truncation_moves_the_gradient_towards_the_trainer_s_own():
     off = np.abs(uncorrected - true).max()
     for bound, limit in ((1e6, 1e-12), (2.0, off)):
         config = CorrectionConfig("truncate", "token", bound)
-        weights, _ = importance_weights(log_ratio, torch.arange(6), config)
+        weights, _ = importance_weights(log_ratio, torch.arange(6), 6, config)
         assert np.abs((p * weights.numpy() * reward) @ score - true).max() < limit

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from softgrpo.batch import RolloutBatch
-from softgrpo.density import DensitySettings, classify, log_densities, mismatch, rollout_logq
+from softgrpo.density import log_densities, mismatch, rollout_logq
+from softgrpo.positions import DensitySettings, Positions, classify
 from softgrpo_engine import SoftTokens
 from softgrpo_kernels import gumbel_noise, soft_token
 
@@ -95,7 +96,7 @@ def test_noise_comes_off_the_record_and_leaves_log_p(noise_scale):
     # phase at its second position, drawn here as a discrete row.
     settings = DensitySettings(noise_scale=noise_scale, max_soft_tokens=None)
     classes = classify(batch, settings)
-    recovered = rollout_logq(batch, classes, settings)
+    recovered = rollout_logq(Positions.of(batch, settings), settings)
     rows = classes.soft
     live = drawn.ids[rows] >= 0
     assert torch.equal(recovered[rows].isfinite(), live)
@@ -110,8 +111,7 @@ def test_noise_comes_off_the_record_and_leaves_log_p(noise_scale):
 def test_official_record_gives_the_kept_probabilities_back():
     batch, drawn, logits = make_batch([[1] * 6], eps=1e-6, noise_clamp=(-1.5, 3.0))
     settings = DensitySettings(objective="official")
-    classes = classify(batch, settings)
-    recovered = rollout_logq(batch, classes, settings)
+    recovered = rollout_logq(Positions.of(batch, settings), settings)
     top = torch.softmax(logits.topk(K, -1).values, -1)
     kept = (top.cumsum(-1) - top < 0.9).sum(-1)
     assert torch.equal(recovered.isfinite().sum(-1), kept)
@@ -131,10 +131,12 @@ def test_mismatch_is_zero_for_the_same_probabilities_under_every_objective():
         ids = batch.soft.ids.long().clamp(min=0)
         kept = logits.gather(1, ids).masked_fill(batch.soft.ids < 0, -math.inf)
         logq = kept.log_softmax(-1)  # what the trainer computes: over all recorded slots
-        difference = mismatch(logq, rollout_logq(batch, classes, settings), classes)
-        assert difference.max() < 2e-5, objective
-        off = mismatch(logq * 1.1, rollout_logq(batch, classes, settings), classes)
-        assert off.max() > 1e-2
+        theirs = rollout_logq(Positions.of(batch, settings), settings)
+        difference, known = mismatch(logq, theirs, classes)
+        assert difference[known].max() < 2e-5, objective
+        assert known.sum() == theirs.isfinite().sum()
+        off, _ = mismatch(logq * 1.1, theirs, classes)
+        assert off[known].max() > 1e-2
 
 
 def test_exact_density_on_policy_is_that_of_the_noise():
@@ -142,7 +144,7 @@ def test_exact_density_on_policy_is_that_of_the_noise():
     settings = DensitySettings()
     classes = classify(batch, settings)
     logq = drawn.logp.double()
-    density = log_densities(logq, torch.zeros(5).double(), batch, classes, settings)
+    density = log_densities(logq, torch.zeros(5).double(), Positions.of(batch, settings), settings)
     noise = gumbel_noise(
         batch.soft.ids, 5, batch.position, batch.uid[batch.sample_of_token]
     ).double()

@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from softgrpo.batch import RolloutBatch
 from softgrpo.cli.train import main
 from softgrpo.config import LoraConfig
-from softgrpo.density import DensitySettings, mismatch, rollout_logq
+from softgrpo.density import mismatch, rollout_logq
 from softgrpo.lora import add_adapters, export_adapter, merged_tensors
 from softgrpo.policy import Policy
+from softgrpo.positions import DensitySettings
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_engine.group_attention import GroupAttention
 from softgrpo_engine.weights import load_decoder
@@ -94,8 +95,9 @@ def test_the_engine_draws_from_the_merged_weights(model_path):
 
     def difference(batch):
         scored = Policy(decoder, SETTINGS, torch.float32)(batch)
-        theirs = rollout_logq(batch, scored.classes, SETTINGS)
-        return mismatch(scored.candidates, theirs, scored.classes).max()
+        theirs = rollout_logq(scored.positions, SETTINGS)
+        difference, known = mismatch(scored.candidates, theirs, scored.positions.classes)
+        return difference[known].max()
 
     assert difference(roll()) > 1e-2
     engine.update_weights(merged_tensors(decoder), version=1)

@@ -87,7 +87,9 @@ def run(algorithm, new=NEW, **extra):
     leaf = torch.tensor(new, requires_grad=True)
     old, advantage, weight = (torch.tensor(x) for x in (OLD, ADVANTAGE, WEIGHT))
     extra = {name: torch.tensor(x) for name, x in extra.items()}
-    result = policy_loss(leaf, old, advantage, weight, torch.tensor(SAMPLE), algorithm, **extra)
+    result = policy_loss(
+        leaf, old, advantage, weight, torch.tensor(SAMPLE), max(SAMPLE) + 1, algorithm, **extra
+    )
     result.loss.backward()
     return result, leaf.grad.numpy()
 
@@ -131,7 +133,9 @@ def test_sequence_level_ratio_equals_numpy():
 
     leaf = torch.tensor(NEW, requires_grad=True)
     old, advantage, weight = (torch.tensor(x) for x in (OLD, ADVANTAGE, weight))
-    result = policy_loss(leaf, old, advantage, weight, torch.tensor(SAMPLE), algorithm)
+    result = policy_loss(
+        leaf, old, advantage, weight, torch.tensor(SAMPLE), max(SAMPLE) + 1, algorithm
+    )
     result.loss.backward()
     assert result.loss.item() == pytest.approx(loss(NEW), rel=1e-12)
     for t in (0, 100, 399):
@@ -197,7 +201,7 @@ def test_gradient_is_zero_where_clipped():
     new = torch.tensor([0.5, -0.5, 0.5, 2.0], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, -1.0, -1.0])
     loss = policy_loss(
-        new, torch.zeros(4), advantages, torch.ones(4), torch.arange(4), AlgorithmConfig()
+        new, torch.zeros(4), advantages, torch.ones(4), torch.arange(4), 4, AlgorithmConfig()
     ).loss
     loss.backward()
     gradient = new.grad.tolist()
@@ -215,6 +219,7 @@ def test_a_masked_infinite_token_does_not_reach_the_sum():
         torch.ones(2),
         torch.tensor([1.0, 0.0]),
         torch.zeros(2, dtype=torch.int64),
+        1,
         AlgorithmConfig(ratio_level="sequence"),
     )
     assert result.loss.item() == -1.0

@@ -7,13 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from softgrpo.density import (
-    DensitySettings,
-    classify,
-    dirichlet_density,
-    gaussian_density,
-    log_densities,
-)
+from softgrpo.density import dirichlet_density, gaussian_density, log_densities
+from softgrpo.positions import DensitySettings, Positions, classify
 from softgrpo_kernels import gumbel_noise, soft_token
 
 LOGITS = torch.tensor([0.9, 0.2, -0.4, -1.5], dtype=torch.float64)
@@ -160,7 +155,7 @@ def test_the_score_has_mean_0_where_the_first_token_ends_the_phase(noise, scale)
     leaf = LOGITS.expand(n, 4).clone().requires_grad_()
     logq = leaf.log_softmax(-1).gather(1, ids.clamp(min=0))
     logq = torch.where(ids >= 0, logq, -math.inf)
-    log_densities(logq, torch.zeros(n), batch, classes, settings).sum().backward()
+    log_densities(logq, torch.zeros(n), Positions.of(batch, settings), settings).sum().backward()
     error = leaf.grad.std(0) / math.sqrt(n)
     assert (leaf.grad.mean(0).abs() < 4.5 * error).all()
 

@@ -10,12 +10,12 @@ from softgrpo.batch import RolloutBatch
 from softgrpo.density import (
     OFFICIAL_EPS,
     OFFICIAL_NOISE_CLIP,
-    DensitySettings,
     log_densities,
     mismatch,
     rollout_logq,
 )
 from softgrpo.policy import Policy
+from softgrpo.positions import DensitySettings
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_kernels import gumbel_noise, soft_density, soft_weights
 
@@ -82,28 +82,30 @@ def test_trainer_equals_rollout_on_policy(case, tied):
     policy = Policy(decoder, settings, torch.float32)
     with torch.no_grad():
         ours = policy(batch)
-    theirs = rollout_logq(batch, ours.classes, settings)
-    if bool((ours.classes.soft | ours.classes.candidates).any()):
-        assert mismatch(ours.candidates, theirs, ours.classes).max() < 1e-4
-    chosen = ours.classes.candidates | ours.classes.full
+    positions, classes = ours.positions, ours.positions.classes
+    theirs = rollout_logq(positions, settings)
+    if bool((classes.soft | classes.candidates).any()):
+        difference, known = mismatch(ours.candidates, theirs, classes)
+        assert difference[known].max() < 1e-4
+    chosen = classes.candidates | classes.full
     if settings.noise_scale != 1.0:  # whose ending token is not a sample from p
-        chosen &= ~ours.classes.soft_phase
+        chosen &= ~classes.soft_phase
     if objective != "official":  # whose ending token is scored over more than it was drawn from
-        error = (ours.density - batch.logprobs)[chosen].abs()
+        error = (ours.density - positions.logprobs)[chosen].abs()
         assert error.numel() == 0 or error.max() < 1e-4
     if objective == "exact" and settings.noise == "gumbel" and soft is not None:
-        rows = ours.classes.soft
-        behaviour = log_densities(theirs, batch.logprobs, batch, ours.classes, settings)
+        rows = classes.soft
+        behaviour = log_densities(theirs, positions.logprobs, positions, settings)
         error = (ours.density - behaviour)[rows].abs()
-        noise = gumbel_noise(batch.soft.ids, 3, batch.position, batch.uid[batch.sample_of_token])
-        energy = torch.where(batch.soft.ids >= 0, (1 - torch.exp(-noise)).abs(), 0.0).sum(-1)
+        noise = gumbel_noise(positions.soft.ids, 3, positions.position, positions.uid)
+        energy = torch.where(positions.soft.ids >= 0, (1 - torch.exp(-noise)).abs(), 0.0).sum(-1)
         assert error.mean() < 1e-4
         assert (error <= 1e-4 * (1 + energy[rows])).all()
     if case == "budget":
         assert batch.soft.forced.any()
         assert (ours.density[batch.soft.forced] == 0).all()
         assert (batch.soft.token[batch.soft.forced] == 2).all()
-    assert ours.classes.soft.any() == (soft is not None)
+    assert classes.soft.any() == (soft is not None)
 
 
 def test_changed_weights_show_as_mismatch():
@@ -114,10 +116,9 @@ def test_changed_weights_show_as_mismatch():
         decoder.model.layers[0].mlp.down_proj.weight[0] += 0.5
     settings = DensitySettings(discrete_temperature=0.8)
     ours = Policy(decoder, settings, torch.float32)(batch)
-    assert (
-        mismatch(ours.candidates, rollout_logq(batch, ours.classes, settings), ours.classes).max()
-        > 1e-2
-    )
+    theirs = rollout_logq(ours.positions, settings)
+    difference, known = mismatch(ours.candidates, theirs, ours.positions.classes)
+    assert difference[known].max() > 1e-2
 
 
 def test_no_gradient_through_soft_inputs():

@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from softgrpo.batch import RolloutBatch
 from softgrpo.config import AlgorithmConfig, OptimConfig
-from softgrpo.density import DensitySettings
 from softgrpo.policy import Policy
+from softgrpo.positions import DensitySettings
 from softgrpo.update import Update
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_engine.group_attention import GroupAttention

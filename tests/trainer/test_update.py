@@ -6,8 +6,9 @@ from tiny_decoder import make_decoder
 
 from softgrpo.batch import RolloutBatch
 from softgrpo.config import AlgorithmConfig, CorrectionConfig, OptimConfig
-from softgrpo.density import DensitySettings, log_densities, rollout_logq
+from softgrpo.density import log_densities, rollout_logq
 from softgrpo.policy import Policy
+from softgrpo.positions import DensitySettings
 from softgrpo.update import Update
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 
@@ -45,8 +46,8 @@ def test_the_gradient_is_weighed_by_the_ratio_of_trainer_to_engine(batch, mode, 
     # The same from the formulas: one update, so the gradient is A * weight * grad log density.
     plain = Policy(make_decoder(), SETTINGS, torch.float32)
     scored = plain(batch)
-    theirs = rollout_logq(batch, scored.classes, SETTINGS)
-    behaviour = log_densities(theirs, batch.logprobs, batch, scored.classes, SETTINGS)
+    theirs = rollout_logq(scored.positions, SETTINGS)
+    behaviour = log_densities(theirs, scored.positions.logprobs, scored.positions, SETTINGS)
     log_ratio = (scored.density - behaviour).tolist()
     loss, start, beyond, tokens = 0.0, 0, 0, 0
     for sample, length in enumerate(batch.response_lens.tolist()):

@@ -1,0 +1,162 @@
+"""The device as Python sees it: waits by line, launches by kernel, and when it is visible."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import torch
+import torchgen
+import yaml
+from torch import Tensor
+from torch._dynamo import trace_rules
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = tuple(str(ROOT / name) + "/" for name in ("kernels", "engine", "softgrpo"))
+
+# What the host waits for in a CUDA build: the size of the result, or its value, is on the device.
+WAITING = {
+    "_local_scalar_dense": "item",
+    "_unique": "unique",
+    "_unique2": "unique",
+    "bincount": "bincount",
+    "equal": "equal",
+    "histc": "histc",
+    "isin": "isin",  # its sorting path
+    "masked_select": "masked_select",
+    "nonzero": "nonzero",
+    "repeat_interleave": "repeat_interleave without output_size",
+    "unique_consecutive": "unique",
+    "unique_dim": "unique",
+}
+
+
+class Device:
+    """The one simulated device of the process; `core` is the C++ side."""
+
+    def __init__(self, core: ModuleType) -> None:
+        self.core = core
+        # Dynamo's table of torch's functions is made once: of torch.cuda's own, not of ours.
+        trace_rules.get_torch_obj_rule_map()
+        self.sync_debug_mode = "default"
+        self._waits: Counter[tuple[str, str]] = Counter()
+        core.configure(_unchecked_operators(), {f"aten::{k}": v for k, v in WAITING.items()},
+                       self._on_wait, program_line)  # fmt: skip
+
+    @contextlib.contextmanager
+    def visible(self, count: int = 1) -> Iterator[Device]:
+        """The program finds ``count`` GPUs, as it would by torch.cuda; afterwards none."""
+        from simulated_gpu import torch_cuda, triton_launch
+
+        self.reset()
+        self.core.set_device_count(count)
+        self.core.set_visible(True)
+        try:
+            with torch_cuda.patched(self, count), triton_launch.patched(self):
+                yield self
+        finally:
+            self.core.set_visible(False)
+            self.reset()
+
+    def reset(self) -> None:
+        """Nothing is under way, nothing has been counted."""
+        self.core.reset()
+        self._waits.clear()
+        self.sync_debug_mode = "default"
+
+    def wait(self, why: str) -> None:
+        """The host waits for all of the device's work."""
+        self.core.wait(why)
+
+    def note(self, why: str) -> None:
+        """A wait for less than everything, which the caller does itself."""
+        self._waits[why, program_line()] += 1
+
+    @property
+    def waits(self) -> Counter[tuple[str, str]]:
+        """How often the host waited, by (why, line of the program)."""
+        return self._waits
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[Counts]:
+        """What happens inside: waits and launches."""
+        waits, launches = Counter(self._waits), Counter(self.core.launches())
+        counts = Counts()
+        yield counts
+        counts.waits = self._waits - waits
+        counts.launches = Counter(self.core.launches()) - launches
+
+    def launch(self, name: str, tensors: list[Tensor], run: Callable[[], Any]) -> None:
+        """``run`` is a kernel: it computes on `as_cpu` of these tensors, now and in replays."""
+        self.core.launch(name, tensors, run)
+
+    def as_cpu(self, tree: Any) -> Any:
+        """The same memory as CPU tensors; whatever is no tensor as it is."""
+        return self.core.as_cpu(tree) if isinstance(tree, Tensor) else tree
+
+    def _on_wait(self, why: str) -> str:
+        place = program_line()
+        if self.sync_debug_mode == "error":
+            return f"called a synchronizing CUDA operation ({why} at {place})"
+        self._waits[why, place] += 1
+        return ""
+
+
+class Counts:
+    """waits: by (why, line); launches: by operator or kernel."""
+
+    waits: Counter[tuple[str, str]]
+    launches: Counter[str]
+
+    def table(self) -> str:
+        rows = [f"{n:5d}  {why:40s} {line}" for (why, line), n in self.waits.most_common()]
+        return "\n".join(["", *rows])
+
+
+def program_line() -> str:
+    """file:line of the innermost frame of the program in this thread, else of a test; a thread of
+    autograd has no frame, and is asked for by the one that waits in backward()."""
+    frames = [sys._getframe()]
+    if threading.current_thread() is not threading.main_thread():
+        frames += [
+            f for f in sys._current_frames().values() if f.f_code.co_name == "_engine_run_backward"
+        ]
+    for innermost in frames:
+        if (found := _line_of(innermost, PROGRAM)) is not None:
+            return found
+    return _line_of(frames[0], (str(ROOT / "tests"),)) or "?"
+
+
+def _line_of(frame: FrameType | None, folders: tuple[str, ...]) -> str | None:
+    here = str(Path(__file__).parent)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(folders) and not name.startswith(here):
+            return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None
+
+
+def _unchecked_operators() -> set[str]:
+    """Those whose generated CUDA wrapper does not compare the devices of their tensors."""
+    path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    functions = yaml.load(path.read_text(), Loader=loader)
+    names = (f["func"].split("(")[0] for f in functions if f.get("device_check") == "NoCheck")
+    return {f"aten::{name}" for name in names}
+
+
+def cuda_kernel(library: torch.library.Library, name: str) -> Callable[[Callable], Callable]:
+    """Registers an operator that the CPU lacks, computed by the function on CPU tensors."""
+
+    def register(compute: Callable[..., Any]) -> Callable[..., Any]:
+        library.impl(name, compute, "CUDA")
+        return compute
+
+    return register

@@ -1,0 +1,36 @@
+"""pytest plugin: the fixture ``device`` runs a test on the CPU and on a GPU, simulated or real.
+
+With no GPU to be seen (the ordinary tests) "cuda" is the simulated device. With one (make test-gpu)
+it is the real one, and the test carries the mark `gpu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from simulated_gpu import flash
+from simulated_gpu.device import Device
+from simulated_gpu.found import REAL, SIMULATED, WHY_NOT
+
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu] if REAL else [])
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that the program finds: the CPU, or a GPU."""
+    if request.param == "cuda" and not REAL:
+        request.getfixturevalue("simulated_gpu")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def simulated_gpu() -> Iterator[Device]:
+    """The simulated device, visible during the test: waits and launches of it can be counted."""
+    if SIMULATED is None:
+        pytest.skip(str(WHY_NOT))
+    flash.Rules.any_dtype = flash.Rules.paged_by_any_size = False
+    with SIMULATED.visible() as device:
+        yield device
