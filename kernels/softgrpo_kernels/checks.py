@@ -41,7 +41,7 @@ def check_k_max(k_max: int) -> None:
 
 def check_word(name: str, value: object) -> None:
     """Raises ValueError for a number that is no integer of 64 bits."""
-    if not isinstance(value, SupportsIndex):  # NumPy's integers too
+    if not isinstance(value, int | SupportsIndex):  # NumPy's integers too
         raise ValueError(f"{name} must be an integer or a tensor of them, not {value!r}")
     if not -(2**63) <= int(value) < 2**63:
         raise ValueError(f"{name} must fit into a signed word of 64 bits, not {value}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from softgrpo_kernels.rows import RowParameters
-from softgrpo_kernels.step import LMHead, SoftToken
+from softgrpo_kernels.step import OUTPUTS, LMHead, SoftToken
 
 # Numbers of the dtypes in C++.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -54,7 +53,7 @@ def soft_token(
         logit_scale=head.logit_scale if head is not None else 1.0,
         **_table("lm_head", weight),
         **_table("embed", embed),
-        **{f"out_{field.name}": _address(getattr(out, field.name)) for field in fields(out)},
+        **{f"out_{name}": _address(getattr(out, name)) for name in OUTPUTS},
     )
 
 

@@ -50,7 +50,7 @@ class Values(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """broken: bool, or bool [B]. The rest makes the message."""
+    """broken: bool, or bool [B]. The rest makes the message; {k_max} in it is filled in."""
 
     broken: Any
     name: str
@@ -58,12 +58,37 @@ class Rule(NamedTuple):
     text: str
     advice: str = ""
 
-    def error(self) -> ValueError:
+    def error(self, k_max: int) -> ValueError:
         """Names the first value that breaks it."""
         value = self.value
         if isinstance(self.broken, Tensor):
             value = value[self.broken][0].item()
-        return ValueError(f"{self.text}, not {self.name} = {value}{self.advice}")
+        text = self.text.format(k_max=k_max)
+        return ValueError(f"{text}, not {self.name} = {value}{self.advice}")
+
+
+def surely_sound(low: Values, high: Values) -> bool:
+    """Whether rows with parameters between these bounds keep to all rules, whatever their mode.
+
+    False says nothing; it is what most calls need not ask further. top_k is left out.
+    """
+    # A NaN is both bounds, and no comparison holds for it.
+    fine = low.temperature >= SMALLEST and high.temperature <= LARGEST
+    fine &= low.tau >= SMALLEST and high.tau <= LARGEST
+    fine &= low.top_p >= 0.0 and high.top_p <= LARGEST
+    fine &= low.min_p >= 0.0 and high.min_p <= 1.0
+    fine &= low.noise_scale >= 0.0 and high.noise_scale <= LARGEST
+    fine &= low.eps >= 0.0 and high.eps <= LARGEST
+    fine &= high.clamp_low <= low.clamp_high and high.clamp_low <= LARGEST
+    fine &= low.clamp_high >= -LARGEST
+    fine &= min(low[10:]) >= 0 and max(high[10:13]) <= LAST_WORD
+    fine &= high.mode <= SKIP and high.noise <= MULTIPLEX
+    if fine and high.noise >= DIRICHLET:
+        fine = high.stream <= LAST_STREAM_OF_DRAWS and low.noise_scale > 0.0
+    if fine and high.noise == MULTIPLEX:
+        draws = low.noise_scale
+        fine = draws == high.noise_scale and 1.0 <= draws <= MAX_CANDIDATES and draws % 1.0 == 0.0
+    return fine
 
 
 def rules_of(v: Values, k_max: int) -> Iterator[Rule]:
@@ -76,7 +101,7 @@ def rules_of(v: Values, k_max: int) -> Iterator[Rule]:
     )  # fmt: skip
     yield Rule(
         soft & _outside(v.top_k, 1, k_max), "top_k", v.top_k,
-        f"a soft row needs 1 <= top_k <= k_max = {k_max}",
+        "a soft row needs 1 <= top_k <= k_max = {k_max}",
         "; give top_k (5 in the paper), or mode=1 to sample without mixing",
     )  # fmt: skip
     yield Rule(
@@ -140,24 +165,30 @@ def check_numbers(v: Values, k_max: int) -> None:
 
     Where the mode is a tensor, only the device knows which numbers are read: a NaN is refused.
     """
-    for name, value in zip(Values._fields, v, strict=True):
-        if isinstance(value, float) and value != value:
+    numbers = Values(
+        *(
+            default if isinstance(value, Tensor) else value
+            for default, value in zip(_NEUTRAL, v, strict=True)
+        )
+    )
+    listed = numbers.mode != SOFT or 1 <= numbers.top_k <= k_max
+    if listed and surely_sound(numbers, numbers):
+        return
+    for name, value in zip(Values._fields, numbers, strict=True):
+        if value != value:
             raise ValueError(f"{name.replace('tau', 'gumbel_tau')} must be a number, not NaN")
-    neutral = Values()
-    numbers = [
-        default if isinstance(value, Tensor) else value
-        for default, value in zip(neutral, v, strict=True)
-    ]
-    for rule in rules_of(Values(*numbers), k_max):
+    for rule in rules_of(numbers, k_max):
         if rule.broken:
-            raise rule.error()
+            raise rule.error(k_max)
+
+
+_NEUTRAL = Values()
 
 
 def _outside(x: Any, low: float, high: float) -> Any:
-    # Not `not low <= x <= high`: this holds for tensors too, and NaN is outside.
-    return (x < low) | (x > high) | (x != x)
+    # For numbers and tensors alike, and a NaN is outside.
+    return ((x >= low) & (x <= high)) ^ True
 
 
 def _no_interval(low: Any, high: Any) -> Any:
-    empty = (low > high) | (low > LARGEST) | (high < -LARGEST)
-    return empty | (low != low) | (high != high)
+    return ((low <= high) & (low <= LARGEST) & (high >= -LARGEST)) ^ True

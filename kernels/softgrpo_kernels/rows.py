@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +16,16 @@ from softgrpo_kernels.row_rules import (
     GAUSSIAN,
     GREEDY,
     GUMBEL,
-    LARGEST,
-    LAST_WORD,
     MAX_CANDIDATES,
     MULTIPLEX,
     NOISES,
     NONE,
     SKIP,
-    SMALLEST,
     SOFT,
     Values,
     check_numbers,
     rules_of,
+    surely_sound,
 )
 from softgrpo_kernels.step import LMHead, SoftToken
 
@@ -124,16 +123,13 @@ class RowParameters:
             temperature, top_p, min_p, gumbel_tau, noise_scale, low, high, eps,
             top_k, seed, position, uid, stream, mode, code,
         )  # fmt: skip
-        for i, (name, value) in enumerate(zip(_NAMES, values, strict=True)):
-            _check_value(name, value, rows, integer=i >= _FLOATS)
-        check_numbers(values, k_max)
-        floats = torch.empty((_FLOATS, rows), dtype=torch.float32, device=device)
-        ints = torch.empty((_INTS, rows), dtype=torch.int64, device=device)
         for i, value in enumerate(values):
-            if i < _FLOATS:
-                floats[i] = value
-            else:
-                ints[i - _FLOATS] = value
+            if type(value) is not float or i >= _FLOATS:
+                _check_value(_NAMES[i], value, rows, integer=i >= _FLOATS)
+        if device.type != "cpu":  # there the op reads the tables
+            check_numbers(values, k_max)
+        floats = _table(values[:_FLOATS], rows, torch.float32, device)
+        ints = _table(values[_FLOATS:], rows, torch.int64, device)
         return RowParameters(floats, ints, k_max)
 
     def check_shape(self, rows: int, device: torch.device) -> None:
@@ -152,11 +148,11 @@ class RowParameters:
 
     def check(self) -> None:
         """Raises ValueError for a parameter out of its range; reads the tables: CPU only."""
-        if not self.mode.numel() or self._within_all_bounds():
+        if not self.mode.numel() or self._surely_sound() or bool(self.sound.all()):
             return
         for rule in rules_of(self._values(), self.k_max):
             if bool(rule.broken.any()):
-                raise rule.error()
+                raise rule.error(self.k_max)
 
     @property
     def sound(self) -> Tensor:
@@ -169,22 +165,19 @@ class RowParameters:
     def _values(self) -> Values:
         return Values(*self.floats, *self.ints)
 
-    def _within_all_bounds(self) -> bool:
-        """True where no row, whatever its mode, can be wrong: one pass over the tables."""
-        low, high = (x.tolist() for x in torch.aminmax(self.floats, dim=1))
-        # A NaN is the minimum and the maximum, and no comparison holds for it.
-        fine = low[0] >= SMALLEST and low[3] >= SMALLEST and high[2] <= 1.0
-        fine &= all(low[i] >= 0.0 for i in (1, 2, 4, 7))
-        fine &= all(high[i] <= LARGEST for i in (0, 1, 3, 4, 7))
-        fine &= high[5] <= low[6] and high[5] <= LARGEST and low[6] >= -LARGEST
-        low, high = (x.tolist() for x in torch.aminmax(self.ints, dim=1))
-        fine &= all(x >= 0 for x in low[2:]) and all(x <= LAST_WORD for x in high[2:5])
-        fine &= high[5] <= SKIP and high[6] <= NONE
-        if fine and not (low[0] >= 1 and high[0] <= self.k_max):
-            # Usual where rows are discrete.
-            unlisted = (self.top_k < 1) | (self.top_k > self.k_max)
-            fine = not bool(((self.mode == SOFT) & unlisted).any())
-        return fine
+    def _surely_sound(self) -> bool:
+        """True where one pass over the tables shows it, as it mostly does."""
+        low_floats, high_floats = torch.aminmax(self.floats, dim=1)
+        low_ints, high_ints = torch.aminmax(self.ints, dim=1)
+        low = Values(*low_floats.tolist(), *low_ints.tolist())
+        high = Values(*high_floats.tolist(), *high_ints.tolist())
+        if not surely_sound(low, high):
+            return False
+        if low.top_k >= 1 and high.top_k <= self.k_max:
+            return True
+        # Usual where rows are discrete.
+        unlisted = (self.top_k < 1) | (self.top_k > self.k_max)
+        return not bool(((self.mode == SOFT) & unlisted).any())
 
 
 # Rows of the tables, and what the arguments are called.
@@ -208,6 +201,20 @@ def _check_value(name: str, value: object, rows: int, *, integer: bool) -> None:
         check_word(name, value)
     elif not isinstance(value, float | int | Real):
         raise ValueError(f"{name} must be a number or a tensor, not {value!r}")
+
+
+def _table(values: tuple[Any, ...], rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[len(values), rows] of numbers and tensors."""
+    table = torch.empty((len(values), rows), dtype=dtype, device=device)
+    # All numbers in one copy; on a device that copy would wait, and no compiler traces it.
+    together = device.type == "cpu" and not torch.compiler.is_compiling()
+    if together:
+        numbers = [0 if isinstance(value, Tensor) else value for value in values]
+        table.copy_(torch.tensor(numbers, dtype=dtype)[:, None])
+    for i, value in enumerate(values):
+        if not together or isinstance(value, Tensor):
+            table[i] = value
+    return table
 
 
 def _clamp_bounds(noise_clamp: Clamp, rows: int) -> tuple[Number, Number]:

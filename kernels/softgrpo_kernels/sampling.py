@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from softgrpo_kernels import ops
 from softgrpo_kernels.checks import check_device, check_head_map, check_integers, check_word
 from softgrpo_kernels.row_rules import LAST_WORD
 from softgrpo_kernels.rows import ORDERS, Clamp, Number, RowParameters
-from softgrpo_kernels.step import SoftToken
+from softgrpo_kernels.step import OUTPUTS, SoftToken
 
 # Token ids are int32 in every back end, and blocks reach beyond the last of them.
 MAX_VOCABULARY = 2**30
@@ -187,7 +186,7 @@ def soft_token_of_rows(
     run: Callable[..., None] = torch.ops.softgrpo_kernels.soft_token
     if backend != "auto":
         run = partial(ops.soft_token, backend=backend)
-    outputs = (getattr(out, field.name) for field in fields(out))
+    outputs = (getattr(out, name) for name in OUTPUTS)
     joint = order == "joint"
     run(
         logits, embed, rows.floats, rows.ints, terminal_ids, hidden, lm_head, bias, softcap,
@@ -343,9 +342,9 @@ def _check_head(
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     if (hidden is None) != (lm_head is None):
         raise ValueError("hidden and lm_head go together: give both or neither")
-    check_head_map(softcap, logit_scale)
     if hidden is None or lm_head is None:
         return
+    check_head_map(softcap, logit_scale)
     rows = source.shape[0]
     if order == "joint":
         raise ValueError("order 'joint' takes the logits as they are: leave out hidden and lm_head")

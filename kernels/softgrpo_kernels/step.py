@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -109,6 +109,10 @@ class SoftToken:
         for statistic in (self.lse, self.entropy):
             if statistic is not None:
                 statistic.fill_(torch.nan)
+
+
+# In the order in which the ops take them.
+OUTPUTS = tuple(field.name for field in fields(SoftToken))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Compiles the Triton kernels for GPUs this machine does not have and reads the machine code.
 
 `python tests/kernels/gpu/aot.py [part of a name ...]` compiles every spec of the files specs_*.py
-and aot_controls.py beside it for every target and prints one JSON object, {name: {target: facts}}.
-It runs in a process of its own, because the tests import Triton as an interpreter.
+and aot_controls.py beside it for every target and prints one JSON object: "code" {name: {target:
+facts}} and "variants" {name: {variant: failure or null}}, see aot_variants.py. It runs in a process
+of its own, because the tests import Triton as an interpreter.
 
 A module of specs needs no Triton:
 
@@ -79,6 +80,14 @@ class Spec:
     dot: bool = False
     targets: tuple[str, ...] = tuple(TARGETS)
 
+    def options(self) -> dict[str, Any]:
+        """What the launch says beside the arguments."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+        }
+
 
 def specs() -> list[Spec]:
     """The specs of all files specs_*.py, by name of file."""
@@ -120,32 +129,33 @@ def compile_spec(spec: Spec, target: str) -> Facts:
     return facts | {"seconds": round(time.perf_counter() - start, 2)}
 
 
-def _compile(spec: Spec, target: str) -> Facts:
-    import triton
-    from triton.backends.compiler import GPUTarget
+def kernel_of(spec: Spec) -> Any:
+    """The kernel itself."""
+    module, name = spec.kernel.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def source_of(spec: Spec) -> Any:
+    """What Triton compiles: the kernel with the types and constants of the spec."""
     from triton.compiler import ASTSource
 
-    module, name = spec.kernel.split(":")
-    kernel = getattr(importlib.import_module(module), name)
+    kernel = kernel_of(spec)
     signature = {arg: spec.signature.get(arg, "constexpr") for arg in kernel.arg_names}
     aligned = [
         i for i, (arg, kind) in enumerate(signature.items())
         if kind.startswith("*") or arg in spec.divisible
     ]  # fmt: skip
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    return ASTSource(kernel, signature, constexprs=spec.constexprs, attrs=attributes)
+
+
+def _compile(spec: Spec, target: str) -> Facts:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     backend, arch, warp, _ = TARGETS[target]
     compiled = triton.compile(
-        ASTSource(
-            kernel,
-            signature,
-            constexprs=spec.constexprs,
-            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-        ),
-        target=GPUTarget(backend, arch, warp),
-        options={
-            "num_warps": spec.num_warps,
-            "num_stages": spec.num_stages,
-            "enable_fp_fusion": spec.fp_fusion,
-        },
+        source_of(spec), target=GPUTarget(backend, arch, warp), options=spec.options()
     )
     read = _read_cuda if backend == "cuda" else _read_hip
     return {"shared": compiled.metadata.shared} | read(compiled.asm)
@@ -230,19 +240,22 @@ def _load(name: str) -> Any:
 def main(names: list[str]) -> None:
     # Before the pool starts: its processes inherit both.
     os.environ.pop("TRITON_INTERPRET", None)
-    chosen = specs() + [spec for spec, _ in _load("aot_controls").CONTROLS]
-    jobs = [
-        (spec, target)
-        for spec in chosen
-        for target in spec.targets
-        if not names or any(part in spec.name for part in names)
-    ]
-    result: dict[str, dict[str, Facts]] = {}
+    controls = _load("aot_controls")
+    chosen = specs() + [spec for spec, _ in controls.CONTROLS]
+    chosen = [s for s in chosen if not names or any(part in s.name for part in names)]
+    code: dict[str, dict[str, Facts]] = {}
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        running = [(*job, pool.submit(compile_spec, *job)) for job in jobs]
+        failures = _load("aot_variants").failures
+        others = {
+            s.name: pool.submit(failures, s)
+            for s in [*specs(), *controls.VARIANTS]
+            if not names or any(part in s.name for part in names)
+        }
+        running = [(s, t, pool.submit(compile_spec, s, t)) for s in chosen for t in s.targets]
         for spec, target, facts in running:
-            result.setdefault(spec.name, {})[target] = facts.result()
-    json.dump(result, sys.stdout, indent=1)
+            code.setdefault(spec.name, {})[target] = facts.result()
+        variants = {name: found.result() for name, found in others.items()}
+    json.dump({"code": code, "variants": variants}, sys.stdout, indent=1)
 
 
 if __name__ == "__main__":

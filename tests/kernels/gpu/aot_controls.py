@@ -41,3 +41,6 @@ CONTROLS = [
     (_control("dot", "multiply_add", 2048, dot=True), "tensor-core"),
     (_control("compile", "broken", 16), "does not compile"),
 ]
+
+# Its size is specialised and has no method where it is 1.
+VARIANTS = [_control("size of one", "method_of_size", 16)]

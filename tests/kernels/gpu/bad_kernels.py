@@ -38,3 +38,9 @@ def large_dot(out, x, size, BLOCK: tl.constexpr):
 @triton.jit
 def broken(out, x, size, BLOCK: tl.constexpr):
     tl.store(out + tl.arange(0, BLOCK), tl.load(x + tl.arange(0, 2 * BLOCK)))
+
+
+@triton.jit
+def method_of_size(out, x, size, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i).to(tl.float32) * size.to(tl.float32))

@@ -6,7 +6,7 @@ from aot import Spec
 GPU = "softgrpo_kernels.gpu"
 
 
-def attention(dtype, dim, group, kind):
+def attention(dtype, dim, group, kind, name=""):
     pages = {"k_pages": f"*{dtype}", "v_pages": f"*{dtype}", "block_table": "*i32"}
     common = {"out": f"*{dtype}", "q": f"*{dtype}", **pages, "seq_lens": "*i32", "scale": "fp32"}
     common |= dict.fromkeys(("table_width", "num_kv_heads"), "i32")
@@ -21,7 +21,7 @@ def attention(dtype, dim, group, kind):
         common |= {"sums": "*fp32", "statistics": "*fp32", "splits": "i32"}
         sizes |= {"ROWS": 16, "SPLIT": 512, "ONE_SPLIT": kind == "one split"}
     return Spec(
-        f"attention {kind} {dtype} {dim}",
+        f"attention {kind} {dtype} {dim} {name}".rstrip(),
         f"{GPU}.paged_attention:{'prefill' if kind == 'prefill' else 'decode'}_kernel",
         {name: kind for name, kind in common.items() if name not in absent},
         sizes | absent,
@@ -33,16 +33,16 @@ def attention(dtype, dim, group, kind):
     )
 
 
-def rms_norm(dtype, residual):
+def rms_norm(dtype, residual, width=1536):
     signature = dict.fromkeys(("out", "total", "x", "residual", "weight"), f"*{dtype}")
     absent = {} if residual else dict.fromkeys(("total", "residual"))
     return Spec(
-        f"rms norm {dtype}{' residual' if residual else ''}",
+        f"rms norm {dtype}{' residual' if residual else ''}{'' if width > 1 else ' of one'}",
         f"{GPU}.decoder:rms_norm_kernel",
         {n: k for n, k in signature.items() if n not in absent} | {"width": "i32", "eps": "fp32"},
-        {"RESIDUAL": residual, "BLOCK_H": 2048, **absent},
-        divisible=("width",),
-        wide_loads=3 if residual else 2,
+        {"RESIDUAL": residual, "BLOCK_H": 1 << (width - 1).bit_length(), **absent},
+        divisible=("width",) if width % 16 == 0 else (),
+        wide_loads=0 if width % 16 else 3 if residual else 2,
         no_fma=True,
     )
 
@@ -50,6 +50,7 @@ def rms_norm(dtype, residual):
 SPECS = [
     *(attention("bf16", 128, 6, kind) for kind in ("decode", "one split", "prefill")),
     *(attention("bf16", 64, 3, kind) for kind in ("decode", "prefill")),
+    attention("bf16", 64, 1, "decode", name="no groups"),
     *(attention("fp32", 64, 3, kind) for kind in ("decode", "prefill")),
     *(attention("fp32", 128, 6, kind) for kind in ("decode", "prefill")),
     Spec(
@@ -65,6 +66,7 @@ SPECS = [
     ),
     rms_norm("bf16", True),
     rms_norm("fp32", False),
+    rms_norm("bf16", True, width=1),
     Spec(
         "silu mul",
         f"{GPU}.decoder:silu_mul_kernel",

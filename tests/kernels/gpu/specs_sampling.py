@@ -1,6 +1,6 @@
 """The sampling kernels as a decode launches them: 152k and 128k tokens, 8 to 64 slots."""
 
-from aot import Spec
+from aot import TARGETS, Spec
 
 GPU = "softgrpo_kernels.gpu"
 KEYS = {"seed": "*i64", "position": "*i64", "uid": "*i64", "stream": "*i64"}
@@ -22,7 +22,7 @@ def statistics(dtype, entropy):
     )  # fmt: skip
 
 
-def select(dtype, k):
+def select(dtype, k, *, tiles=2048):
     return Spec(
         f"select {dtype} k {k}",
         f"{GPU}.soft_token:select_kernel",
@@ -30,15 +30,17 @@ def select(dtype, k):
             "out_keys": "*i64", "logits": f"*{dtype}", "tile_max": "*fp32", "ints": "*i64",
             **dict.fromkeys(("stride", "vocabulary", "tiles", "batch", "k_max"), "i32"),
         },
-        {"K": k, "TILES": 2048, "TILE": 128},
+        {"K": k, "TILES": max(tiles, k), "TILE": 128},
         divisible=("stride", "vocabulary"),
         num_warps=4 if k <= 16 else 8,
         fp_fusion=True,
         wide_loads=1 if k > 8 else 0,
+        # The assembler takes a minute for a network that sorts many keys: one GPU of each maker.
+        targets=tuple(TARGETS) if k <= 8 else ("sm_90", "gfx942"),
     )  # fmt: skip
 
 
-def draw(k, *, head=False, every=False):
+def draw(k, *, head=False, every=False, chunks=64):
     absent = dict.fromkeys(("bias", *(() if head else ("hidden", "weight"))))
     absent |= {} if every else dict.fromkeys(("terminal_ids", "out_lse", "out_entropy"))
     signature = {
@@ -57,7 +59,7 @@ def draw(k, *, head=False, every=False):
         f"{GPU}.soft_token:draw_kernel",
         {name: kind for name, kind in signature.items() if name not in absent},
         {
-            "K": k, "CHUNKS": 64, "TERMINALS": 2 if every else 0, "HEAD": head, "BIAS": False,
+            "K": k, "CHUNKS": chunks, "TERMINALS": 2 if every else 0, "HEAD": head, "BIAS": False,
             "SOFTCAP": False, "JOINT": every, "LSE": every, "ENTROPY": every, **absent,
         },
         divisible=("weight_stride", "hidden_stride", "width"),
@@ -81,6 +83,9 @@ SPECS = [
     noise("log_gamma"),
     statistics("bf16", False),
     statistics("fp32", True),
+    # k_max 1 and a vocabulary of one chunk.
+    select("bf16", 2, tiles=32),
+    draw(2, chunks=1),
     *(select("bf16", k) for k in (8, 64)),
     select("fp32", 32),
     draw(8),

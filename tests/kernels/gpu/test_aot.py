@@ -14,14 +14,14 @@ if importlib.util.find_spec("triton") is None:
 sys.path.insert(0, str(Path(__file__).parent))
 
 from aot import specs, violations
-from aot_controls import CONTROLS
+from aot_controls import CONTROLS, VARIANTS
 
 SPECS = specs()
 
 
 @pytest.fixture(scope="session")
 def facts(pytestconfig):
-    """{name of spec: {target: what aot.py found}}. A second run takes the binaries from a cache."""
+    """What aot.py prints. A second run takes the binaries from a cache."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton"))}
     # Another process: here Triton may be an interpreter.
     environment.pop("TRITON_INTERPRET", None)
@@ -48,13 +48,28 @@ def test_names_of_specs_are_unique():
 
 @pytest.mark.parametrize(("spec", "target"), _cases(SPECS))
 def test_machine_code(facts, spec, target):
-    found = facts[spec.name][target]
+    found = facts["code"][spec.name][target]
     wrong = violations(spec, target, found)
     assert not wrong, "\n".join([*wrong, json.dumps(found, indent=1)])
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name.replace(" ", "-"))
+def test_every_variant_of_the_jit_lowers(facts, spec):
+    """Each specialised integer equal to 1, a multiple of 16, and neither."""
+    wrong = [f"{name}:\n{why}" for name, why in facts["variants"][spec.name].items() if why]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_variant_that_does_not_compile_is_seen(facts):
+    for spec in VARIANTS:
+        found = facts["variants"][spec.name]
+        assert list(found) == ["size = 1", "size aligned"]
+        assert "object has no attribute 'to'" in found["size = 1"]
+        assert found["size aligned"] is None
 
 
 @pytest.mark.parametrize(("spec", "complaint"), CONTROLS, ids=[s.name for s, _ in CONTROLS])
 def test_a_bad_kernel_is_refused(facts, spec, complaint):
     for target in spec.targets:
-        wrong = violations(spec, target, facts[spec.name][target])
+        wrong = violations(spec, target, facts["code"][spec.name][target])
         assert any(complaint in w for w in wrong), (target, wrong)
