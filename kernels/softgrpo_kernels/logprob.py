@@ -21,9 +21,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from softgrpo_kernels.checks import check_divisor, check_head_map
 from softgrpo_kernels.linear_logprob import SpecialWeightGradient, check_ids
 from softgrpo_kernels.reference.indexed_dot import wide_dtype
 from softgrpo_kernels.reference.soft_density import soft_density
+from softgrpo_kernels.row_rules import LARGEST, SMALLEST
 
 GradWeight = Literal["dense", "rows", "accumulate"] | Tensor
 
@@ -188,7 +190,7 @@ def linear_soft_logprob(
     Args:
         hidden: [N, H]; lm_head: [V, H] in the same dtype.
         ids, gprime: [N, K], the record of soft rows; slots from n on are unused.
-        n: int [N], slots in use.
+        n: int [N], slots in use, at most K.
         row_kind: uint8 [N], 1 soft, 0 discrete.
         label: int [N], token ids, read in discrete rows.
         objective, noise_scale: see `soft_density`; read in soft rows.
@@ -201,7 +203,8 @@ def linear_soft_logprob(
         differentiable in hidden, lm_head and bias.
 
     Raises:
-        ValueError: see `linear_candidate_logprob`, `linear_token_logprob`, `soft_density`.
+        ValueError: see `linear_candidate_logprob`, `linear_token_logprob`, `soft_density`; on the
+            CPU also another row_kind, an n beyond K.
     """
     head = _Head(hidden, lm_head, temperature, bias, softcap, logit_scale, grad_weight)
     _check_integers("ids", ids, (hidden.shape[0], None), hidden)
@@ -212,6 +215,7 @@ def linear_soft_logprob(
         )
     for name, value in (("n", n), ("row_kind", row_kind), ("label", label)):
         _check_integers(name, value, (hidden.shape[0],), hidden)
+    _check_record(n, row_kind, ids.shape[1])
     soft, ids, label = row_kind == 1, ids.long(), label.long()
     by_rows = isinstance(grad_weight, str) and grad_weight == "rows"
     if by_rows and (need_entropy or not bool(soft.all())):
@@ -245,7 +249,8 @@ class _Head:
         logit_scale: float,
         grad_weight: GradWeight,
     ) -> None:
-        _check(hidden, lm_head, bias, softcap)
+        _check(hidden, lm_head, bias)
+        check_head_map(softcap, logit_scale)
         if isinstance(grad_weight, Tensor):
             if grad_weight.shape != lm_head.shape or not grad_weight.is_leaf:
                 raise ValueError(
@@ -293,17 +298,20 @@ class _Head:
 
 def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor:
     """[N] in the dtype of the computation."""
+    if not isinstance(temperature, Tensor):
+        check_divisor("temperature", temperature)
     value = torch.as_tensor(temperature, dtype=wide_dtype(hidden.dtype), device=hidden.device)
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != hidden.shape[0]):
         raise ValueError(
             f"temperature must be a number or [{hidden.shape[0]}], not {list(value.shape)}"
         )
-    if _may_look_at(value) and not bool((value > 0).all()):
-        raise ValueError("temperature must be > 0")
+    looks = isinstance(temperature, Tensor) and _may_look_at(value)
+    if looks and not bool(((value >= SMALLEST) & (value <= LARGEST)).all()):
+        raise ValueError("temperature must be > 0, not denormal and finite")
     return value.detach().expand(hidden.shape[0])
 
 
-def _check(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+def _check(hidden: Tensor, lm_head: Tensor, bias: Tensor | None) -> None:
     if hidden.dim() != 2 or lm_head.dim() != 2 or hidden.shape[1] != lm_head.shape[1]:
         raise ValueError(
             f"need hidden [N, H] and lm_head [V, H], got {list(hidden.shape)} and "
@@ -321,8 +329,6 @@ def _check(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float 
         )
     if bias is not None and bias.device != lm_head.device:
         raise ValueError(f"bias is on {bias.device}, lm_head on {lm_head.device}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0 or None, not {softcap}")
 
 
 def _check_integers(
@@ -338,6 +344,18 @@ def _check_integers(
         raise ValueError(f"{name} must be integers, not {value.dtype}")
     if value.device != hidden.device:
         raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
+
+
+def _check_record(n: Tensor, row_kind: Tensor, slots: int) -> None:
+    if not n.numel() or not (_may_look_at(n) and _may_look_at(row_kind)):
+        return
+    if int(n.min()) < 0 or int(n.max()) > slots:
+        raise ValueError(f"n must be 0 .. K = {slots}, not {int(n.min())} .. {int(n.max())}")
+    low, high = int(row_kind.min()), int(row_kind.max())
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"row_kind must be 0 (discrete) or 1 (soft), not {high if high > 1 else low}"
+        )
 
 
 def _check_labels(label: Tensor, lm_head: Tensor) -> None:

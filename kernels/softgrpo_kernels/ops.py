@@ -145,7 +145,8 @@ def _differentiate_soft_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None
     """dw_j = <d, E[id_j]>; dE[id_j] += w_j d."""
     ids, weights, embed = ctx.saved_tensors
     kernels = torch.ops.softgrpo_kernels
-    grad_NH, ids_NK = grad.reshape(-1, embed.shape[1]), ids.reshape(-1, ids.shape[-1])
+    rows = ids.shape[:-1].numel()
+    grad_NH, ids_NK = grad.reshape(rows, embed.shape[1]), ids.reshape(rows, ids.shape[-1])
     d_weights = d_embed = None
     if ctx.needs_input_grad[1]:
         dots_NK = kernels.indexed_dot(grad_NH, embed, ids_NK)

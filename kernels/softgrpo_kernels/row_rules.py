@@ -49,6 +49,13 @@ class Values(NamedTuple):
     noise: Any = GUMBEL
 
 
+# What callers call them.
+ARGUMENTS = (
+    "temperature", "top_p", "min_p", "gumbel_tau", "noise_scale", "noise_clamp", "noise_clamp",
+    "eps", "top_k", "seed", "position", "uid", "stream", "mode", "noise",
+)  # fmt: skip
+
+
 class Rule(NamedTuple):
     """broken: bool, or bool [B]. The rest makes the message; {k_max} in it is filled in."""
 
@@ -174,9 +181,9 @@ def check_numbers(v: Values, k_max: int) -> None:
     listed = numbers.mode != SOFT or 1 <= numbers.top_k <= k_max
     if listed and surely_sound(numbers, numbers):
         return
-    for name, value in zip(Values._fields, numbers, strict=True):
+    for name, value in zip(ARGUMENTS, numbers, strict=True):
         if value != value:
-            raise ValueError(f"{name.replace('tau', 'gumbel_tau')} must be a number, not NaN")
+            raise ValueError(f"{name} must be a number, not NaN")
     for rule in rules_of(numbers, k_max):
         if rule.broken:
             raise rule.error(k_max)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softgrpo_kernels.checks import check_device, check_integers, check_k_max, check_word
 from softgrpo_kernels.row_rules import (
+    ARGUMENTS,
     DIRICHLET,
     DISCRETE,
     GAUSSIAN,
@@ -125,7 +126,7 @@ class RowParameters:
         )  # fmt: skip
         for i, value in enumerate(values):
             if type(value) is not float or i >= _FLOATS:
-                _check_value(_NAMES[i], value, rows, integer=i >= _FLOATS)
+                _check_value(ARGUMENTS[i], value, rows, integer=i >= _FLOATS)
         if device.type != "cpu":  # there the op reads the tables
             check_numbers(values, k_max)
         floats = _table(values[:_FLOATS], rows, torch.float32, device)
@@ -180,12 +181,8 @@ class RowParameters:
         return not bool(((self.mode == SOFT) & unlisted).any())
 
 
-# Rows of the tables, and what the arguments are called.
+# Rows of the tables.
 _FLOATS, _INTS = 8, 7
-_NAMES = (
-    "temperature", "top_p", "min_p", "gumbel_tau", "noise_scale", "noise_clamp", "noise_clamp",
-    "eps", "top_k", "seed", "position", "uid", "stream", "mode", "noise",
-)  # fmt: skip
 
 
 def _check_value(name: str, value: object, rows: int, *, integer: bool) -> None:

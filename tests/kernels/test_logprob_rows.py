@@ -9,6 +9,7 @@ from softgrpo_kernels import (
     linear_soft_logprob,
     linear_token_logprob,
     soft_density,
+    soft_token,
 )
 
 N, V, H, K = 7, 40, 6, 5
@@ -101,6 +102,30 @@ def test_official_is_the_released_formula():
     theirs = gradients(expected, hidden, head)
     for a, b in zip(gradients(out, hidden, head), theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_official_gradients_do_not_hang_on_rounding(seed):
+    """On policy, where the noise that was clipped lies on the bounds: weights 1e-7 apart."""
+    torch.manual_seed(seed)
+    hidden, head = torch.randn(300, 32), 0.4 * torch.randn(V, 32)
+    drawn = soft_token(
+        hidden @ head.T, top_k=K, k_max=K, eps=1e-6, noise_clamp=(-1.5, 3.0),
+        position=torch.arange(300),
+    )  # fmt: skip
+
+    def gradient(weights):
+        leaf = weights.clone().requires_grad_()
+        out = linear_soft_logprob(
+            hidden, leaf, drawn.ids, drawn.gprime, drawn.n, drawn.kind, drawn.token,
+            objective="official",
+        )  # fmt: skip
+        return gradients(out, leaf)[0]
+
+    expected = gradient(head)
+    for _ in range(3):
+        moved = gradient(head * (1 + 1e-7 * torch.randn_like(head)))
+        assert (moved - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -257,6 +282,14 @@ def test_bad_input_is_named():
         ({"lm_head": head[:, :2]}, "need hidden"),
         ({"bias": bias[:5]}, r"bias must be floating point \[40\]"),
         ({"softcap": 0.0}, "softcap must be > 0 or None"),
+        ({"softcap": torch.inf}, "softcap must be > 0 or None, and finite"),
+        ({"logit_scale": torch.nan}, "logit_scale must be finite"),
+        ({"noise_scale": torch.nan}, "noise_scale must be > 0"),
+        ({"n": n + K}, "n must be 0 .. K = 5"),
+        ({"n": n - 2}, "n must be 0 .. K = 5"),
+        ({"row_kind": kind * 0 + 2}, r"row_kind must be 0 \(discrete\) or 1 \(soft\), not 2"),
+        ({"temperature": 1e-39}, "temperature must be > 0"),
+        ({"temperature": torch.nan}, "temperature must be > 0"),
         ({"temperature": torch.zeros(N)}, "temperature must be > 0"),
         ({"temperature": torch.ones(3)}, r"temperature must be a number or \[7\]"),
         ({"objective": "gumbel"}, "objective must be one of exact, official, concrete"),

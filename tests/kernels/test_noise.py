@@ -140,6 +140,24 @@ def test_words_outside_32_bits_are_refused(name, value):
         gumbel_noise(IDS, **{"seed": 0, "position": 0, "uid": 0, name: value})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"uid": -1}, "uid must be in 0 .. 2"),
+        ({"stream": 2**32}, "stream must be in 0 .. 2"),
+        ({"seed": 2**64}, "seed must fit into a signed word"),
+        ({"seed": 1.5}, "seed must be an integer"),
+        ({"position": torch.ones(1)}, "position must hold integers"),
+        ({"uid": torch.arange(3)}, r"uid must broadcast to \[2\], not \[3\]"),
+    ],
+)
+def test_bad_keys_are_named_on_any_device(change, message):
+    for device in ("cpu", "meta"):  # meta: nobody could look at a tensor
+        ids = torch.zeros(2, 4, dtype=torch.int32, device=device)
+        with pytest.raises(ValueError, match=message):
+            gumbel_noise(ids, **{"seed": 0, "position": 0, "uid": 0} | change)
+
+
 def test_normal_noise_is_normal():
     keys = (torch.tensor(x) for x in (3, 4, 5, 0))
     x = normal_noise(torch.arange(1_000_000), *keys).double().numpy()

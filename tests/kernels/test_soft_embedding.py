@@ -80,12 +80,35 @@ def test_gradients():
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_mixture_of_nothing_is_zero(dtype):
+    table = torch.randn(5, 7).to(dtype).requires_grad_()
+    ids, weights = torch.empty(3, 0, dtype=torch.int32), torch.empty(3, 0, requires_grad=True)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        out = soft_embedding(ids, weights, table)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(out, torch.zeros(3, 7, dtype=dtype))
+    assert torch.equal(torch.autograd.grad(out.sum(), table)[0], torch.zeros_like(table))
+
+
 def test_bad_input_is_named():
     table = torch.randn(5, 4)
     with pytest.raises(ValueError, match="ids: 5 is no row of embed, which has 5"):
         soft_embedding(torch.tensor([[5]]), torch.ones(1, 1), table)
     with pytest.raises(ValueError, match="one shape"):
         soft_embedding(torch.tensor([[1]]), torch.ones(1, 2), table)
+    with pytest.raises(ValueError, match="weights is on meta"):
+        soft_embedding(torch.tensor([[1]]), torch.ones(1, 1, device="meta"), table)
+    gprime, kind = torch.zeros(2, 3), torch.ones(2, dtype=torch.uint8)
+    for tau in (0.0, -1.0, 1e-40, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="tau must be > 0"):
+            soft_weights(gprime, kind, tau)
+    with pytest.raises(ValueError, match=r"tau must be a number or \[2\], not \[3\]"):
+        soft_weights(gprime, kind, torch.ones(3))
+    with pytest.raises(ValueError, match="kind"):
+        soft_weights(gprime, kind[:1], 1.0)
 
 
 def test_weights_of_every_kind():

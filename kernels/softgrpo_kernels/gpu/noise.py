@@ -118,11 +118,12 @@ def gumbel_noise_kernel(out, ids, seed, position, uid, stream, slots, BLOCK: tl.
     row = tl.program_id(0).to(tl.int64)
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(ids + row * slots + slot, mask=slot < slots, other=-1)
-    noise = gumbel(
-        token, tl.load(seed + row), tl.load(position + row), tl.load(uid + row),
-        tl.load(stream + row),
-    )  # fmt: skip
-    tl.store(out + row * slots + slot, tl.where(token >= 0, noise, 0.0), mask=slot < slots)
+    words = (tl.load(position + row), tl.load(uid + row), tl.load(stream + row))
+    noise = gumbel(token, tl.load(seed + row), words[0], words[1], words[2])
+    # A word that does not fit would alias another sample's noise.
+    fits = (words[0] | words[1] | words[2]) >> 32 == 0
+    noise = tl.where(token >= 0, tl.where(fits, noise, float("nan")), 0.0)
+    tl.store(out + row * slots + slot, noise, mask=slot < slots)
 
 
 def gumbel_noise(

@@ -59,7 +59,7 @@ def _multiplex(
 ) -> Tensor:
     """log(count / draws) of independent draws from p (2601.08808); -inf where nothing was drawn."""
     count = torch.zeros_like(logp, dtype=torch.float64)
-    draws = scale[:, 0] * chosen
+    draws = torch.where(chosen & used.any(-1), scale[:, 0], 0.0)
     for draw in range(int(draws.max())):
         value = (logp + gumbel_noise(ids, *keys, draw).to(logp.dtype)).masked_fill(
             ~used, -torch.inf

@@ -1,11 +1,18 @@
 """Discrete rows whose set is larger than the slots: the token alone is recorded."""
 
+import math
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from gpu_cases import compare
 from logit_styles import logits_of
 
-from softgrpo_kernels import soft_token
+from softgrpo_kernels import SoftToken, gumbel_noise, soft_token
+from softgrpo_kernels.gpu.full_vocabulary import sample_full_vocabulary
+from softgrpo_kernels.gpu.vocabulary_row import mass_of, unit_of
+from softgrpo_kernels.rows import RowParameters
 
 LIMITS = [
     {}, {"top_p": 0.8317}, {"top_k": 50, "top_p": 0.913}, {"min_p": 0.05}, {"top_k": 10**6},
@@ -53,3 +60,50 @@ def test_draws_follow_the_nucleus(device):
         backend="triton",
     )  # fmt: skip
     assert set(out.token.tolist()) == {0, 1}
+
+
+@triton.jit
+def mass_kernel(out, a, total, count, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    unit = unit_of(tl.load(total))
+    mass = mass_of(tl.load(a + i), 0.0, unit) * tl.load(count + i)
+    tl.store(out, tl.sum(mass, axis=0).to(tl.float64) / unit.to(tl.float64))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2**18, 2**19 + 2**14, 2**20, 2**30])
+def test_masses_of_any_vocabulary_fit(device, vocabulary):
+    """A flat row, where the sum is largest, and one with half of its mass in tiny tokens."""
+    for a in ([0.0, 0.0], [0.0, -math.log(vocabulary)]):
+        a = torch.tensor(a, device=device)
+        count = torch.tensor([1, vocabulary - 1], device=device)
+        exact = (a.double().exp() * count).sum()
+        out = torch.empty(1, dtype=torch.float64, device=device)
+        mass_kernel[(1,)](out, a, exact[None], count, BLOCK=2)
+        torch.testing.assert_close(out[0], exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="a minute under the interpreter; its sums are above"
+)
+def test_a_vocabulary_whose_masses_did_not_fit(device):
+    """540,672 equal logits: 2^44 each overflowed an int64."""
+    vocabulary = 132 * 4096
+    rows = RowParameters.pack(
+        1, device, 4, temperature=1.0, top_k=-1, top_p=0.5, min_p=0.0, gumbel_tau=0.1,
+        noise_scale=1.0, noise_clamp=None, eps=0.0, seed=0, position=0, uid=0, stream=0, mode=1,
+        noise="gumbel",
+    )  # fmt: skip
+    logits = torch.zeros(1, vocabulary, dtype=torch.float16, device=device)
+    out = SoftToken(
+        **{
+            name: None if spec is None else torch.ones(spec[1], device=device).to(spec[0])
+            for name, spec in SoftToken.layout(logits, 4, None, False, False).items()
+        }
+    )
+    chunk = torch.zeros(1, 132, 4, device=device)
+    chunk[..., 1] = 4096.0
+    sample_full_vocabulary(logits, rows, out, chunk, joint=False)
+    kept = vocabulary // 2  # the first of the tied
+    noise = gumbel_noise(torch.arange(kept), 0, 0, 0)
+    assert out.token.item() == noise.argmax().item()
+    assert out.token_logp.item() == pytest.approx(-math.log(kept), abs=1e-5)

@@ -51,6 +51,17 @@ def test_gumbel_has_the_bits_of_the_reference(device):
     assert torch.equal(out, reference.gumbel_noise(ids, *keys))
 
 
+def test_words_outside_32_bits_give_nan(device):
+    ids = torch.tensor([[3, -1]] * 4, dtype=torch.int32, device=device)
+    seed, zero = torch.full((4,), -1, device=device), torch.zeros(4, dtype=torch.int64)
+    words = [zero.clone().to(device) for _ in range(3)]
+    for i, value in enumerate((-1, 2**32, -(2**63))):
+        words[i][i] = value
+    out = gpu.gumbel_noise(ids, seed, *words)
+    assert out[:, 0].isnan().tolist() == [True, True, True, False]
+    assert not out[:, 1].any()
+
+
 @pytest.mark.parametrize("row", GOLDEN["rows"])
 def test_golden_bits_of_the_other_kinds(device, row):
     ids, shapes = torch.zeros(8, dtype=torch.int32), torch.ones(8)
