@@ -7,12 +7,14 @@ They record no gradient; call them under ``torch.inference_mode()`` or ``torch.n
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import overload
 
 import torch
 from torch import Tensor
 
+from softgrpo_kernels.checks import check_device
 from softgrpo_kernels.extension import cpu_extension
 from softgrpo_kernels.reference import decoder as reference
 
@@ -55,6 +57,10 @@ def paged_attention(
         return reference.paged_attention(
             q, k_pages, v_pages, block_table, seq_lens, scale=scale, query_starts=query_starts
         )
+    _check_ranks(
+        q, q=(q, 3), k_pages=(k_pages, 4), v_pages=(v_pages, 4), block_table=(block_table, 2),
+        seq_lens=(seq_lens, 1),
+    )  # fmt: skip
     rows, num_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     if k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim or num_heads % num_kv_heads:
@@ -121,14 +127,19 @@ def rms_norm(
     kernels = _kernels(x)
     if kernels is None:
         return reference.rms_norm(x, weight, eps, residual)
+    _check_ranks(x, x=(x, 2), weight=(weight, 1))
     rows, hidden = x.shape
     if weight.shape[0] != hidden or weight.dtype != x.dtype:
         raise ValueError(
             f"rms_norm: weight must be {x.dtype} [{hidden}], as x is, not "
             f"{weight.dtype} {list(weight.shape)}"
         )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError("rms_norm: residual must have the shape and dtype of x")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"rms_norm: eps must be >= 0 and finite, not {eps}")
+    if residual is not None:
+        _check_ranks(x, residual=(residual, 2))
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise ValueError("rms_norm: residual must have the shape and dtype of x")
     if x.is_cuda:
         return kernels.rms_norm(x, weight, eps, residual)
     x = x.contiguous()
@@ -163,6 +174,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     kernels = _kernels(gate_up)
     if kernels is None:
         return reference.silu_mul(gate_up)
+    _check_ranks(gate_up, gate_up=(gate_up, 2))
     rows, width = gate_up.shape
     if width % 2:
         raise ValueError(f"silu_mul: needs an even last dimension [T, 2I], got {width}")
@@ -205,6 +217,10 @@ def rope_store_kv(
         return reference.rope_store_kv(
             qkv, cos, sin, k_pages, v_pages, slot_mapping, num_heads, num_kv_heads
         )
+    _check_ranks(
+        qkv, qkv=(qkv, 2), k_pages=(k_pages, 4), v_pages=(v_pages, 4), cos=(cos, 2), sin=(sin, 2),
+        slot_mapping=(slot_mapping, 1),
+    )  # fmt: skip
     rows, width = qkv.shape
     num_pages, page_kv_heads, page_size, head_dim = k_pages.shape
     if (
@@ -260,6 +276,14 @@ def _kernels(x: Tensor) -> ModuleType | None:
 
         return gpu
     return cpu_extension() if x.is_cpu else None
+
+
+def _check_ranks(x: Tensor, /, **tensors: tuple[Tensor, int]) -> None:
+    """Raises ValueError for a tensor of another rank, or on another device than x."""
+    for name, (tensor, rank) in tensors.items():
+        if tensor.dim() != rank:
+            raise ValueError(f"{name} must have {rank} dimensions, not {list(tensor.shape)}")
+        check_device(name, tensor, x.device)
 
 
 def _check_cache(x: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:

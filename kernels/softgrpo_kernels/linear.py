@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softgrpo_kernels.checks import check_device
 from softgrpo_kernels.extension import cpu_extension
 from softgrpo_kernels.reference.decoder import silu_mul
 
@@ -99,6 +100,7 @@ def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
         raise ValueError(
             f"x must be {weight.data.dtype} [T, {weight.width}], not {x.dtype} {list(x.shape)}"
         )
+    check_device("x", x, weight.data.device)
     kernels = cpu_extension() if weight.is_compiled else None
     if kernels is None:
         product = F.linear(x, weight.data, weight.bias)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from softgrpo_kernels import rms_norm, rope_store_kv, silu_mul
+from softgrpo_kernels import paged_attention, rms_norm, rope_store_kv, silu_mul
 from softgrpo_kernels.extension import cpu_extension
 from softgrpo_kernels.reference import decoder as reference
 
@@ -156,3 +156,25 @@ def test_bad_input_is_one_clear_error():
         rope_store_kv(x, angles.bfloat16(), angles, pages, pages.clone(), slots, 1, 1)
     with pytest.raises(ValueError, match="does not fit pages"):
         rope_store_kv(x, angles, angles, pages, pages.clone(), slots, 2, 1)
+
+
+@pytest.mark.skipif(cpu_extension() is None, reason="no C++ extension")
+def test_wrong_ranks_devices_and_eps_are_named():
+    x, weight = torch.zeros(2, 8), torch.ones(8)
+    pages, table = torch.zeros(3, 1, 4, 8), torch.zeros(2, 1, dtype=torch.int32)
+    lens, q = torch.ones(2, dtype=torch.int32), torch.zeros(2, 2, 8)
+    for message, call in (
+        ("x must have 2 dimensions", lambda: rms_norm(x[0], weight, 1e-5)),
+        ("weight is on meta", lambda: rms_norm(x, weight.to("meta"), 1e-5)),
+        ("eps must be >= 0", lambda: rms_norm(x, weight, -1e-5)),
+        ("eps must be >= 0", lambda: rms_norm(x, weight, float("nan"))),
+        ("residual is on meta", lambda: rms_norm(x, weight, 1e-5, x.to("meta"))),
+        ("gate_up must have 2 dimensions", lambda: silu_mul(x[None])),
+        ("q must have 3", lambda: paged_attention(x, pages, pages, table, lens, scale=1.0)),
+        (
+            "seq_lens is on meta",
+            lambda: paged_attention(q, pages, pages, table, lens.to("meta"), scale=1.0),
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
