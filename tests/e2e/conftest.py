@@ -71,8 +71,10 @@ def tiny_reward(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny_config(tmp_path, tiny_model, tiny_data, tiny_reward):
-    """A YAML file of a run that takes a second or two."""
+def tiny_config(tmp_path, tiny_model, tiny_data, tiny_reward, device, request):
+    """A YAML file of a run that takes a second or two, on the CPU and on a GPU."""
+    if device.type == "cuda":
+        request.getfixturevalue("float32_attention")
     path = tmp_path / "tiny.yaml"
     path.write_text(
         f"""

@@ -1,6 +1,7 @@
 """A tiny random Llama in fp32, its transformers twin, and engines around it."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -50,11 +51,12 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.fixture
-def make_llm(hf_model, tokenizer, device):
-    """An engine of its own weights; keyword arguments go to LLM, `pages` sets the KV cache."""
+@pytest.fixture(scope="session")
+def make_llm_on(hf_model, tokenizer):
+    """make_llm_on(device, ...): an engine of its own weights; keyword arguments go to LLM, `pages`
+    sets the KV cache."""
 
-    def make(pages=None, **options):
+    def make(device, pages=None, **options):
         decoder = Decoder(DecoderConfig.from_hf(hf_model.config))
         load_weights(decoder, iter(copy.deepcopy(hf_model.state_dict()).items()))
         if pages is not None:
@@ -64,6 +66,12 @@ def make_llm(hf_model, tokenizer, device):
         return LLM(decoder.to(device), tokenizer=tokenizer, **options)
 
     return make
+
+
+@pytest.fixture
+def make_llm(make_llm_on, device):
+    """make_llm(...): such an engine on the CPU, and on a GPU."""
+    return partial(make_llm_on, device)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Padded decode steps from recorded graphs. Without a GPU a stand-in records and replays them."""
+"""Padded decode steps from recorded graphs, bit for bit: on the CPU, where a stand-in records them
+and products do not depend on the batch."""
 
 import copy
 
@@ -12,6 +13,12 @@ from softgrpo_engine.decode_inputs import DecodeInputs, DecodeShape
 from softgrpo_engine.runner import Runner
 from softgrpo_engine.weights import empty_decoder
 from softgrpo_kernels.extension import cpu_extension
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu")
+
 
 EOS = 1
 PARAMS = SamplingParams(n=3, max_tokens=20, min_tokens=4, seed=4, top_k=6)

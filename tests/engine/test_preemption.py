@@ -17,11 +17,11 @@ def run(llm, prompts):
 
 
 @pytest.fixture(scope="module")
-def alone(make_llm, prompts):
-    """Every sample by itself in an engine of its own."""
+def alone(make_llm_on, prompts):
+    """Every sample by itself in an engine of its own, on the CPU."""
     return [
         [
-            make_llm(max_batch_size=1)
+            make_llm_on("cpu", max_batch_size=1)
             .generate_groups([prompt], PARAMS, SOFT, seed=11, uids=[[100 * i + j]])[0]
             .samples[0]
             for j in range(GROUP)

@@ -1,4 +1,4 @@
-"""A simulated CUDA device: the real program with real numbers on the CPU, failing where a GPU would.
+"""A simulated CUDA device: the program for real, on the CPU, failing where a GPU would.
 
 Tensors on it are real CUDA tensors for all that ask: PyTorch has hooks for devices (a device guard,
 allocators, CUDA's hooks, a boxed kernel for all operators), and csrc/ fills them in a CPU build.

@@ -67,6 +67,7 @@ class Device:
     def reset(self) -> None:
         """Nothing is under way, nothing has been counted."""
         self.core.reset()
+        self.core.set_device(0)
         self._waits.clear()
         self.sync_debug_mode = "default"
 
@@ -122,22 +123,27 @@ class Counts:
 def program_line() -> str:
     """file:line of the innermost frame of the program in this thread, else of a test; a thread of
     autograd has no frame, and is asked for by the one that waits in backward()."""
-    frames = [sys._getframe()]
-    if threading.current_thread() is not threading.main_thread():
-        frames += [
-            f for f in sys._current_frames().values() if f.f_code.co_name == "_engine_run_backward"
-        ]
-    for innermost in frames:
-        if (found := _line_of(innermost, PROGRAM)) is not None:
-            return found
-    return _line_of(frames[0], (str(ROOT / "tests"),)) or "?"
+    # Not this frame: it would hold itself, and with it all of its callers.
+    innermost = sys._getframe(1)
+    found = _line_of(innermost, PROGRAM)
+    if found is None and threading.current_thread() is not threading.main_thread():
+        found = next(filter(None, map(_line_of_backward, sys._current_frames().values())), None)
+    return found or _line_of(innermost, (str(ROOT / "tests"),)) or "?"
+
+
+def _line_of_backward(frame: FrameType) -> str | None:
+    """Where a thread called backward(), if it is in there."""
+    if frame.f_code.co_name != "_engine_run_backward":
+        return None
+    return _line_of(frame, PROGRAM) or _line_of(frame, (str(ROOT / "tests"),))
 
 
 def _line_of(frame: FrameType | None, folders: tuple[str, ...]) -> str | None:
-    here = str(Path(__file__).parent)
+    here = f"{Path(__file__).parent}/"
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(folders) and not name.startswith(here):
+        ours = name.startswith(here) and not name.startswith(f"{here}test_")
+        if name.startswith(folders) and not ours:
             return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return None

@@ -3,6 +3,7 @@ torch.nn.attention.varlen calls), under its real rules, and products with anothe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def _spans(
 ) -> Iterator[tuple[slice, Any]]:
     """(rows of the queries, index of the keys) of each sequence."""
     starts = cu_q.tolist()
-    for b, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for b, (begin, end) in enumerate(itertools.pairwise(starts)):
         if table is None:
             assert cu_k is not None
             first, last = int(cu_k[b]), int(cu_k[b + 1])

@@ -26,6 +26,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(params=[CUDA])
+def gpu(request: pytest.FixtureRequest) -> torch.device:
+    """A GPU, simulated or real."""
+    if not REAL:
+        request.getfixturevalue("simulated_gpu")
+    return torch.device(request.param)
+
+
 @pytest.fixture
 def simulated_gpu() -> Iterator[Device]:
     """The simulated device, visible during the test: waits and launches of it can be counted."""
@@ -34,3 +42,16 @@ def simulated_gpu() -> Iterator[Device]:
     flash.Rules.any_dtype = flash.Rules.paged_by_any_size = False
     with SIMULATED.visible() as device:
         yield device
+
+
+@pytest.fixture
+def float32_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the simulated device train in float32, which no flash attention does: to compare it with
+    the CPU both look away."""
+    if REAL:
+        pytest.skip("flash attention takes no float32")
+    from softgrpo_engine import group_attention
+
+    flash.Rules.any_dtype = True
+    dtypes = (*group_attention.FLASH_DTYPES, torch.float32)
+    monkeypatch.setattr(group_attention, "FLASH_DTYPES", dtypes)

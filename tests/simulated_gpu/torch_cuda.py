@@ -116,7 +116,7 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def _device_guard(core: Any, index_of: Any) -> type:
-    class device:  # noqa: N801
+    class device:
         def __init__(self, where: Any = None) -> None:
             self.index = index_of(where)
 

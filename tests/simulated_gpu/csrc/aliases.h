@@ -76,9 +76,9 @@ class Aliases {
     if (tensor.is_sparse())
       return sparse_of(to_cuda(sparse_impl(tensor)->indices()), to_cuda(sparse_impl(tensor)->values()),
                        c10::DispatchKey::SparseCUDA, tensor);
-    const void* data = tensor.storage().data();
+    auto base = tensor.storage().unsafeGetStorageImpl();
     for (auto& known : known_)
-      if (data && !known.alias.is_sparse() && known.alias.storage().data() == data)
+      if (!known.alias.is_sparse() && known.alias.storage().unsafeGetStorageImpl() == base)
         return view_of(known.original, tensor);
     auto storage = tensor.storage();
     size_t bytes = storage.nbytes();

@@ -53,7 +53,7 @@ struct CUDAHooks : at::CUDAHooksInterface {
   CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
   bool hasCUDA() const override { return state().visible; }
-  bool isBuilt() const override { return true; }
+  bool isBuilt() const override { return state().visible; }
   bool isAvailable() const override { return state().visible; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return state().device_count; }
