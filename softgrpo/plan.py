@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
 from softgrpo.config import Config, ConfigError
+from softgrpo.device import check_device
 from softgrpo_engine.config import DecoderConfig
 from softgrpo_engine.model import Decoder
 from softgrpo_engine.model_source import resolve_model
@@ -179,6 +180,7 @@ def seconds(
 
 def plan(config: Config, hardware: Hardware | None = None) -> Table:
     """The table for 1, 8 and 64 GPUs (eight to a node)."""
+    check_device(config, "cuda")
     hardware = hardware or Hardware()
     if config.lora.rank or config.optim.name != "adamw":
         raise ConfigError("--plan knows AdamW on all weights: optim.name=adamw and lora.rank=0")

