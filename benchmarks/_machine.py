@@ -41,10 +41,16 @@ def versions() -> dict[str, str]:
 
 
 def gemm_gflops(device: torch.device, size: int = 2048) -> float:
-    """bf16 [size, size] @ [size, size], the best of ten."""
-    a = torch.randn(size, size, device=device).to(torch.bfloat16)
-    b = torch.randn(size, size, device=device).to(torch.bfloat16)
-    seconds = min(seconds_of(lambda: a @ b, device) for _ in range(10))
+    """bf16 [size, size] @ [size, size].T, as a linear layer multiplies, the best of ten; of smaller
+    matrices where that takes long (PyTorch has no fast bf16 product for CPUs without AVX-512)."""
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    while size > 256:
+        small = a[: size // 8, : size // 8].contiguous()
+        if 512 * seconds_of(lambda x=small: x @ x.T, device) < 2.0:  # type: ignore[misc]
+            break
+        size //= 2
+        a, b = (x[:size, :size].contiguous() for x in (a, b))
+    seconds = min(seconds_of(lambda: a @ b.T, device) for _ in range(10))
     return 2 * size**3 / seconds / 1e9
 
 

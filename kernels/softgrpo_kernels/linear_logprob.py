@@ -32,8 +32,8 @@ class LinearRows(NamedTuple):
     """Arguments of the op.
 
     hidden [N, H]; lm_head [V, H], same dtype; bias [V] or None; ids int [N, K], < 0 unused, K may
-    be 0; label int [N], < 0 where the row needs no softmax over the vocabulary, or None if no row
-    does; temperature [N] in the dtype of the computation.
+    be 0; label int [N], < 0 where the row needs no softmax over the vocabulary (with K = 0 every
+    row needs it), or None if no row does; temperature [N] in the dtype of the computation.
     """
 
     hidden: Tensor
@@ -50,6 +50,8 @@ class LinearRows(NamedTuple):
         """int64, the rows with a label."""
         if self.label is None:
             return torch.empty(0, dtype=torch.int64, device=self.ids.device)
+        if self.ids.shape[1] == 0:  # nothing but labels: a device need not be asked which
+            return torch.arange(len(self.label), device=self.ids.device)
         return (self.label >= 0).nonzero()[:, 0]
 
     def full_arguments(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, LogitMap]:

@@ -251,7 +251,8 @@ def _noise_key(name: str, key: int | Tensor, ids: Tensor) -> Tensor:
         check_word(name, key)
         if name != "seed" and not 0 <= key <= LAST_WORD:
             raise ValueError(f"{name} must be in 0 .. 2^32 - 1 (take it modulo 2^32), not {key}")
-        return torch.as_tensor(key, dtype=torch.int64, device=ids.device)
+        # Not a copy of a number from the host: a device would be waited for.
+        return torch.full((), key, dtype=torch.int64, device=ids.device)
     check_integers(name, key)
     rows = ids.shape[:-1]
     fits = key.dim() <= len(rows) and all(

@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from checkpoints import tensors_of
 from safetensors.torch import load_file
+from simulated_gpu import found
 from simulated_gpu.plugin import ON_THE_CPU
 
 from softgrpo import Config, Trainer
@@ -28,6 +30,14 @@ def torchrun(*arguments, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += [f"--master-port={free_port()}", "-m", "softgrpo.train", *map(str, arguments)]
     return subprocess.Popen(command, start_new_session=True, **options)
+
+
+def on_gpus(count, *arguments):
+    """Processes that each see simulated GPUs; gloo stands in for NCCL."""
+    script = Path(__file__).parents[1] / "simulated_gpu" / "train.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    command += [f"--master-port={free_port()}", str(script), *map(str, arguments)]
+    return subprocess.Popen(command, start_new_session=True)
 
 
 def free_port():
@@ -86,6 +96,25 @@ def test_two_processes_train_as_one_and_continue_each_others_checkpoints(
     assert {"__0_0.distcp", "__1_0.distcp"} <= set(files)
     first, other = (next(r for r in rows_of(run) if "eval/mean@2" in r) for run in (begun, one))
     assert first == other
+
+
+@ON_THE_CPU
+def test_two_gpus_train_as_one_cpu(tiny_config, tmp_path):
+    """A GPU for each process: FSDP's streams, collectives on the device, statistics that come from
+    another device than one's own, checkpoints."""
+    if found.SIMULATED is None:
+        pytest.skip(str(found.WHY_NOT))
+    common = ["--config", str(tiny_config), *OVERRIDES, "run.max_steps=2"]
+    gpus = on_gpus(2, *common, "run.name=gpus")
+    main([*common, "run.name=one"])
+    assert gpus.wait(240) == 0
+    one, two = (tmp_path / "runs" / name for name in ("one", "gpus"))
+    for row, other in zip(rows_of(two), rows_of(one), strict=True):
+        assert row == pytest.approx(other, abs=1e-4)
+    tensors, whole = (tensors_of(run / "checkpoints" / "step_000002") for run in (two, one))
+    for name, tensor in tensors.items():
+        # Adam makes a step of full size of a rounding where the gradient is 0.
+        assert ((tensor - whole[name]).abs() > 2e-5).float().mean() < 0.01, name
 
 
 @ON_THE_CPU

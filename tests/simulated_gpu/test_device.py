@@ -154,7 +154,7 @@ WAITS = {
     "from pageable memory": lambda x: torch.ones(4).to("cuda", non_blocking=True),
     "nonzero": lambda x: x.nonzero(),
     "x[mask]": lambda x: x[x > 1],
-    "x[mask] = tensor": lambda x: x.__setitem__(x > 1, cuda_ones(x)),
+    "x[mask] = tensor": lambda x: x.__setitem__(x > 1, torch.ones_like(x)[:2]),
     "x[rows] = number": lambda x: x.__setitem__(x.long(), 0.0),
     "x[0] = number": lambda x: x.__setitem__(0, 1.0),
     "x[cpu rows]": lambda x: x[torch.tensor([1])],
@@ -167,10 +167,6 @@ WAITS = {
     "event": lambda x: torch.cuda.current_stream().record_event().synchronize(),
     "pickle": lambda x: pickle.dumps(x),
 }
-
-
-def cuda_ones(x):
-    return torch.ones_like(x)[: int(2)]
 
 
 @pytest.mark.parametrize("case", WAITS)
@@ -415,9 +411,9 @@ def test_training_is_that_of_the_cpu(simulated_gpu):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_fused_adamw_takes_its_gradients_from_the_device(x):
+def test_a_gradient_lies_where_its_weight_does(x):
     weight = nn.Parameter(x.clone())
-    with pytest.raises(RuntimeError, match="assigned grad has data of a different type|device"):
+    with pytest.raises(RuntimeError, match=r"different type|device"):
         weight.grad = torch.ones(4)
 
 

@@ -98,7 +98,9 @@ def patched(device: Device, count: int) -> Iterator[None]:
         stack.enter_context(mock.patch.multiple(torch.cuda.graphs, create=True, **graphs))
         stack.enter_context(mock.patch.object(torch.cuda.graph, "default_capture_stream", None))
         stack.enter_context(mock.patch.object(torch._C, "_host_emptyCache", _nothing, create=True))
-        stack.enter_context(mock.patch.object(torch.UntypedStorage, "__new__", _new_storage))
+        storage = {"__new__": _new_storage, "resize_": _resizing(core)}
+        for name, method in storage.items():
+            stack.enter_context(mock.patch.object(torch.UntypedStorage, name, method))
         yield
 
 
@@ -110,6 +112,18 @@ def _new_storage(cls: type, *args: Any, device: Any = None, **options: Any) -> A
     if device is None or torch.device(device).type != "cuda":
         return _STORAGE(cls, *args, device=device, **options)
     return torch.empty(*args, dtype=torch.uint8, device=device).untyped_storage()
+
+
+def _resizing(core: Any) -> Any:
+    resize = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        if storage.device.type != "cuda":
+            return resize(storage, size)
+        core.resize_storage(torch.empty(0, dtype=torch.uint8, device="cuda").set_(storage), size)
+        return storage
+
+    return resize_
 
 
 def _nothing(*_: Any, **__: Any) -> None: ...
@@ -131,29 +145,23 @@ def _device_guard(core: Any, index_of: Any) -> type:
     return device
 
 
-class Stream:
+class Stream(torch.Stream):
     """All streams are one: work is done in the order in which it was put there."""
 
     owner: Device
-    _numbers = itertools.count()
 
-    def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
-        self.device = torch.device("cuda", self.owner.core.device())
-        self.stream_id = self.cuda_stream = next(self._numbers)
-        self.device_index, self.device_type = self.device.index, 1
+    def __new__(cls, device: Any = None, priority: int = 0, **_: Any) -> Stream:
+        index = cls.owner.core.device() if device is None else torch.device(device).index
+        return super().__new__(cls, torch.device("cuda", index or 0))
 
     def wait_stream(self, other: Stream) -> None: ...
 
     def wait_event(self, event: Event) -> None: ...
 
     def record_event(self, event: Event | None = None) -> Event:
-        event = event or type(self).owner_event(self.owner)
+        event = event or torch.cuda.Event()
         event.record(self)
         return event
-
-    @staticmethod
-    def owner_event(owner: Device) -> Event:
-        return torch.cuda.Event()  # type: ignore[return-value]
 
     def synchronize(self) -> None:
         self.owner.wait("stream.synchronize")

@@ -1,6 +1,6 @@
 """A training step on a GPU: what it computes on the CPU, and how often the host waits."""
 
-import dataclasses
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from softgrpo.config import AlgorithmConfig, CorrectionConfig, LoraConfig, Optim
 from softgrpo.lora import add_adapters
 from softgrpo.policy import Policy
 from softgrpo.positions import DensitySettings
-from softgrpo.rollout import soft_params
 from softgrpo.update import Update
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 
@@ -20,12 +19,12 @@ ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 0.3, -0.5, 0.2, 0.0, 0.0, 0.0, 2.0, -
 THINKING = {"end_of_thinking": 2}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Case:
-    settings: DensitySettings = DensitySettings()
-    soft: SoftParams | None = SoftParams(top_k=5)
-    algorithm: AlgorithmConfig = AlgorithmConfig()
-    optim: OptimConfig = OptimConfig(tokens_per_microbatch=40)
+    settings: DensitySettings = field(default_factory=DensitySettings)
+    soft: SoftParams | None = field(default_factory=lambda: SoftParams(top_k=5))
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(tokens_per_microbatch=40))
     kl: bool = False
     checkpointing: bool = False
     rank: int = 0
@@ -133,19 +132,13 @@ def test_bfloat16_runs_through(name, rollouts, device):
 
 @pytest.mark.parametrize("name", CASES)
 def test_waits_of_an_update(name, rollouts, simulated_gpu, float32_attention):
-    """At most 10, and 2 more a pass."""
+    """One for each optimizer step, which must not happen where the gradient is not finite, and one
+    for the numbers of the metrics; none for a pass. (Asked: at most 10, and 2 a pass.)"""
     case = CASES[name]
     update = make_update(case, torch.device("cuda"))
     batch = rollouts(case.soft)
     update(batch, ADVANTAGES, lr=1e-4)
-    passes, forward = [], Policy.forward
-
-    def counted(policy, part):
-        passes.append(1)
-        return forward(policy, part)
-
-    update.policy.forward = counted.__get__(update.policy)
     with simulated_gpu.counting() as counts:
-        update(batch, ADVANTAGES, lr=1e-4)
-    assert passes
-    assert counts.waits.total() <= 10, counts.table()
+        _, steps = update(batch, ADVANTAGES, lr=1e-4)
+    assert steps >= 1
+    assert counts.waits.total() == steps + 1, counts.table()

@@ -1,6 +1,7 @@
 // A CUDA device for a CPU build of PyTorch, through the hooks that PyTorch has for devices: a
 // device guard, allocators, CUDA's hooks, and one boxed kernel for all operators.
 
+#include "collectives.h"
 #include "copies.h"
 #include "guard.h"
 
@@ -41,10 +42,22 @@ void launch(const std::string& name, const std::vector<at::Tensor>& tensors, py:
   });
 }
 
+// Gives the storage of a tensor another size, as FSDP does to free what it has gathered.
+void resize_storage(const at::Tensor& tensor, size_t bytes) {
+  auto storage = tensor.storage();
+  auto data = device_allocator.allocate(bytes);
+  memcpy(data.get(), storage.data(), std::min(bytes, storage.nbytes()));
+  storage.set_data_ptr_noswap(std::move(data));
+  storage.unsafeGetStorageImpl()->set_nbytes(bytes);
+}
+
 }  // namespace simulated_gpu
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace simulated_gpu;
+  py::module_::import("torch._C._distributed_c10d");
+  py::class_<Collectives, c10::intrusive_ptr<Collectives>, c10d::Backend>(m, "Collectives")
+      .def(py::init<c10::intrusive_ptr<c10d::Backend>>());
   c10::SetAllocator(c10::DeviceType::CUDA, &device_allocator, 1);
   py::class_<Graph>(m, "Graph")
       .def(py::init<>())
@@ -71,6 +84,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("order", [] { return state().order.load(); });
   m.def("flush", &flush);
   m.def("launch", &launch);
+  m.def("resize_storage", &resize_storage);
   m.def("as_cpu", [](const at::Tensor& x) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return Aliases().to_cpu(x);
