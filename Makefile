@@ -8,13 +8,13 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/softgrpo-train --engine native --config demo run.resume=auto
 
-# The CPU's tests hold on a machine with a GPU too when they do not see it.
+# A process for each core: many tests wait for processes of their own.
 test: $(VENV)/.dev
-	CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # By the Python that has PyTorch for CUDA, with this package installed: make test-gpu PYTHON=python
 test-gpu:
-	$(PYTHON) -m pytest -m gpu
+	SOFTGRPO_TEST_GPU=1 $(PYTHON) -m pytest -m gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,12 +1,17 @@
 """What must come before PyTorch and Triton: the simulated GPU, and Triton as an interpreter."""
 
 import itertools
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # simulated_gpu
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A thread for each worker, and for the processes that it starts: more would only spin.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from simulated_gpu import found  # noqa: F401, I001
 

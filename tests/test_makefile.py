@@ -1,14 +1,15 @@
-"""The commands of the Makefile, as `make` would run them."""
+"""Which tests see a GPU: those of `make test-gpu`, as `make` would run them."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-
-pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+ASKED = "SOFTGRPO_TEST_GPU=1"
 
 
 def command(target):
@@ -19,7 +20,22 @@ def command(target):
     return listed.stdout.splitlines()[-1].split()
 
 
-def test_the_tests_of_the_cpu_do_not_see_a_gpu():
-    hidden = {"CUDA_VISIBLE_DEVICES=-1", "HIP_VISIBLE_DEVICES=-1"}
-    assert hidden <= set(command("test"))
-    assert not hidden & set(command("test-gpu"))
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_gpu_is_asked_for():
+    assert ASKED in command("test-gpu")
+    assert ASKED not in command("test")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_tests_of_the_cpu_do_not_see_a_gpu(asked):
+    """Whoever starts them, and however."""
+    environment = {k: v for k, v in os.environ.items() if "VISIBLE_DEVICES" not in k}
+    environment["SOFTGRPO_TEST_GPU"] = str(int(asked))
+    look = (
+        "from simulated_gpu import found; import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    )
+    seen = subprocess.run(
+        [sys.executable, "-c", look], env=environment, cwd=ROOT / "tests", check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert seen.stdout.strip() == ("None" if asked else "-1")

@@ -123,16 +123,16 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_train_and_watch_the_mismatch(name, tiny_config, tmp_path):
+def test_options_train_and_watch_the_mismatch(name, tiny_config, tmp_path, rounding):
     overrides = [*QUICK, *OPTIONS[name], "run.max_steps=2"]
     assert main(["--config", str(tiny_config), *overrides]) == 0
     lines = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
     for row in map(json.loads, lines):
         assert row["grad_norm"] > 0
         # fp32 on both sides: the engine and the trainer agree, whatever was drawn.
-        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+        assert row["sampling/sampling_logp_difference/max"] < rounding
         known = row.get("sampling/importance_sampling_ratio/mean", 1.0)
-        assert known == pytest.approx(1.0, abs=0.6 if name == "discrete-full" else 1e-3)
+        assert known == pytest.approx(1.0, abs=0.6 if name == "discrete-full" else 10 * rounding)
         assert row.get("sampling/beyond_max_ratio", 0.0) == 0.0 or name == "discrete-full"
         assert ("candidate_entropy" in row) == (name != "vocabulary")
 

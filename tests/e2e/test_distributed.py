@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import tensors_of
 from safetensors.torch import load_file
 from simulated_gpu import found
-from simulated_gpu.plugin import ON_THE_CPU
 
 from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
@@ -24,6 +24,12 @@ from softgrpo.distributed import World, balanced
 # Three prompts on two processes in minibatches of two: shares differ, and a pass is empty.
 OVERRIDES = ("algorithm.kl_coef=0.05", "optim.lr=1e-3", "checkpoint.every=2", "eval.samples=2")
 CLOCK = ("time/", "step_time", "tokens_per_second")
+
+
+@pytest.fixture
+def device():
+    """What this process sees; those that it starts may see simulated GPUs."""
+    return torch.device("cpu")
 
 
 def torchrun(*arguments, **options):
@@ -65,7 +71,6 @@ def rows_of(run):
     return [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows]
 
 
-@ON_THE_CPU
 def test_two_processes_train_as_one_and_continue_each_others_checkpoints(
     tiny_config, tiny_data, tmp_path
 ):
@@ -98,7 +103,6 @@ def test_two_processes_train_as_one_and_continue_each_others_checkpoints(
     assert first == other
 
 
-@ON_THE_CPU
 def test_two_gpus_train_as_one_cpu(tiny_config, tmp_path):
     """A GPU for each process: FSDP's streams, collectives on the device, statistics that come from
     another device than one's own, checkpoints."""
@@ -117,7 +121,6 @@ def test_two_gpus_train_as_one_cpu(tiny_config, tmp_path):
         assert ((tensor - whole[name]).abs() > 2e-5).float().mean() < 0.01, name
 
 
-@ON_THE_CPU
 def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
     pytest.importorskip("peft")
     # A rank that two processes cannot share equally.
@@ -136,7 +139,6 @@ def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
     assert (two / "model" / "model.safetensors").exists()
 
 
-@ON_THE_CPU
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_lost_process_ends_the_job_with_one_line(number, tiny_config, tmp_path):
     reward = tmp_path / "deadly.py"
@@ -201,7 +203,6 @@ def test_shares_are_a_partition_in_order():
         World(0, 8).check_shares("rollout.prompts_per_step", 4)
 
 
-@ON_THE_CPU
 def test_lost_rewards_of_all_processes_are_told(tiny_config, capsys):
     class Another(World):
         """A second process, which has lost the rewards of three samples."""
@@ -216,7 +217,6 @@ def test_lost_rewards_of_all_processes_are_told(tiny_config, capsys):
     assert "warning: rewards of 3 samples hung or crashed" in capsys.readouterr().out
 
 
-@ON_THE_CPU
 def test_one_process_needs_no_torchrun(monkeypatch, tiny_config):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert World.join(Config.load(tiny_config).run.timeout_s) == World(0, 1, 1)

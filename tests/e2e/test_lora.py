@@ -19,7 +19,9 @@ def train(config, *overrides):
     assert main(["--config", str(config), *keys, *overrides]) == 0
 
 
-def test_adapters_are_trained_exported_merged_and_resumed(tiny_config, tiny_model, tmp_path):
+def test_adapters_are_trained_exported_merged_and_resumed(
+    tiny_config, tiny_model, tmp_path, rounding
+):
     train(tiny_config, "run.name=whole")
     train(tiny_config, "run.name=halves", "run.max_steps=3")
     train(tiny_config, "run.name=halves", "run.resume=auto")
@@ -40,7 +42,7 @@ def test_adapters_are_trained_exported_merged_and_resumed(tiny_config, tiny_mode
     assert abs(kl[0]) < 1e-6 < 1e-3 < kl[-1]
     # The engine drew from the merged weights.
     differences = [row.get("sampling/sampling_logp_difference/max", 0.0) for row in rows]
-    assert 0 < max(differences) < 1e-4
+    assert 0 < max(differences) < rounding
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     merged = peft.PeftModel.from_pretrained(plain, whole / "adapter").merge_and_unload()

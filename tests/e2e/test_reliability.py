@@ -11,12 +11,17 @@ import time
 import pytest
 import torch
 from checkpoints import tensors_of
-from simulated_gpu.plugin import ON_THE_CPU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softgrpo import Config, Trainer, checkpoint, run_folder
 from softgrpo.cli.train import main
 from softgrpo.interrupt import Interrupted
+
+
+@pytest.fixture
+def device():
+    """Processes, signals and disks are those of the host."""
+    return torch.device("cpu")
 
 
 def rows_of(run):
@@ -99,7 +104,6 @@ def test_an_ignored_signal_stays_ignored(tiny_config, ctrl_c):
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-@ON_THE_CPU
 def test_ctrl_c_on_the_command_is_one_line(tiny_config, tmp_path, ctrl_c):
     command = [sys.executable, "-m", "softgrpo.cli.train", "--config", str(tiny_config)]
     command += ["run.max_steps=1000", "checkpoint.every=0", "log.samples_every=0"]

@@ -40,7 +40,7 @@ def refused(capsys, config, *overrides):
     return message
 
 
-def test_a_run_leaves_everything(tiny_config, tmp_path, tiny_data):
+def test_a_run_leaves_everything(tiny_config, tmp_path, tiny_data, rounding):
     train(tiny_config, f"data.eval={tiny_data}", "data.train=" + str(_other(tmp_path)))
     run = tmp_path / "runs" / "tiny"
     assert Config.load(run / "config.yaml").run.max_steps == 6
@@ -70,9 +70,8 @@ def test_a_run_leaves_everything(tiny_config, tmp_path, tiny_data):
     }
     assert wanted <= set(rows[1])
     # In fp32 the trainer computes what the engine drew from, at every step.
-    assert all(
-        row["sampling/sampling_logp_difference/max"] < 1e-4 for row in rows if "reward" in row
-    )
+    differences = [r["sampling/sampling_logp_difference/max"] for r in rows if "reward" in r]
+    assert max(differences) < rounding
     samples = [json.loads(line) for line in (run / "samples.jsonl").open()]
     soft = [p for s in samples for p in s["positions"] if p["kind"] == 1]
     assert soft

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+if os.environ.get("SOFTGRPO_TEST_GPU") != "1":  # make test-gpu
+    # The tests of the CPU hold on a machine with a GPU where they do not see it.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = "-1"
+
 from simulated_gpu import build
 
 _LOADED = build.load()

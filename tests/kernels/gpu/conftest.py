@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from simulated_gpu.found import REAL
 
 sys.path.insert(0, str(Path(__file__).parent))  # gpu_cases
 
@@ -13,9 +14,9 @@ if importlib.util.find_spec("triton") is None:  # not every platform has one
     collect_ignore_glob = ["test_*.py"]
 
 
-@pytest.fixture
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if REAL else "cpu"])
+def device(request):
+    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)
