@@ -40,6 +40,11 @@ def command(tiny_model, questions):
     return make
 
 
+def test_a_gpu_gives_what_the_cpu_gives(gpu, command, finished, tmp_path):
+    assert main(command(tmp_path / "gpu")) == 0
+    assert_same(read(tmp_path / "gpu"), read(finished))
+
+
 def read(folder):
     """results.json without the times."""
     results = json.loads((folder / "results.json").read_text())

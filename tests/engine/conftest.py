@@ -1,7 +1,9 @@
 """A tiny random Llama in fp32, its transformers twin, and engines around it."""
 
 import copy
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from softgrpo_engine import LLM
 from softgrpo_engine.config import DecoderConfig
 from softgrpo_engine.model import Decoder
 from softgrpo_engine.weights import load_weights
+
+sys.path.insert(0, str(Path(__file__).parent))  # families
 
 EOS, THINK_END, VOCABULARY = 1, 2, 97
 

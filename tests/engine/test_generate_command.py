@@ -16,8 +16,14 @@ from softgrpo.cli.generate import _Session, _turn, main
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 
 
+@pytest.fixture
+def model(saved_model, device):
+    """A model for a command that finds the CPU, and one that finds a GPU."""
+    return saved_model
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, hf_model, tokenizer):
+def saved_model(tmp_path_factory, hf_model, tokenizer):
     path = tmp_path_factory.mktemp("model")
     hf_model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -26,10 +26,15 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def pair(hf_model, tokenizer, tmp_path_factory):
+def path(hf_model, tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("oracle")
     hf_model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def pair(path, tokenizer, device):
     options = {"tokenizer": tokenizer, "dtype": "float32", "kv_memory": 0.01, "max_batch_size": 16}
     return LLM(path, **options), HFEngine(path, max_model_len=128, **options)
 

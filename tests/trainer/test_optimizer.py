@@ -13,10 +13,10 @@ from softgrpo.optimizer import make_optimizer
 NAMES = ["adamw", "adamw_8bit"]
 
 
-def make_model():
+def make_model(device="cpu"):
     """A weight that is large enough for 8 bits (4096 elements), a bias that is not."""
     torch.manual_seed(0)
-    return nn.Linear(128, 64)
+    return nn.Linear(128, 64).to(device)
 
 
 def make(name, model):
@@ -27,13 +27,14 @@ def make(name, model):
 
 def step(model, optimizer, seed):
     inputs = torch.randn(32, 128, generator=torch.Generator().manual_seed(seed))
+    inputs = inputs.to(model.weight.device)
     optimizer.zero_grad()
     model(inputs).square().mean().backward()
     optimizer.step()
 
 
-def test_8_bits_hold_the_moments_and_follow_adamw():
-    models = [make_model(), make_model()]
+def test_8_bits_hold_the_moments_and_follow_adamw(device):
+    models = [make_model(device), make_model(device)]
     start = models[0].weight.detach().clone()
     optimizers = [make(name, model) for name, model in zip(NAMES, models, strict=True)]
     for seed in range(20):
@@ -51,14 +52,14 @@ def test_8_bits_hold_the_moments_and_follow_adamw():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_checkpoint_continues_bit_for_bit(name, tmp_path):
-    model = make_model()
+def test_a_checkpoint_continues_bit_for_bit(name, tmp_path, device):
+    model = make_model(device)
     optimizer = make(name, model)
     for seed in range(3):
         step(model, optimizer, seed)
     write_tensors(tmp_path, model, optimizer)
     (tmp_path / STATE_FILE).write_text(json.dumps({"step": 3}))
-    other = make_model()
+    other = make_model(device)
     loaded = make(name, other)
     load_checkpoint(tmp_path, other, loaded)
     for seed in range(3, 6):
