@@ -58,9 +58,8 @@ class Trainer:
 
     Everything that can be wrong with the configuration, the data and the rewards is checked before
     the model is loaded. reward_funcs, one or several callables, replace ``reward.functions`` of the
-    configuration; reward_weights: 1 each by default. They have TRL's signature
-    ``reward(prompts, completions, completion_ids, **columns) -> list[float | None]`` and may be
-    async.
+    configuration; reward_weights: 1 each by default. They have TRL's signature ``reward(prompts,
+    completions, completion_ids, **columns) -> list[float | None]`` and may be async.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ from softgrpo_engine.requests import Call, check_fits, make_groups
 from softgrpo_engine.runner import Launched, Runner
 from softgrpo_engine.scheduler import Plan, Scheduler
 from softgrpo_engine.sequence import Sequence
-from softgrpo_engine.stopping import hits_stop_string, sample_text
+from softgrpo_engine.stopping import as_sample, hits_stop_string
 from softgrpo_engine.weights import empty_decoder, load_decoder, load_weights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -395,18 +395,6 @@ class LLM:
             self.scheduler.abort(sequence)
 
     def _samples(self, sequences: Seq[Sequence]) -> list[Sample]:
-        if not sequences:
-            return []
-        return [
-            Sample(
-                text=sample_text(sequence, self.tokenizer),
-                token_ids=list(sequence.tokens),
-                logprobs=logprobs,
-                soft=soft,
-                finish_reason=sequence.finish_reason,
-                uid=sequence.uid,
-            )
-            for sequence, (soft, logprobs) in zip(
-                sequences, self.runner.record.soft_tokens(sequences), strict=True
-            )
-        ]
+        records = self.runner.record.soft_tokens(sequences)
+        pairs = zip(sequences, records, strict=True)
+        return [as_sample(sequence, *record, self.tokenizer) for sequence, record in pairs]

@@ -162,6 +162,8 @@ class Record:
         One wait for all of them: for what the host has read of them already, not for the step under
         way, which only adds positions.
         """
+        if not sequences:
+            return []
         # A sample that never ran has no row, and nothing in it.
         rows = [sequence.row or 0 for sequence in sequences]
         lengths = [len(sequence.tokens) for sequence in sequences]

@@ -1,10 +1,14 @@
-"""Text of a sample, and the strings that end it."""
+"""What a sample has come to: its text, and the strings that end it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
+from softgrpo_engine.outputs import Sample
 from softgrpo_engine.sequence import Sequence
+from softgrpo_engine.soft_tokens import SoftTokens
 
 
 def hits_stop_string(sequence: Sequence, tokenizer: Any) -> bool:
@@ -19,7 +23,19 @@ def hits_stop_string(sequence: Sequence, tokenizer: Any) -> bool:
     return any(string in text for string in stop)
 
 
-def sample_text(sequence: Sequence, tokenizer: Any) -> str:
+def as_sample(sequence: Sequence, soft: SoftTokens, logprobs: Tensor, tokenizer: Any) -> Sample:
+    """The sample so far, with its record."""
+    return Sample(
+        text=_text(sequence, tokenizer),
+        token_ids=list(sequence.tokens),
+        logprobs=logprobs,
+        soft=soft,
+        finish_reason=sequence.finish_reason,
+        uid=sequence.uid,
+    )
+
+
+def _text(sequence: Sequence, tokenizer: Any) -> str:
     """The text generated so far, cut before the first stop string; empty without a tokenizer."""
     if tokenizer is None:
         return ""

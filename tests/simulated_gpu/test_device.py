@@ -1,33 +1,21 @@
-"""The rules of the simulated device: each has a test that fails when the rule is taken out."""
+"""The rules of the simulated device, each with a test that fails when it is taken out: tensors,
+devices that meet, waits, pinned memory, training. See test_graphs.py and test_kernels.py too."""
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 
-from simulated_gpu import flash, found
+from simulated_gpu import found
+from simulated_gpu.host_waits import WAITS
 
 HERE = "tests/simulated_gpu/test_device.py"
 
 
-@pytest.fixture
-def x(simulated_gpu):
-    return torch.arange(4.0, device="cuda")
-
-
 def cuda(*values, **options):
     return torch.tensor(values, device="cuda", **options)
-
-
-def captured(run, graph=None, **options):
-    graph = graph or torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, **options):
-        result = run()
-    return graph, result
 
 
 # ---- tensors ---------------------------------------------------------------------------------
@@ -143,31 +131,6 @@ def test_two_gpus_do_not_meet():
 
 # ---- waits -----------------------------------------------------------------------------------
 
-WAITS = {
-    "item": lambda x: x.sum().item(),
-    "bool": lambda x: bool((x > 1).any()),
-    "float": lambda x: float(x[0]),
-    "tolist": lambda x: x.tolist(),
-    "cpu": lambda x: x.cpu(),
-    "from a list": lambda x: torch.tensor([1.0], device="cuda"),
-    "from the host": lambda x: torch.ones(4).to("cuda"),
-    "from pageable memory": lambda x: torch.ones(4).to("cuda", non_blocking=True),
-    "nonzero": lambda x: x.nonzero(),
-    "x[mask]": lambda x: x[x > 1],
-    "x[mask] = tensor": lambda x: x.__setitem__(x > 1, torch.ones_like(x)[:2]),
-    "x[rows] = number": lambda x: x.__setitem__(x.long(), 0.0),
-    "x[0] = number": lambda x: x.__setitem__(0, 1.0),
-    "x[cpu rows]": lambda x: x[torch.tensor([1])],
-    "masked_select": lambda x: x.masked_select(x > 1),
-    "unique": lambda x: x.unique(),
-    "equal": lambda x: torch.equal(x, x),
-    "repeat_interleave": lambda x: torch.repeat_interleave(x, x.long()),
-    "synchronize": lambda x: torch.cuda.synchronize(),
-    "stream": lambda x: torch.cuda.current_stream().synchronize(),
-    "event": lambda x: torch.cuda.current_stream().record_event().synchronize(),
-    "pickle": lambda x: pickle.dumps(x),
-}
-
 
 @pytest.mark.parametrize("case", WAITS)
 def test_a_wait_is_counted_with_its_line(x, simulated_gpu, case):
@@ -277,99 +240,6 @@ def test_pinned_memory_is_left_alone_while_a_copy_from_it_is_under_way(x):
     torch.cuda.synchronize()
 
 
-# ---- graphs ----------------------------------------------------------------------------------
-
-
-def test_a_capture_computes_nothing_and_a_replay_computes_in_the_same_memory(x):
-    total = torch.zeros(4, device="cuda")
-
-    def step():
-        result = 2 * x
-        total.add_(result)
-        return result
-
-    graph, result = captured(step)
-    assert total.tolist() == [0] * 4
-    assert result.isnan().all()  # poison until the replay
-    place = result.data_ptr()
-    graph.replay()
-    x.fill_(1.0)
-    graph.replay()
-    assert result.data_ptr() == place
-    assert result.tolist() == [2] * 4
-    assert total.tolist() == [2, 4, 6, 8]
-
-
-FORBIDDEN = {
-    name: WAITS[name]
-    for name in ("item", "nonzero", "x[mask]", "x[rows] = number", "from a list", "cpu", "event")
-}
-FORBIDDEN["pageable"] = WAITS["from pageable memory"]
-FORBIDDEN["synchronize"] = WAITS["synchronize"]
-
-
-@pytest.mark.parametrize("case", FORBIDDEN)
-def test_what_must_not_be_captured(x, case):
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin()
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        FORBIDDEN[case](x)
-    with pytest.raises(RuntimeError, match="previous error during capture"):
-        graph.capture_end()
-
-
-def test_a_pinned_copy_is_captured(x):
-    host = torch.ones(4).pin_memory()
-    graph, _ = captured(lambda: x.copy_(host, non_blocking=True))
-    host.fill_(3.0)
-    graph.replay()
-    assert x.tolist() == [3] * 4
-
-
-def test_a_graph_is_captured_before_it_is_replayed(simulated_gpu):
-    with pytest.raises(RuntimeError, match="without a preceding successful capture"):
-        torch.cuda.CUDAGraph().replay()
-
-
-def test_no_capture_into_a_pool_whose_graphs_are_gone_while_its_memory_is_held(x):
-    pool = torch.cuda.graph_pool_handle()
-    graph, result = captured(lambda: 2 * x, pool=pool)
-    captured(lambda: x + 1, pool=pool)  # while a graph lives
-    del graph
-    with pytest.raises(RuntimeError, match="use_count > 0"):
-        captured(lambda: 2 * x, pool=pool)
-    captured(lambda: 2 * x, pool=torch.cuda.graph_pool_handle())
-    del result
-    captured(lambda: 2 * x, pool=pool)  # empty_cache took the memory back
-
-
-@pytest.mark.parametrize("mode", ["global", "thread_local"])
-def test_a_call_of_another_thread_breaks_a_global_capture(x, mode):
-    failures = []
-
-    def elsewhere():
-        try:
-            x.sum().item()
-        except RuntimeError as error:
-            failures.append(str(error))
-
-    def step():
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
-        return 2 * x
-
-    if mode == "global":
-        with pytest.raises(RuntimeError, match="previous error during capture"):
-            captured(step)
-        assert "not permitted" in failures[0]
-    else:
-        graph, result = captured(step, capture_error_mode=mode)
-        assert failures == []
-        graph.replay()
-        assert result.tolist() == [0, 2, 4, 6]
-
-
 # ---- memory, autograd, optimizers ------------------------------------------------------------
 
 
@@ -415,87 +285,3 @@ def test_a_gradient_lies_where_its_weight_does(x):
     weight = nn.Parameter(x.clone())
     with pytest.raises(RuntimeError, match=r"different type|device"):
         weight.grad = torch.ones(4)
-
-
-# ---- kernels ---------------------------------------------------------------------------------
-
-
-def test_triton_takes_device_pointers_alone(x):
-    from softgrpo_kernels.gpu.decoder import silu_mul_kernel
-
-    out = torch.empty(1, 2, device="cuda")
-    with pytest.raises(ValueError, match=r"Pointer argument \(at 1\) cannot be accessed"):
-        silu_mul_kernel[(1, 1)](out, torch.ones(1, 4), 2, BLOCK_I=16)
-    with pytest.raises(RuntimeError, match="invalid argument"):
-        silu_mul_kernel[(0, 1)](out, x, 2, BLOCK_I=16)
-
-
-@pytest.mark.parametrize("kernels", ["stand-ins", "interpreter"])
-def test_a_captured_kernel_is_launched_again(x, kernels, monkeypatch, simulated_gpu):
-    from softgrpo_kernels.gpu import silu_mul
-
-    monkeypatch.setenv("SOFTGRPO_KERNELS", kernels)
-    x = x.view(1, 4)
-    expected = nn.functional.silu(x[:, :2]) * x[:, 2:]
-    torch.testing.assert_close(silu_mul(x), expected)
-    graph, out = captured(lambda: silu_mul(x))
-    assert out.isnan().all()
-    with simulated_gpu.counting() as counts:
-        graph.replay()
-    assert counts.launches == {"graph": 1}
-    torch.testing.assert_close(out, expected)
-
-
-FLASH = {
-    "float32": (torch.float32, torch.int32, 8, "only support fp16 and bf16"),
-    "int64 starts": (torch.bfloat16, torch.int64, 8, "must have dtype int32"),
-    "odd heads": (torch.bfloat16, torch.int32, 12, "multiples of 8"),
-}
-
-
-@pytest.mark.parametrize("case", FLASH)
-def test_flash_attention_has_its_limits(simulated_gpu, case):
-    dtype, index, size, words = FLASH[case]
-    q = torch.randn(5, 2, size, device="cuda", dtype=dtype)
-    starts = cuda(0, 2, 5, dtype=index)
-    with pytest.raises(RuntimeError, match=words):
-        varlen_attn(q, q, q, starts, starts, 3, 3, window_size=(-1, 0))
-
-
-def test_flash_attention_takes_no_small_pages(simulated_gpu, monkeypatch):
-    q = torch.randn(1, 2, 8, device="cuda", dtype=torch.bfloat16)
-    pages = torch.randn(3, 16, 2, 8, device="cuda", dtype=torch.bfloat16)
-    table, used = cuda([0, 1], dtype=torch.int32), cuda(20, dtype=torch.int32)
-
-    def attend():
-        return varlen_attn(
-            q, pages, pages, cuda(0, 1, dtype=torch.int32), None, 1, 32,
-            seqused_k=used, block_table=table,
-        )  # fmt: skip
-
-    with pytest.raises(RuntimeError, match="divisible by 256"):
-        attend()
-    monkeypatch.setattr(flash.Rules, "paged_by_any_size", True)
-    assert attend().shape == q.shape
-
-
-def test_flash_attention_is_attention(simulated_gpu):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(5, h, 8, dtype=torch.bfloat16) for h in (4, 2, 2))
-    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
-    results = []
-    for device in ("cuda", "cpu"):
-        leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
-        if device == "cuda":
-            at = starts.to(device)
-            out = varlen_attn(*leaves, at, at, 3, 3, window_size=(-1, 0), enable_gqa=True)
-        else:
-            parts = [t.transpose(0, 1)[None].float() for t in leaves]
-            spans = [[t[:, :, a:b] for t in parts] for a, b in ((0, 2), (2, 5))]
-            attend = nn.functional.scaled_dot_product_attention
-            out = torch.cat([attend(*s, is_causal=True, enable_gqa=True) for s in spans], dim=2)
-            out = out[0].transpose(0, 1)
-        out.float().square().sum().backward()
-        results.append([out.detach().cpu().float(), *(t.grad.cpu().float() for t in leaves)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)

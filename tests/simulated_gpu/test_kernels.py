@@ -1,0 +1,77 @@
+"""What kernels of the simulated device take, and what flash attention computes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+
+from simulated_gpu import flash
+
+
+def cuda(*values, **options):
+    return torch.tensor(values, device="cuda", **options)
+
+
+def test_triton_takes_device_pointers_alone(x):
+    from softgrpo_kernels.gpu.decoder import silu_mul_kernel
+
+    out = torch.empty(1, 2, device="cuda")
+    with pytest.raises(ValueError, match=r"Pointer argument \(at 1\) cannot be accessed"):
+        silu_mul_kernel[(1, 1)](out, torch.ones(1, 4), 2, BLOCK_I=16)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        silu_mul_kernel[(0, 1)](out, x, 2, BLOCK_I=16)
+
+
+FLASH = {
+    "float32": (torch.float32, torch.int32, 8, "only support fp16 and bf16"),
+    "int64 starts": (torch.bfloat16, torch.int64, 8, "must have dtype int32"),
+    "odd heads": (torch.bfloat16, torch.int32, 12, "multiples of 8"),
+}
+
+
+@pytest.mark.parametrize("case", FLASH)
+def test_flash_attention_has_its_limits(simulated_gpu, case):
+    dtype, index, size, words = FLASH[case]
+    q = torch.randn(5, 2, size, device="cuda", dtype=dtype)
+    starts = cuda(0, 2, 5, dtype=index)
+    with pytest.raises(RuntimeError, match=words):
+        varlen_attn(q, q, q, starts, starts, 3, 3, window_size=(-1, 0))
+
+
+def test_flash_attention_takes_no_small_pages(simulated_gpu, monkeypatch):
+    q = torch.randn(1, 2, 8, device="cuda", dtype=torch.bfloat16)
+    pages = torch.randn(3, 16, 2, 8, device="cuda", dtype=torch.bfloat16)
+    table, used = cuda([0, 1], dtype=torch.int32), cuda(20, dtype=torch.int32)
+
+    def attend():
+        return varlen_attn(
+            q, pages, pages, cuda(0, 1, dtype=torch.int32), None, 1, 32,
+            seqused_k=used, block_table=table,
+        )  # fmt: skip
+
+    with pytest.raises(RuntimeError, match="divisible by 256"):
+        attend()
+    monkeypatch.setattr(flash.Rules, "paged_by_any_size", True)
+    assert attend().shape == q.shape
+
+
+def test_flash_attention_is_attention(simulated_gpu):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, h, 8, dtype=torch.bfloat16) for h in (4, 2, 2))
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    results = []
+    for device in ("cuda", "cpu"):
+        leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
+        if device == "cuda":
+            at = starts.to(device)
+            out = varlen_attn(*leaves, at, at, 3, 3, window_size=(-1, 0), enable_gqa=True)
+        else:
+            parts = [t.transpose(0, 1)[None].float() for t in leaves]
+            spans = [[t[:, :, a:b] for t in parts] for a, b in ((0, 2), (2, 5))]
+            attend = nn.functional.scaled_dot_product_attention
+            out = torch.cat([attend(*s, is_causal=True, enable_gqa=True) for s in spans], dim=2)
+            out = out[0].transpose(0, 1)
+        out.float().square().sum().backward()
+        results.append([out.detach().cpu().float(), *(t.grad.cpu().float() for t in leaves)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)
