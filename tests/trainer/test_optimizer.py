@@ -37,7 +37,8 @@ def test_8_bits_hold_the_moments_and_follow_adamw(device):
     models = [make_model(device), make_model(device)]
     start = models[0].weight.detach().clone()
     optimizers = [make(name, model) for name, model in zip(NAMES, models, strict=True)]
-    for seed in range(20):
+    steps = 20 if device.type == "cpu" else 4  # its kernels are interpreted on a simulated GPU
+    for seed in range(steps):
         for model, optimizer in zip(models, optimizers, strict=True):
             step(model, optimizer, seed)
     sizes = []
