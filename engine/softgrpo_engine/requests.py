@@ -71,17 +71,23 @@ class Call:
 
     def news(self) -> Iterator[tuple[int, Sample]]:
         """(prompt index, the sample so far) of those that went on since they were last given."""
-        unfinished = []
+        ended, unfinished, failed = [], [], []
         for sequence, seen in list(self._unread.items()):
-            _raise_error(sequence)
-            if sequence.sample is not None:
+            if sequence.error is not None:
+                failed.append(sequence)
+            elif sequence.sample is not None:
+                ended.append((sequence, sequence.sample))
                 del self._unread[sequence]
-                yield self._prompt_of[sequence], sequence.sample
             elif len(sequence.tokens) > seen:
                 self._unread[sequence] = len(sequence.tokens)
                 unfinished.append(sequence)
-        for sequence, sample in zip(unfinished, self._samples(unfinished), strict=True):
+        # Before the first is given: whoever takes it may step, which can end the others and give
+        # their rows of the record away.
+        samples = self._samples(unfinished)
+        for sequence, sample in (*ended, *zip(unfinished, samples, strict=True)):
             yield self._prompt_of[sequence], sample
+        for sequence in failed:
+            _raise_error(sequence)
 
 
 def check_fits(

@@ -311,6 +311,26 @@ def test_an_error_reaches_streams_that_are_read_in_turns(make_llm, prompts):
     assert llm.generate(prompts[0], params, progress=False)[0].samples[0].finish_reason == "length"
 
 
+def test_news_are_of_the_moment_at_which_they_were_asked_for(make_llm, prompts):
+    """Whoever takes the first item may step until the others have ended and left their rows."""
+    llm = make_llm()
+    call = llm.submit(prompts[:2], SamplingParams(max_tokens=12, ignore_eos=True, seed=3), False)
+    for _ in range(3):
+        llm.step()
+    first, other = call.sequences
+    llm.abort(first.uid)
+    news, length = call.news(), len(other.tokens)
+    assert next(news)[1].finish_reason == "abort"
+    while llm.scheduler.has_work:
+        llm.step()
+    _, sample = next(news)
+    assert len(sample.token_ids) == length
+    assert sample.soft.token.tolist() == sample.token_ids
+    ((_, sample),) = call.news()
+    assert sample.soft.token.tolist() == sample.token_ids == other.tokens
+    llm.release(call)
+
+
 def test_metrics_tell_the_load_and_the_speed(make_llm, prompts):
     llm = make_llm(max_batch_size=2)
     idle = llm.metrics()

@@ -15,7 +15,7 @@ import triton.language as tl
 from softgrpo_kernels.rows import DISCRETE
 
 CHUNK = tl.constexpr(4096)
-# The key of the smallest number; that of -inf is one less.
+# The key of -inf: no number has a smaller one.
 LOWEST = tl.constexpr(-2139095041)
 MAX_ID = tl.constexpr(2**31 - 1)
 _DISCRETE = tl.constexpr(DISCRETE)
