@@ -182,7 +182,7 @@ class Record:
 
     def _words(self, places: np.ndarray) -> Tensor:
         """What is recorded at flat places, as one table int32 [T, 2 K + 4]."""
-        at = self._to_device(places)  # type: ignore[arg-type]
+        at = to_device(places, self.device)
         bits = (self.gprime.view(torch.int32), self.logprob.view(torch.int32))
         parts = (self.ids, bits[0], self.kind, self.forced, self.token, bits[1])
         columns = [part.flatten(0, 1).index_select(0, at) for part in parts]

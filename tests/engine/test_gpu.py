@@ -46,6 +46,18 @@ def test_the_cpu_draws_the_same(make_gpu_llm, make_llm_on, prompts):
     assert_close(sampled(make_gpu_llm(), prompts), sampled(make_llm_on("cpu"), prompts))
 
 
+def test_the_kernels_themselves_draw_the_same(make_llm_on, simulated_gpu, prompts, monkeypatch):
+    """Under Triton's interpreter, in whose place stand-ins run elsewhere: a prompt, soft tokens,
+    tokens over the vocabulary."""
+    monkeypatch.setenv("SOFTGRPO_KERNELS", "interpreter")
+    few = SamplingParams(n=2, max_tokens=4, seed=4, top_p=0.9, ignore_eos=True)
+    drawn = []
+    for device in ("cuda", "cpu"):
+        outputs = make_llm_on(device).generate(prompts[:1], few, FEW_SOFT, progress=False)
+        drawn.append([sample for output in outputs for sample in output.samples])
+    assert_close(*drawn)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_draws_what_the_cpu_draws(family, gpu, prompts):
     drawn = []

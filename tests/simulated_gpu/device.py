@@ -37,14 +37,17 @@ WAITING = {
 
 
 class Device:
-    """The one simulated device of the process; `core` is the C++ side."""
+    """The one simulated device of the process.
+
+    core: the C++ side. waits: how often the host waited, by (why, line of the program).
+    """
 
     def __init__(self, core: ModuleType) -> None:
         self.core = core
         # Dynamo's table of torch's functions is made once: of torch.cuda's own, not of ours.
         trace_rules.get_torch_obj_rule_map()
         self.sync_debug_mode = "default"
-        self._waits: Counter[tuple[str, str]] = Counter()
+        self.waits: Counter[tuple[str, str]] = Counter()
         core.configure(_unchecked_operators(), {f"aten::{k}": v for k, v in WAITING.items()},
                        self._on_wait, program_line)  # fmt: skip
 
@@ -67,7 +70,7 @@ class Device:
         """Nothing is under way, nothing has been counted."""
         self.core.reset()
         self.core.set_device(0)
-        self._waits.clear()
+        self.waits.clear()
         self.sync_debug_mode = "default"
 
     def wait(self, why: str) -> None:
@@ -76,35 +79,30 @@ class Device:
 
     def note(self, why: str) -> None:
         """A wait for less than everything, which the caller does itself."""
-        self._waits[why, program_line()] += 1
-
-    @property
-    def waits(self) -> Counter[tuple[str, str]]:
-        """How often the host waited, by (why, line of the program)."""
-        return self._waits
+        self.waits[why, program_line()] += 1
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Counts]:
         """What happens inside: waits and launches."""
-        waits, launches = Counter(self._waits), Counter(self.core.launches())
+        waits, launches = Counter(self.waits), Counter(self.core.launches())
         counts = Counts()
         yield counts
-        counts.waits = self._waits - waits
+        counts.waits = self.waits - waits
         counts.launches = Counter(self.core.launches()) - launches
 
     def launch(self, name: str, tensors: list[Tensor], run: Callable[[], Any]) -> None:
         """``run`` is a kernel: it computes on `as_cpu` of these tensors, now and in replays."""
         self.core.launch(name, tensors, run)
 
-    def as_cpu(self, tree: Any) -> Any:
-        """The same memory as CPU tensors; whatever is no tensor as it is."""
-        return self.core.as_cpu(tree) if isinstance(tree, Tensor) else tree
+    def as_cpu(self, value: Any) -> Any:
+        """The same memory as a CPU tensor; what is no tensor as it is."""
+        return self.core.as_cpu(value) if isinstance(value, Tensor) else value
 
     def _on_wait(self, why: str) -> str:
         place = program_line()
         if self.sync_debug_mode == "error":
             return f"called a synchronizing CUDA operation ({why} at {place})"
-        self._waits[why, place] += 1
+        self.waits[why, place] += 1
         return ""
 
 

@@ -156,18 +156,9 @@ def cut_kernel(
         low = tl.full((), LOWEST, tl.int64)
         high = highest.to(tl.int64)
         number, mass = mass_above(
-            logits,
-            vocabulary,
-            listed_a,
-            listed_id,
-            from_list,
-            size,
-            temperature,
-            top,
-            unit,
-            key,
+            logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top, unit, key,
             maxima,
-        )
+        )  # fmt: skip
         if number > top_k:
             while high - low > 1:
                 middle = (low + high) >> 1
@@ -219,18 +210,9 @@ def cut_kernel(
         key = tl.maximum(key, least)
 
     number, mass = mass_above(
-        logits,
-        vocabulary,
-        listed_a,
-        listed_id,
-        from_list,
-        size,
-        temperature,
-        top,
-        unit,
-        key,
+        logits, vocabulary, listed_a, listed_id, from_list, size, temperature, top, unit, key,
         maxima,
-    )
+    )  # fmt: skip
     tied = tied_up_to(
         logits, vocabulary, listed_a, listed_id, from_list, size, temperature, key, MAX_ID - 1,
         maxima,
