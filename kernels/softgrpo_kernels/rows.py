@@ -12,41 +12,14 @@ from torch import Tensor
 from softgrpo_kernels.checks import check_device, check_integers, check_k_max, check_word
 from softgrpo_kernels.row_rules import (
     ARGUMENTS,
-    DIRICHLET,
     DISCRETE,
-    GAUSSIAN,
-    GREEDY,
-    GUMBEL,
-    MAX_CANDIDATES,
-    MULTIPLEX,
     NOISES,
-    NONE,
-    SKIP,
     SOFT,
     Values,
     check_numbers,
     rules_of,
     surely_sound,
 )
-from softgrpo_kernels.step import LMHead, SoftToken
-
-__all__ = [
-    "DIRICHLET",
-    "DISCRETE",
-    "GAUSSIAN",
-    "GREEDY",
-    "GUMBEL",
-    "MAX_CANDIDATES",
-    "MULTIPLEX",
-    "NOISES",
-    "NONE",
-    "ORDERS",
-    "SKIP",
-    "SOFT",
-    "LMHead",
-    "RowParameters",
-    "SoftToken",
-]
 
 ORDERS = ("top_k_first", "joint")
 

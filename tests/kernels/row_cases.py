@@ -3,7 +3,7 @@ row with k_max 8."""
 
 import torch
 
-from softgrpo_kernels.rows import DIRICHLET, DISCRETE, GAUSSIAN, GREEDY, MULTIPLEX, NONE
+from softgrpo_kernels.row_rules import DIRICHLET, DISCRETE, GAUSSIAN, GREEDY, MULTIPLEX, NONE
 
 NAN, INF = torch.nan, torch.inf
 

@@ -13,7 +13,8 @@ import torch
 
 from softgrpo_kernels import SoftToken, reference, soft_token
 from softgrpo_kernels.cpu import DTYPES
-from softgrpo_kernels.rows import NOISES, RowParameters
+from softgrpo_kernels.row_rules import NOISES
+from softgrpo_kernels.rows import RowParameters
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

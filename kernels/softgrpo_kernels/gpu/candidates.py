@@ -7,7 +7,7 @@ import triton.language as tl
 
 from softgrpo_kernels.gpu.noise import gumbel, log_gamma, normal
 from softgrpo_kernels.reference.perturb import MIN_SHAPE, MIN_WEIGHT
-from softgrpo_kernels.rows import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE
+from softgrpo_kernels.row_rules import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE
 
 NOTHING = tl.constexpr(-(2**63))
 _NONE, _DIRICHLET = tl.constexpr(NONE), tl.constexpr(DIRICHLET)

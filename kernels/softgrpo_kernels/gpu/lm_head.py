@@ -14,7 +14,8 @@ from torch import Tensor
 from softgrpo_kernels.gpu.rounding import INTERPRET, rounded
 from softgrpo_kernels.gpu.soft_embedding import unit_stride
 from softgrpo_kernels.gpu.statistics import CHUNK, TILE
-from softgrpo_kernels.rows import GREEDY, RowParameters
+from softgrpo_kernels.row_rules import GREEDY
+from softgrpo_kernels.rows import RowParameters
 from softgrpo_kernels.step import LMHead
 
 # More rows than these and the product is bound by arithmetic: cuBLAS is better at that.

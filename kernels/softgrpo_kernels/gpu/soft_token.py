@@ -27,7 +27,8 @@ from softgrpo_kernels.gpu.lm_head import MOST_ROWS, lm_head_statistics
 from softgrpo_kernels.gpu.row_rules import row_is_sound
 from softgrpo_kernels.gpu.soft_embedding import mix_into, unit_stride
 from softgrpo_kernels.gpu.statistics import TILE, vocabulary_statistics
-from softgrpo_kernels.rows import DISCRETE, GREEDY, SKIP, SOFT, RowParameters
+from softgrpo_kernels.row_rules import DISCRETE, GREEDY, SKIP, SOFT
+from softgrpo_kernels.rows import RowParameters
 from softgrpo_kernels.step import LMHead, SoftToken
 
 _GREEDY, _DISCRETE = tl.constexpr(GREEDY), tl.constexpr(DISCRETE)

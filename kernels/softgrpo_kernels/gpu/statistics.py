@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softgrpo_kernels.rows import GREEDY, SKIP, RowParameters
+from softgrpo_kernels.row_rules import GREEDY, SKIP
+from softgrpo_kernels.rows import RowParameters
 
 TILE = 128
 CHUNK = 4096

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softgrpo_kernels.rows import DISCRETE
+from softgrpo_kernels.row_rules import DISCRETE
 
 CHUNK = tl.constexpr(4096)
 # The key of -inf: no number has a smaller one.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels.reference.noise import gumbel_noise, log_gamma_noise, normal_noise
-from softgrpo_kernels.rows import DIRICHLET, GAUSSIAN, GUMBEL, MULTIPLEX, NONE, SOFT, RowParameters
+from softgrpo_kernels.row_rules import DIRICHLET, GAUSSIAN, GUMBEL, MULTIPLEX, NONE, SOFT
+from softgrpo_kernels.rows import RowParameters
 
 Keys = tuple[Tensor, Tensor, Tensor, Tensor]
 

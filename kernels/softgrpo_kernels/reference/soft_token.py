@@ -8,7 +8,8 @@ from torch import Tensor
 from softgrpo_kernels.reference.noise import gumbel_noise
 from softgrpo_kernels.reference.perturb import perturb
 from softgrpo_kernels.reference.soft_embedding import soft_embedding, soft_weights
-from softgrpo_kernels.rows import GREEDY, SKIP, SOFT, RowParameters
+from softgrpo_kernels.row_rules import GREEDY, SKIP, SOFT
+from softgrpo_kernels.rows import RowParameters
 from softgrpo_kernels.step import LMHead, SoftToken
 
 

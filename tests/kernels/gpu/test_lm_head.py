@@ -7,7 +7,8 @@ import torch
 from gpu_cases import EXACT, FLOATS
 
 from softgrpo_kernels import soft_token_from_hidden
-from softgrpo_kernels.rows import LMHead, RowParameters
+from softgrpo_kernels.rows import RowParameters
+from softgrpo_kernels.step import LMHead
 
 GREEDY, DISCRETE, SOFT, SKIP = range(4)
 

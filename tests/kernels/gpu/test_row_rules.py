@@ -10,7 +10,8 @@ from row_cases import BAD, GOOD, INF, NAN
 
 from softgrpo_kernels import gpu, reference
 from softgrpo_kernels.gpu.row_rules import row_is_sound
-from softgrpo_kernels.rows import SKIP, RowParameters
+from softgrpo_kernels.row_rules import SKIP
+from softgrpo_kernels.rows import RowParameters
 
 ROWS = [{}, *BAD, *GOOD, {"uid": -1, "temperature": 0.0, "mode": SKIP}]
 

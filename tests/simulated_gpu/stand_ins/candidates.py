@@ -7,7 +7,8 @@ from torch import Tensor
 
 from softgrpo_kernels.reference import noise as reference
 from softgrpo_kernels.reference.perturb import MIN_SHAPE, MIN_WEIGHT
-from softgrpo_kernels.rows import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE, SOFT, RowParameters
+from softgrpo_kernels.row_rules import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE, SOFT
+from softgrpo_kernels.rows import RowParameters
 
 from .noise import gumbel_noise
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from softgrpo_kernels.gpu import full_vocabulary as kernels
 from softgrpo_kernels.gpu.statistics import CHUNK
-from softgrpo_kernels.rows import DISCRETE, RowParameters
+from softgrpo_kernels.row_rules import DISCRETE
+from softgrpo_kernels.rows import RowParameters
 
 from .candidates import LAST_ID, LOWEST, NOTHING, key_of, order_of, token_of, value_of
 from .kept_prefix import kept_prefix

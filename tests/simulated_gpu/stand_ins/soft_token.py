@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softgrpo_kernels.rows import DISCRETE, GREEDY, SKIP, SOFT, RowParameters
+from softgrpo_kernels.row_rules import DISCRETE, GREEDY, SKIP, SOFT
+from softgrpo_kernels.rows import RowParameters
 
 from .candidates import NOTHING, key_of, perturb, token_of, value_of
 from .memory import first, largest, parameters, rows_of, table_of, write

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softgrpo_kernels.gpu.statistics import CHUNK, TILE
-from softgrpo_kernels.rows import GREEDY, SKIP, RowParameters
+from softgrpo_kernels.row_rules import GREEDY, SKIP
+from softgrpo_kernels.rows import RowParameters
 
 from .memory import largest, parameters, rows_of, write
 
