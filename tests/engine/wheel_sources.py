@@ -87,19 +87,27 @@ def _files(text: str, is_json: bool) -> list[tuple[str, str]]:
 
 
 def _index_url() -> str:
-    """The index that pip is configured for, or else the one that it has built in."""
-    try:
-        from pip._internal.models.index import PyPI
-    except ImportError:
-        raise Unavailable("pip, which knows the package index, is not installed") from None
-    return _pip_setting("index-url") or PyPI.simple_url
+    """The index that pip is configured for, or else the one that it has built in.
+
+    Pip is asked in a process of its own: where it is imported, setuptools cannot be any more, and
+    PyTorch's compiler needs that (`_distutils_hack` gives way to pip)."""
+    built_in = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
+    found = _pip_setting("index-url") or _output("-c", built_in).strip()
+    if not found:
+        raise Unavailable("pip, which knows the package index, is not installed")
+    return found
+
+
+def _output(*arguments: str) -> str:
+    """What Python prints for these arguments, nothing if it fails."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 @cache
 def _pip_setting(name: str) -> str | None:
     """What pip is configured for, in its order of ranks: the environment, then its files."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    listed = _output("-m", "pip", "config", "list")
     settings = dict(re.findall(rf"^(\S+)\.{name}='(.*)'$", listed, re.M))
     ranked = [settings.get(level) for level in (":env:", "install", "global")]
     return next(filter(None, ranked), None)
