@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from softgrpo import Config, Trainer
-from softgrpo.plan import Shape, training_flops
+from softgrpo.tools.plan import Shape, training_flops
 from softgrpo_engine import Output, SamplingParams
-from softgrpo_engine.model_source import resolve_model
+from softgrpo_engine.model.source import resolve_model
 
 PARTS = ("time/rollout", "time/reward", "time/train", "time/sync")
 

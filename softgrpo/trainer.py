@@ -16,39 +16,39 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from softgrpo.advantages import group_advantages, overlong_penalty
-from softgrpo.batch import RolloutBatch
-from softgrpo.checkpoint import load_checkpoint, load_newest, set_aside
+from softgrpo.algorithm.advantages import group_advantages, overlong_penalty
 from softgrpo.config import Config
-from softgrpo.data import TrainingData
-from softgrpo.device import check_device, device_type
+from softgrpo.data.training import TrainingData
 from softgrpo.distributed import World, patience
-from softgrpo.engines import RolloutEngine, load_engine
-from softgrpo.evaluator import evaluate, evaluation_rollout, evaluation_row
-from softgrpo.export import export_model
-from softgrpo.health import HealthWatch
-from softgrpo.interrupt import Interrupted, stop_on_signals
-from softgrpo.lora import add_adapters, export_adapter, merged_tensors
-from softgrpo.metrics import completion_metrics, reward_metrics, soft_metrics
-from softgrpo.policy import Policy
-from softgrpo.progress import TrainProgress
+from softgrpo.learner.device import check_device, device_type
+from softgrpo.learner.lora import add_adapters, merged_tensors
+from softgrpo.learner.policy import Policy
+from softgrpo.learner.update import Update, learning_rate
+from softgrpo.log.health import HealthWatch
+from softgrpo.log.metrics import completion_metrics, reward_metrics, soft_metrics
+from softgrpo.log.progress import TrainProgress
+from softgrpo.log.samples import sample_rows
+from softgrpo.log.tracking import Tracking
 from softgrpo.report import build_report
 from softgrpo.rewards import RewardFunc, RewardRunner
-from softgrpo.rollout import (
+from softgrpo.rollout.batch import RolloutBatch
+from softgrpo.rollout.engines import RolloutEngine, load_engine
+from softgrpo.rollout.sampling import (
     ROLLOUT_STREAM,
-    ScoredRollout,
     collect,
     density_settings,
     rollout_uids,
     soft_params,
 )
-from softgrpo.run_folder import RunFolder, find_checkpoint
-from softgrpo.samples import sample_rows
-from softgrpo.tracking import Tracking
-from softgrpo.update import Update, learning_rate
+from softgrpo.rollout.scored import ScoredRollout
+from softgrpo.run.checkpoint import load_checkpoint, load_newest, set_aside
+from softgrpo.run.export import export_adapter, export_model
+from softgrpo.run.folder import RunFolder, find_checkpoint
+from softgrpo.run.held_out import evaluate, evaluation_rollout, evaluation_row
+from softgrpo.run.interrupt import Interrupted, stop_on_signals
 from softgrpo_engine import SamplingParams
-from softgrpo_engine.model_source import resolve_model
-from softgrpo_engine.weights import load_decoder
+from softgrpo_engine.model.source import resolve_model
+from softgrpo_engine.model.weights import load_decoder
 
 
 class Trainer:

@@ -28,17 +28,17 @@ from cells import HERE
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from softgrpo.advantages import group_advantages
-from softgrpo.batch import RolloutBatch
+from softgrpo.algorithm.advantages import group_advantages
+from softgrpo.algorithm.loss import loss_mask, token_weights
+from softgrpo.algorithm.positions import Positions
 from softgrpo.config import Config
-from softgrpo.data import TrainingData
-from softgrpo.loss import loss_mask, token_weights
-from softgrpo.policy import Policy, PositionLogProbs
-from softgrpo.positions import Positions
+from softgrpo.data.training import TrainingData
+from softgrpo.learner.policy import Policy, PositionLogProbs
 from softgrpo.rewards import RewardRunner
-from softgrpo.rollout import ROLLOUT_STREAM, collect, density_settings, rollout_uids
+from softgrpo.rollout.batch import RolloutBatch
+from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
 from softgrpo_engine import LLM
-from softgrpo_engine.weights import load_decoder
+from softgrpo_engine.model.weights import load_decoder
 
 # One kind of rollout and the scores that it is given.
 KINDS: dict[str, tuple[list[str], list[str]]] = {

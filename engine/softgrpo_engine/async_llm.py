@@ -14,8 +14,8 @@ import torch
 from softgrpo_engine.llm import LLM
 from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import SamplingParams, SoftParams
-from softgrpo_engine.prompts import Prompt
-from softgrpo_engine.requests import Call
+from softgrpo_engine.requests.call import Call
+from softgrpo_engine.requests.prompts import Prompt
 
 T = TypeVar("T")
 

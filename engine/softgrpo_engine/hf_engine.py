@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from softgrpo_engine.outputs import FinishReason, Output, Sample
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
-from softgrpo_engine.prompts import thinking_end_id
+from softgrpo_engine.requests.prompts import thinking_end_id
 from softgrpo_engine.soft_tokens import SoftTokens
 from softgrpo_kernels import reference, soft_token
 

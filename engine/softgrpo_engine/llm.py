@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from softgrpo_engine.kv_cache import BlockPool
-from softgrpo_engine.memory import pages_that_fit, return_freed_memory
-from softgrpo_engine.metrics import TokenRate, load_metrics, sample_progress
-from softgrpo_engine.model import Decoder
-from softgrpo_engine.model_source import resolve_model
+from softgrpo_engine.execution.memory import pages_that_fit, return_freed_memory
+from softgrpo_engine.execution.runner import Launched, Runner
+from softgrpo_engine.model.decoder import Decoder
+from softgrpo_engine.model.source import resolve_model
+from softgrpo_engine.model.weights import empty_decoder, load_decoder, load_weights
 from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import SamplingParams, SoftParams
-from softgrpo_engine.prompts import Prompt, as_list, default_uids, encode
-from softgrpo_engine.requests import Call, check_fits, make_groups
-from softgrpo_engine.runner import Launched, Runner
-from softgrpo_engine.scheduler import Plan, Scheduler
-from softgrpo_engine.sequence import Sequence
-from softgrpo_engine.stopping import as_sample, hits_stop_string
-from softgrpo_engine.weights import empty_decoder, load_decoder, load_weights
+from softgrpo_engine.requests.call import Call
+from softgrpo_engine.requests.admission import check_fits, make_groups
+from softgrpo_engine.requests.progress import TokenRate, load_metrics, sample_progress
+from softgrpo_engine.requests.prompts import Prompt, as_list, default_uids, encode
+from softgrpo_engine.requests.samples import as_sample, hits_stop_string
+from softgrpo_engine.scheduling.kv_cache import BlockPool
+from softgrpo_engine.scheduling.scheduler import Plan, Scheduler
+from softgrpo_engine.scheduling.sequence import Sequence
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

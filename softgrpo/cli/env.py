@@ -117,7 +117,7 @@ def _gpu(index: int) -> dict[str, Any]:
 def _memory() -> dict[str, float]:
     import torch
 
-    from softgrpo_engine.memory import free_memory
+    from softgrpo_engine.execution.memory import free_memory
 
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sizes = {"total": total, "available": free_memory(torch.device("cpu"))}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from softgrpo.interrupt import Interrupted
+from softgrpo.run.interrupt import Interrupted
 
 # Not the kernels: what those refuse is a mistake of their caller, not of the user.
 _PACKAGES = ("softgrpo", "softgrpo_engine")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from softgrpo.cli.errors import one_line_errors
-from softgrpo.config import Config, DataConfig
+from softgrpo.config import Config
+from softgrpo.config.sections import DataConfig
 
 if TYPE_CHECKING:
     from softgrpo.evaluation.folder import Settings
@@ -100,9 +101,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from softgrpo.evaluation.results import build_results
     from softgrpo.evaluation.run import cells_to_do, encode_tasks, run_cells
     from softgrpo.evaluation.table import print_results
-    from softgrpo.run_folder import write_atomically
+    from softgrpo.log.files import write_atomically
     from softgrpo_engine import LLM
-    from softgrpo_engine.model_source import resolve_model
+    from softgrpo_engine.model.source import resolve_model
 
     model = resolve_model(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(str(model))

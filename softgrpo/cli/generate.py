@@ -17,7 +17,7 @@ from softgrpo.cli.errors import is_for_the_user, one_line_errors
 
 if TYPE_CHECKING:
     from softgrpo_engine import LLM, Sample, SamplingParams, SoftParams
-    from softgrpo_engine.prompts import Prompt
+    from softgrpo_engine.requests.prompts import Prompt
 
 _HELP = """\
 /candidates  what each position of the last answer was mixed from
@@ -68,7 +68,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ValueError("--raw and --n need a --prompt")
     # Heavy imports come after the arguments are known to be good.
     from softgrpo_engine import LLM
-    from softgrpo_engine.model_source import resolve_model
+    from softgrpo_engine.model.source import resolve_model
 
     params = _sampling_params(arguments)
     # Before stdin: what writes into the pipe may take long.

@@ -12,7 +12,7 @@ from softgrpo.cli.errors import one_line_errors
 from softgrpo.config import Config, recipe_names
 
 if TYPE_CHECKING:
-    from softgrpo.parity import Difference
+    from softgrpo.tools.parity import Difference
 
 DESCRIPTION = """\
 Draws one rollout and compares what engine, trainer and transformers (HF) make of its positions.
@@ -56,10 +56,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from softgrpo.data import Example, TrainingData, build_prompt
-    from softgrpo.device import check_device, device_type
-    from softgrpo.parity import compare
-    from softgrpo_engine.model_source import resolve_model
+    from softgrpo.data.examples import Example
+    from softgrpo.data.prompts import build_prompt
+    from softgrpo.data.training import TrainingData
+    from softgrpo.learner.device import check_device, device_type
+    from softgrpo.tools.parity import compare
+    from softgrpo_engine.model.source import resolve_model
 
     disable_progress_bar()
     check_device(config, device_type())

@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.plan:
             from rich.console import Console
 
-            from softgrpo.plan import plan
+            from softgrpo.tools.plan import plan
 
             Console().print(plan(config))
             return 0
         if arguments.dry_run:
-            from softgrpo.dry_run import dry_run
+            from softgrpo.tools.dry_run import dry_run
 
             if (facts := dry_run(config)) is not None:
                 print(facts)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from softgrpo.run_folder import read_jsonl, write_atomically
+from softgrpo.log.files import read_jsonl, write_atomically
 
 
 @dataclass(frozen=True)

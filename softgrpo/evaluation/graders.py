@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from softgrpo.config import RewardConfig, RewardFunction
-from softgrpo.data import Example, reasoning_gym_dataset
+from softgrpo.config.sections import RewardConfig, RewardFunction
+from softgrpo.data.examples import Example
+from softgrpo.data.sources import reasoning_gym_dataset
 from softgrpo.evaluation.sandbox import passes
 from softgrpo.evaluation.tasks import LETTERS, GraderName
 from softgrpo.rewards.math import last_boxed

@@ -13,9 +13,9 @@ import numpy as np
 from softgrpo.evaluation.folder import EvalFolder
 from softgrpo.evaluation.scores import Row, cell_key
 from softgrpo.evaluation.tasks import task_label
+from softgrpo.log.files import write_atomically
 from softgrpo.report.build import asset, fill_page
 from softgrpo.report.embed import embed_json, pack_position
-from softgrpo.run_folder import write_atomically
 
 _SCRIPTS = ("charts.js", "token_view.js", "eval.js")
 _BINS = 32

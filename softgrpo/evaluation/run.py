@@ -10,15 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from softgrpo.config import DataConfig
-from softgrpo.data import DataError, build_prompt
+from softgrpo.config.sections import DataConfig
+from softgrpo.data.prompts import build_prompt
+from softgrpo.data.sources import DataError
 from softgrpo.evaluation.folder import EvalFolder, Settings
 from softgrpo.evaluation.graders import Grade, Grader
 from softgrpo.evaluation.tasks import Task
-from softgrpo.rollout import EVALUATION_STREAM
-from softgrpo.samples import position_rows
+from softgrpo.log.samples import position_rows
+from softgrpo.rollout.sampling import EVALUATION_STREAM
 from softgrpo_engine import LLM, Output, Sample, SamplingParams, SoftParams
-from softgrpo_engine.prompts import default_uids
+from softgrpo_engine.requests.prompts import default_uids
 from softgrpo_kernels import soft_weights
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from softgrpo.data import DataError, Example, read_rows
+from softgrpo.data.examples import Example
+from softgrpo.data.sources import DataError, read_rows
 from softgrpo.evaluation.graders import Grader
 from softgrpo.evaluation.scores import Estimator, interval_table, question_score
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from softgrpo.config import DataConfig
-from softgrpo.data import DataError, Example, hub_rows, load_examples, read_rows
-from softgrpo.schema import did_you_mean
+from softgrpo.config.schema import did_you_mean
+from softgrpo.config.sections import DataConfig
+from softgrpo.data.examples import Example, load_examples
+from softgrpo.data.sources import DataError, hub_rows, read_rows
 
 GraderName = Literal["math", "choice", "code", "reasoning_gym"]
 Row = Mapping[str, Any]

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from softgrpo.report.read import Row, Run, number
+from softgrpo.log.files import number
+from softgrpo.report.read import Row, Run
 
 _WEIGHT_SCALE = 10_000  # weights travel as integers
 

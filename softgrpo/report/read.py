@@ -11,7 +11,10 @@ from typing import Any
 
 import yaml
 
+from softgrpo.log.files import number
+
 Row = dict[str, Any]
+
 
 # A report should open at once, so of larger files only evenly spread samples go into it.
 _SAMPLES_BYTES = 16 * 2**20
@@ -127,10 +130,3 @@ def _rows(run: Run, path: Path, every: int = 1) -> Iterator[Row]:
                 yield row
             elif line.endswith(b"\n"):  # else the run was killed while it wrote this line
                 run.unreadable += 1
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None for everything else (NaN, infinity, null, text, a bool)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None

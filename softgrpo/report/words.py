@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from softgrpo.health import health_warnings
-from softgrpo.report.read import Row, Run, number
+from softgrpo.log.files import number
+from softgrpo.log.health import health_warnings
+from softgrpo.report.read import Row, Run
 
 
 @dataclass(frozen=True)

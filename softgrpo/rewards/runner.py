@@ -14,7 +14,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from softgrpo.config import RewardConfig
+from softgrpo.config.sections import RewardConfig
 from softgrpo.rewards.worker import (
     EXTRACT,
     RewardCall,
@@ -27,7 +27,8 @@ from softgrpo.rewards.worker import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softgrpo.data import Example, Prompt
+    from softgrpo.data.examples import Example
+    from softgrpo.data.prompts import Prompt
     from softgrpo_engine import Output, Sample
 
 # A worker imports the functions' modules before it answers; torch on a busy disk takes long.

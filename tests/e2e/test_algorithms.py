@@ -6,7 +6,7 @@ import pytest
 
 from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
-from softgrpo.data import TrainingData
+from softgrpo.data.training import TrainingData
 
 QUICK = ["checkpoint.export_hf=false", "log.samples_every=0"]
 

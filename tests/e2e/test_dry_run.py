@@ -4,7 +4,7 @@ import pytest
 
 from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
-from softgrpo.dry_run import _training_bytes
+from softgrpo.tools.dry_run import _training_bytes
 
 
 def test_it_says_what_would_be_run_and_leaves_nothing(tiny_config, tiny_reward, tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_it_finds_what_training_would_trip_over(
 
 
 def test_it_tries_the_gradient(tiny_config, tmp_path, capsys, monkeypatch):
-    from softgrpo.update import Update
+    from softgrpo.learner.update import Update
 
     seen = []
     update = Update.__call__

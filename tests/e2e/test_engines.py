@@ -5,8 +5,9 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from softgrpo import Config, Trainer, engines
-from softgrpo.schema import ConfigError
+from softgrpo import Config, Trainer
+from softgrpo.config.schema import ConfigError
+from softgrpo.rollout import engines
 
 
 def rewards_of(config, tmp_path, name, engine):

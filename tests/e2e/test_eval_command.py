@@ -15,7 +15,7 @@ from softgrpo.cli.eval import main
 from softgrpo.evaluation.graders import Grade, Grader
 from softgrpo.evaluation.page import write_page
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.prompts import default_uids
+from softgrpo_engine.requests.prompts import default_uids
 from softgrpo_kernels.extension import cpu_extension
 
 

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from softgrpo import Config, Trainer, evaluator
-from softgrpo.evaluator import evaluation_rollout
+from softgrpo import Config, Trainer
+from softgrpo.run import held_out as evaluator
+from softgrpo.run.held_out import evaluation_rollout
 
 CLOCK = ("time/", "step_time", "tokens_per_second")
 

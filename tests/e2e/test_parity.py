@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from softgrpo import parity
 from softgrpo.cli.parity import main
-from softgrpo.policy import Policy
+from softgrpo.learner.policy import Policy
+from softgrpo.tools import parity
 
 # Soft alone; a budget with discrete positions after it; candidates; the whole vocabulary; a
 # density with a known difference between engine and trainer; noise that does not come off again.

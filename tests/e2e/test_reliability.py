@@ -13,9 +13,11 @@ import torch
 from checkpoints import tensors_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softgrpo import Config, Trainer, checkpoint, run_folder
+from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
-from softgrpo.interrupt import Interrupted
+from softgrpo.run import checkpoint
+from softgrpo.run import folder as run_folder
+from softgrpo.run.interrupt import Interrupted
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from softgrpo_engine import LLM
-from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.model import Decoder
-from softgrpo_engine.weights import load_weights
+from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.model.decoder import Decoder
+from softgrpo_engine.model.weights import load_weights
 
 sys.path.insert(0, str(Path(__file__).parent))  # families
 

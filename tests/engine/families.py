@@ -3,9 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.model import Decoder
-from softgrpo_engine.weights import load_weights
+from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.model.decoder import Decoder
+from softgrpo_engine.model.weights import load_weights
 
 SHAPE = {
     "vocab_size": 97,

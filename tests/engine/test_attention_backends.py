@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from softgrpo_engine import SamplingParams, SoftParams, attention_backends
+from softgrpo_engine import SamplingParams, SoftParams
+from softgrpo_engine.execution import attention_backends
 from softgrpo_kernels.reference import decoder as reference
 
 PAGE = 16

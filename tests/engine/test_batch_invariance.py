@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.model import Decoder
+from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.model.decoder import Decoder
 from softgrpo_kernels.extension import cpu_extension
 
 if cpu_extension() is None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from softgrpo_engine import SamplingParams, SoftParams
-from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.cuda_graphs import DecodeGraphs, bucket
-from softgrpo_engine.decode_inputs import DecodeInputs, DecodeShape
-from softgrpo_engine.runner import Runner
-from softgrpo_engine.weights import empty_decoder
+from softgrpo_engine.execution.cuda_graphs import DecodeGraphs, bucket
+from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape
+from softgrpo_engine.execution.runner import Runner
+from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.model.weights import empty_decoder
 from softgrpo_kernels.extension import cpu_extension
 
 
@@ -135,7 +135,7 @@ def test_held_back_tokens_alone_lose_their_logits(make_llm, monkeypatch):
         seen.append(logits.clone())
         raise InterruptedError
 
-    monkeypatch.setattr("softgrpo_engine.runner.soft_token_of_rows", draw)
+    monkeypatch.setattr("softgrpo_engine.execution.runner.soft_token_of_rows", draw)
     runner, places = make_llm().runner, torch.zeros(2, dtype=torch.int64)
     hidden = torch.randn(2, runner.decoder.config.hidden_size)
     for held_back in (torch.empty(2, 0), torch.tensor([[0, 5, 9], [7, -1, -1]])):
@@ -182,7 +182,8 @@ def test_a_decode_step_reads_nothing_back(hf_model, monkeypatch):
     runner = Runner(decoder, num_pages=8, rows=4)
     runner.record.reserve(10, 4)
     monkeypatch.setattr(
-        "softgrpo_engine.attention.paged_attention", lambda q, *args, **kwargs: torch.empty_like(q)
+        "softgrpo_engine.model.attention.paged_attention",
+        lambda q, *args, **kwargs: torch.empty_like(q),
     )
     shape = DecodeShape(rows=4, pages=2, ends=2)
     words = torch.empty(shape.words, dtype=torch.int32, device="meta")

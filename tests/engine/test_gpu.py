@@ -8,8 +8,8 @@ import torch
 from families import FAMILIES, make_pair
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.model import Decoder
+from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.model.decoder import Decoder
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 FREE = SamplingParams(max_tokens=12, ignore_eos=True, seed=7)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from softgrpo_engine.group_attention import GroupAttention
+from softgrpo_engine.training.group_attention import GroupAttention
 
 # (prompt lengths, response lengths of every group)
 LAYOUTS = {

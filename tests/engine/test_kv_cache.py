@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from softgrpo_engine.kv_cache import PAGE_SIZE, BlockPool, OutOfPages
+from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE, BlockPool, OutOfPages
 
 
 def tokens(pages, first=0):
@@ -108,7 +108,7 @@ def test_cache_and_scheduler_need_no_torch():
 import sys, types
 package = types.ModuleType("softgrpo_engine"); package.__path__ = [sys.argv[1]]
 sys.modules["softgrpo_engine"] = package
-import softgrpo_engine.scheduler, softgrpo_engine.kv_cache, softgrpo_engine.sequence
+from softgrpo_engine.scheduling import kv_cache, scheduler, sequence
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 """
     import softgrpo_engine

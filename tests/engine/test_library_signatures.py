@@ -19,11 +19,11 @@ import torch
 from packaging.requirements import Requirement
 from torch.nn.attention import varlen
 
-from softgrpo_engine import attention_backends
-from softgrpo_engine.attention import PagedAttention
-from softgrpo_engine.attention_backends import HostBatch, attention_backend
-from softgrpo_engine.group_attention import GroupAttention
-from softgrpo_engine.kv_cache import PAGE_SIZE
+from softgrpo_engine.execution import attention_backends
+from softgrpo_engine.execution.attention_backends import HostBatch, attention_backend
+from softgrpo_engine.model.attention import PagedAttention
+from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
+from softgrpo_engine.training.group_attention import GroupAttention
 
 sys.path.insert(0, str(Path(__file__).parent))
 from wheel_sources import Unavailable, ends, source

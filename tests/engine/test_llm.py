@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from softgrpo_engine import SamplingParams, SoftParams
-from softgrpo_engine.weights import load_weights
+from softgrpo_engine.model.weights import load_weights
 from softgrpo_kernels import gumbel_noise
 
 EOS, THINK_END, VOCABULARY = 1, 2, 97

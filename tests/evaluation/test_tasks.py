@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from softgrpo.config import DataConfig, FewShot
-from softgrpo.data import DataError
+from softgrpo.config.sections import DataConfig, FewShot
+from softgrpo.data.sources import DataError
 from softgrpo.evaluation.tasks import BENCHMARKS, load_task, split_names, task_label, task_names
 
 AIME24 = {

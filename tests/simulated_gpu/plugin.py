@@ -52,7 +52,7 @@ def float32_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     the CPU both look away."""
     if REAL:
         pytest.skip("flash attention takes no float32")
-    from softgrpo_engine import group_attention
+    from softgrpo_engine.training import group_attention
 
     flash.Rules.any_dtype = True
     dtypes = (*group_attention.FLASH_DTYPES, torch.float32)

@@ -20,7 +20,7 @@ def main() -> int:
 
     from simulated_gpu import collectives, flash
     from softgrpo.cli import train
-    from softgrpo_engine import group_attention
+    from softgrpo_engine.training import group_attention
 
     flash.Rules.any_dtype = True
     group_attention.FLASH_DTYPES = (*group_attention.FLASH_DTYPES, torch.float32)

@@ -11,9 +11,9 @@ import torch
 from softgrpo.cli.errors import is_for_the_user, one_line_errors
 from softgrpo.config import Config, ConfigError
 from softgrpo.distributed import LostProcess
-from softgrpo.interrupt import Interrupted
+from softgrpo.run.interrupt import Interrupted
 from softgrpo_engine import SamplingParams
-from softgrpo_engine.model_source import resolve_model
+from softgrpo_engine.model.source import resolve_model
 from softgrpo_kernels import soft_weights
 
 

@@ -4,7 +4,8 @@ from dataclasses import asdict
 
 import pytest
 
-from softgrpo.config import Config, ConfigError, DataConfig, RolloutConfig, SoftConfig, recipe_names
+from softgrpo.config import Config, ConfigError, recipe_names
+from softgrpo.config.sections import DataConfig, RolloutConfig, SoftConfig
 
 DATA = ["data.train=a.jsonl"]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from softgrpo.config import CorrectionConfig
-from softgrpo.correction import importance_weights
+from softgrpo.algorithm.correction import importance_weights
+from softgrpo.config.sections import CorrectionConfig
 
 SAMPLE = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
 LOG_RATIO = np.log([1.0, 1.5, 0.7, 3.0, 0.9, 0.2, 1.1, 0.9, 4.0])

@@ -9,14 +9,11 @@ import pyarrow.parquet
 import pytest
 from chat_tokenizer import ChatTokenizer, text_of
 
-from softgrpo.config import Config, DataConfig
-from softgrpo.data import (
-    DataError,
-    Example,
-    TrainingData,
-    load_examples,
-    round_indices,
-)
+from softgrpo.config import Config
+from softgrpo.config.sections import DataConfig
+from softgrpo.data.examples import Example, load_examples
+from softgrpo.data.sources import DataError
+from softgrpo.data.training import TrainingData, round_indices
 
 ROWS = [
     {"prompt": "What is 1 + 1?", "answer": "2", "level": 1},

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from softgrpo.batch import RolloutBatch
-from softgrpo.density import log_densities, mismatch, rollout_logq
-from softgrpo.positions import DensitySettings, Positions, classify
+from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
+from softgrpo.algorithm.positions import DensitySettings, Positions, classify
+from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine import SoftTokens
 from softgrpo_kernels import gumbel_noise, soft_token
 

@@ -5,7 +5,7 @@ import torch
 
 from softgrpo.cli import parity, train
 from softgrpo.config import Config, ConfigError
-from softgrpo.device import check_device, device_type
+from softgrpo.learner.device import check_device, device_type
 
 NO_MODEL = "model.path=./nowhere"  # looking for it would be another error
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from softgrpo.health import KL, MISMATCH, HealthWatch, health_warnings, trend
+from softgrpo.log.health import KL, MISMATCH, HealthWatch, health_warnings, trend
 
 STEPS, FALLS = 629, 560
 

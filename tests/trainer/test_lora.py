@@ -6,16 +6,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from softgrpo.batch import RolloutBatch
+from softgrpo.algorithm.density import mismatch, rollout_logq
+from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.cli.train import main
-from softgrpo.config import LoraConfig
-from softgrpo.density import mismatch, rollout_logq
-from softgrpo.lora import add_adapters, export_adapter, merged_tensors
-from softgrpo.policy import Policy
-from softgrpo.positions import DensitySettings
+from softgrpo.config.sections import LoraConfig
+from softgrpo.learner.lora import add_adapters, merged_tensors
+from softgrpo.learner.policy import Policy
+from softgrpo.rollout.batch import RolloutBatch
+from softgrpo.run.export import export_adapter
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.group_attention import GroupAttention
-from softgrpo_engine.weights import load_decoder
+from softgrpo_engine.model.weights import load_decoder
+from softgrpo_engine.training.group_attention import GroupAttention
 
 peft = pytest.importorskip("peft")
 SETTINGS = DensitySettings()
@@ -160,7 +161,7 @@ def test_adapters_start_at_the_model_and_depend_on_the_seed_alone(model_path):
     ],
 )
 def test_a_missing_package_is_named(key, remedy, monkeypatch, capsys):
-    monkeypatch.setattr("softgrpo.config_checks.find_spec", lambda name: None)
+    monkeypatch.setattr("softgrpo.config.checks.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         main(["--config", "demo", key])
     assert remedy in capsys.readouterr().err

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from softgrpo.advantages import group_advantages, groups_with_spread, overlong_penalty
-from softgrpo.config import AlgorithmConfig
-from softgrpo.loss import kl_penalty, loss_mask, policy_loss, token_weights
+from softgrpo.algorithm.advantages import group_advantages, groups_with_spread, overlong_penalty
+from softgrpo.algorithm.loss import kl_penalty, loss_mask, policy_loss, token_weights
+from softgrpo.config.sections import AlgorithmConfig
 
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.25, float("nan"), 0.75])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from softgrpo.density import dirichlet_density, gaussian_density, log_densities
-from softgrpo.positions import DensitySettings, Positions, classify
+from softgrpo.algorithm.density import dirichlet_density, gaussian_density, log_densities
+from softgrpo.algorithm.positions import DensitySettings, Positions, classify
 from softgrpo_kernels import gumbel_noise, soft_token
 
 LOGITS = torch.tensor([0.9, 0.2, -0.4, -1.5], dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_one_candidate_and_dead_rows_have_no_gradient(density):
 
 def batch_of(ids, gprime, kind):
     """One-token responses, drawn by the op above."""
-    from softgrpo.batch import RolloutBatch
+    from softgrpo.rollout.batch import RolloutBatch
     from softgrpo_engine import SoftTokens
 
     n = len(ids)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_decoder import make_decoder
 
-from softgrpo.batch import RolloutBatch
-from softgrpo.config import AlgorithmConfig, CorrectionConfig, LoraConfig, OptimConfig
-from softgrpo.lora import add_adapters
-from softgrpo.policy import Policy
-from softgrpo.positions import DensitySettings
-from softgrpo.update import Update
+from softgrpo.algorithm.positions import DensitySettings
+from softgrpo.config.sections import AlgorithmConfig, CorrectionConfig, LoraConfig, OptimConfig
+from softgrpo.learner.lora import add_adapters
+from softgrpo.learner.policy import Policy
+from softgrpo.learner.update import Update
+from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 
 GROUPS, SAMPLES = 4, 3

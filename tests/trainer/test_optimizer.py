@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from softgrpo.checkpoint import STATE_FILE, load_checkpoint, write_tensors
-from softgrpo.config import OptimConfig
-from softgrpo.optimizer import make_optimizer
+from softgrpo.config.sections import OptimConfig
+from softgrpo.learner.optimizer import make_optimizer
+from softgrpo.run.checkpoint import STATE_FILE, load_checkpoint, write_tensors
 
 NAMES = ["adamw", "adamw_8bit"]
 

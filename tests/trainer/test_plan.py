@@ -10,12 +10,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config
 
 from softgrpo.config import Config, ConfigError
-from softgrpo.plan import Shape, decoder_config, kv_cache, memory, plan, seconds, training_flops
-from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.group_attention import GroupAttention
-from softgrpo_engine.kv_cache import PAGE_SIZE
-from softgrpo_engine.memory import page_bytes
-from softgrpo_engine.model import Decoder
+from softgrpo.tools.plan import (
+    Shape,
+    decoder_config,
+    kv_cache,
+    memory,
+    plan,
+    seconds,
+    training_flops,
+)
+from softgrpo_engine.execution.memory import page_bytes
+from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.model.decoder import Decoder
+from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
+from softgrpo_engine.training.group_attention import GroupAttention
 
 PROMPT, RESPONSES = 128, 7
 TOKENS = PROMPT * (1 + RESPONSES)
@@ -137,7 +145,7 @@ def test_what_the_arithmetic_does_not_know_is_refused(override):
 
 
 def test_more_gpus_take_less_time_and_a_smaller_cache_more():
-    from softgrpo.plan import Hardware
+    from softgrpo.tools.plan import Hardware
 
     config = Config.load("paper-1.5b")
     shape = Shape.of(decoder_config(config.model.path))

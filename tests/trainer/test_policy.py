@@ -6,16 +6,16 @@ import pytest
 import torch
 from tiny_decoder import CONFIG, make_decoder
 
-from softgrpo.batch import RolloutBatch
-from softgrpo.density import (
+from softgrpo.algorithm.density import (
     OFFICIAL_EPS,
     OFFICIAL_NOISE_CLIP,
     log_densities,
     mismatch,
     rollout_logq,
 )
-from softgrpo.policy import Policy
-from softgrpo.positions import DensitySettings
+from softgrpo.algorithm.positions import DensitySettings
+from softgrpo.learner.policy import Policy
+from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_kernels import gumbel_noise, soft_density, soft_weights
 

@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from softgrpo.progress import TrainProgress
+from softgrpo.log.progress import TrainProgress
 
 ROW = {
     "reward": 0.5,

@@ -6,9 +6,13 @@ import types
 import pytest
 from chat_tokenizer import ChatTokenizer, text_of
 
-from softgrpo.config import Config, FewShot
-from softgrpo.data import DataError, Example, TrainingData, build_prompt
-from softgrpo_engine.prompts import thinking_end_id
+from softgrpo.config import Config
+from softgrpo.config.sections import FewShot
+from softgrpo.data.examples import Example
+from softgrpo.data.prompts import build_prompt
+from softgrpo.data.sources import DataError
+from softgrpo.data.training import TrainingData
+from softgrpo_engine.requests.prompts import thinking_end_id
 
 
 def test_build_prompt_orders_system_shots_and_question():
@@ -94,7 +98,7 @@ def test_a_template_that_refuses_a_role_is_one_clear_line(thinking_tokenizer, tm
 def test_the_demo_prompt_of_the_real_tokenizer():
     from transformers import AutoTokenizer
 
-    from softgrpo_engine.model_source import resolve_model
+    from softgrpo_engine.model.source import resolve_model
 
     data = Config.load("demo").data
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m"))

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from softgrpo.config import RewardConfig, RewardFunction
-from softgrpo.data import Example, Prompt
+from softgrpo.config.sections import RewardConfig, RewardFunction
+from softgrpo.data.examples import Example
+from softgrpo.data.prompts import Prompt
 from softgrpo.rewards import (
     RewardError,
     RewardRunner,

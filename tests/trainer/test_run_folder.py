@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from softgrpo.checkpoint import load_checkpoint
-from softgrpo.run_folder import RunFolder, read_jsonl
+from softgrpo.log.files import read_jsonl
+from softgrpo.run.checkpoint import load_checkpoint
+from softgrpo.run.folder import RunFolder
 
 
 def make_model(seed):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from softgrpo.schema import ConfigError
-from softgrpo.tracking import Tracking
+from softgrpo.config.schema import ConfigError
+from softgrpo.log.tracking import Tracking
 
 ROWS = [
     {"step": 1, "reward": 0.25, "loss": math.nan},

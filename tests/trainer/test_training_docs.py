@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from softgrpo.config import Config, recipe_names
-from softgrpo.config_table import with_config_table
+from softgrpo.config.table import with_config_table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -24,7 +24,7 @@ def blocks(text, language):
 
 
 def test_the_table_of_keys_is_current(text):
-    assert with_config_table(text) == text, "run: python -m softgrpo.config_table docs/training.md"
+    assert with_config_table(text) == text, "run: python -m softgrpo.config.table docs/training.md"
 
 
 def test_a_document_without_marks_is_refused():

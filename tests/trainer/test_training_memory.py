@@ -6,13 +6,13 @@ from tiny_decoder import CONFIG, make_decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from softgrpo.batch import RolloutBatch
-from softgrpo.config import AlgorithmConfig, OptimConfig
-from softgrpo.policy import Policy
-from softgrpo.positions import DensitySettings
-from softgrpo.update import Update
+from softgrpo.algorithm.positions import DensitySettings
+from softgrpo.config.sections import AlgorithmConfig, OptimConfig
+from softgrpo.learner.policy import Policy
+from softgrpo.learner.update import Update
+from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.group_attention import GroupAttention
+from softgrpo_engine.training.group_attention import GroupAttention
 from softgrpo_kernels import soft_density, soft_weights
 
 HIDDEN, TOKENS = CONFIG["hidden_size"], 24

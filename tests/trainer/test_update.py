@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny_decoder import make_decoder
 
-from softgrpo.batch import RolloutBatch
-from softgrpo.config import AlgorithmConfig, CorrectionConfig, OptimConfig
-from softgrpo.density import log_densities, rollout_logq
-from softgrpo.policy import Policy
-from softgrpo.positions import DensitySettings
-from softgrpo.update import Update
+from softgrpo.algorithm.density import log_densities, rollout_logq
+from softgrpo.algorithm.positions import DensitySettings
+from softgrpo.config.sections import AlgorithmConfig, CorrectionConfig, OptimConfig
+from softgrpo.learner.policy import Policy
+from softgrpo.learner.update import Update
+from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 
 GROUPS, SAMPLES = 3, 4

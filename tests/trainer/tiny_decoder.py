@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoConfig
 
-from softgrpo_engine.config import DecoderConfig
-from softgrpo_engine.model import Decoder
+from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.model.decoder import Decoder
 
 CONFIG = {
     "vocab_size": 61,

@@ -1,0 +1,1 @@
+"""A planned step on the device: inputs, forward pass, draw, record."""

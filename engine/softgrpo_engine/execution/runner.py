@@ -1,0 +1,295 @@
+"""Computes a plan: inputs from the record, the forward pass, the draw, back to the record."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softgrpo_engine.execution.attention_backends import Attend, HostBatch, attention_backend
+from softgrpo_engine.execution.cuda_graphs import DecodeGraphs, bucket
+from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape
+from softgrpo_engine.execution.record import Record
+from softgrpo_engine.model.attention import PagedAttention, attend_by_kernels
+from softgrpo_engine.model.decoder import Decoder
+from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
+from softgrpo_engine.scheduling.scheduler import Chunk, Plan
+from softgrpo_engine.scheduling.sequence import Sequence
+from softgrpo_engine.transfer import ToHost, to_device
+from softgrpo_kernels import soft_embedding, soft_token_of_rows
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the host learns of a step, one entry a sampler: the one device-to-host read."""
+
+    token: list[int]
+    soft: list[bool]
+    valid: list[bool]
+
+
+class Launched:
+    """The tokens of a step on their way to the host."""
+
+    def __init__(self, drawn: Tensor) -> None:
+        self._drawn = ToHost(drawn)
+
+    def read(self) -> Drawn:
+        """Waits for the step, and for nothing that was launched after it."""
+        token, soft, valid = self._drawn.wait().tolist()
+        return Drawn(token, [bool(x) for x in soft], [bool(x) for x in valid])
+
+
+class Runner:
+    """Owns the decoder, the KV pages and the record.
+
+    The last page and the last row of the record belong to no sequence: the rows that pad a batch
+    read and write them.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_pages: int,
+        rows: int,
+        attention: str = "kernels",
+    ) -> None:
+        self.decoder = decoder
+        self.device = decoder.embed_weight.device
+        dtype = decoder.embed_weight.dtype
+        self.attention = attention_backend(attention, decoder.config, dtype, self.device)
+        self.record = Record(rows + 1, self.device)
+        self.record.skip(rows)
+        self.max_batch_size, self.padding_row = rows, rows
+        self.num_pages = self.padding_page = num_pages
+        self.allocate_pages()
+        self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda" and self.attention.in_graphs:
+            self.graphs = DecodeGraphs(self._decode, self._addresses, self.device)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._decoder
+
+    @decoder.setter
+    def decoder(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._weights = tuple(tensor.data_ptr() for tensor in decoder.tensors())
+
+    def allocate_pages(self) -> None:
+        """Makes the KV cache: [layers, pages, Hkv, page_size, D] for keys and for values."""
+        config = self.decoder.config
+        shape = (
+            config.num_layers,
+            self.num_pages + 1,
+            config.num_kv_heads,
+            PAGE_SIZE,
+            config.head_dim,
+        )
+        dtype = self.decoder.embed_weight.dtype
+        self.k_pages = torch.empty(shape, dtype=dtype, device=self.device)
+        self.v_pages = torch.empty(shape, dtype=dtype, device=self.device)
+
+    def free_pages(self) -> None:
+        """Drops the KV cache; ``allocate_pages`` makes an empty one."""
+        self.k_pages = self.v_pages = torch.empty(0)
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> Launched:
+        """Starts the forward pass and draw of a step; on a GPU it returns before they are done."""
+        self.record.start(plan.started)
+        if plan.is_decode:
+            return Launched(self._launch_decode(plan))
+        hidden_TH = self._prefill(plan.chunks)
+        self._copy_pages(plan.copies)
+        if not plan.samplers:
+            return Launched(torch.empty(3, 0, dtype=torch.int64))
+        last_row = np.cumsum([chunk.length for chunk in plan.chunks]) - 1
+        rows = self._to_device(last_row[[index for _, index in plan.samplers]])
+        places = np.array([(s.row, s.num_generated) for s, _ in plan.samplers]).T
+        row_B, index_B = self._to_device(places.copy())
+        held_back = self._to_device(_held_back([s for s, _ in plan.samplers]))
+        return Launched(self._draw(hidden_TH.index_select(0, rows), row_B, index_B, held_back))
+
+    def end_soft_phase(self, sequence: Sequence) -> None:
+        """The next position of the sample is drawn discretely."""
+        assert sequence.row is not None
+        self.record.end_soft_phase(sequence.row)
+
+    def force(self, sequence: Sequence, token: int) -> None:
+        """Puts ``token`` after those read so far; the phase is discrete from here."""
+        assert sequence.row is not None
+        self.record.force(sequence.row, len(sequence.tokens), token)
+
+    def _launch_decode(self, plan: Plan) -> Tensor:
+        """int64 [3, B], see `_draw`; on a GPU from a graph where the attention can be in one."""
+        held_back = _held_back([chunk.sequence for chunk in plan.chunks])
+        table = _block_table(plan.chunks)
+        shape = DecodeShape(len(plan.chunks), table.shape[1], held_back.shape[1])
+        if self.graphs is None:
+            words = self._decode_words(shape, plan.chunks, table, held_back)
+            inputs = DecodeInputs.views(words.to(self.device, non_blocking=True), shape)
+            seq_lens = DecodeInputs.views(words, shape).seq_lens.numpy()
+            return self._decode(inputs, self.attention.plan(HostBatch(table, seq_lens, None)))
+        padded = bucket(shape, self.max_batch_size)
+        words = self._decode_words(padded, plan.chunks, table, held_back)
+        drawn = self.graphs(
+            words, lambda: self._decode_words(padded, [], table[:0], held_back[:0]), padded
+        )
+        return drawn[:, : shape.rows]
+
+    def _decode_words(
+        self, shape: DecodeShape, chunks: Seq[Chunk], table: np.ndarray, held_back: np.ndarray
+    ) -> Tensor:
+        """The inputs of these chunks on the host, filled up with padding to the shape."""
+        words = torch.empty(shape.words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        parts = vars(DecodeInputs.views(words, shape))
+        inputs = {name: part.numpy() for name, part in parts.items()}
+        count = len(chunks)
+        places = [(c.sequence.row, c.sequence.num_generated, c.start) for c in chunks]
+        row, index, position = np.array(places, dtype=np.int64).reshape(count, 3).T
+        page = table[np.arange(count), position // PAGE_SIZE].astype(np.int64)
+        # A batch has at most 15 rows of padding: each has a slot of its own.
+        pad_slots = self.padding_page * PAGE_SIZE + np.arange(shape.rows - count) % PAGE_SIZE
+        for name, values, padding in (
+            ("row", row, self.padding_row),
+            ("index", index, 1),  # it reads the position before
+            ("position", position, 0),
+            ("slot", page * PAGE_SIZE + position % PAGE_SIZE, pad_slots),
+            ("seq_lens", position + 1, 1),
+        ):
+            inputs[name][:count], inputs[name][count:] = values, padding
+        for name, rows, padding in (
+            ("block_table", table, self.padding_page),
+            ("held_back", held_back, -1),
+        ):
+            inputs[name].fill(padding)
+            inputs[name][:count, : rows.shape[1]] = rows
+        return words
+
+    def _decode(self, inputs: DecodeInputs, attend: Attend = attend_by_kernels) -> Tensor:
+        """One position of every sequence, on the device alone: see `_draw`."""
+        attention = self._attention(inputs.slot, inputs.block_table, inputs.seq_lens, None, attend)
+        candidates = self.record.inputs(inputs.row, inputs.index - 1)
+        embeds_BH = soft_embedding(*candidates, self.decoder.embed_weight)
+        hidden_BH = self.decoder(embeds_BH, inputs.position, attention)
+        return self._draw(hidden_BH, inputs.row, inputs.index, inputs.held_back)
+
+    def _addresses(self) -> tuple[int, ...]:
+        """Of every tensor that `_decode` finds by itself."""
+        tensors = (*self.record.tensors, self.k_pages, self.v_pages)
+        return (*(tensor.data_ptr() for tensor in tensors), *self._weights)
+
+    def _prefill(self, chunks: Seq[Chunk]) -> Tensor:
+        """Final hidden states [T, H] of chunks of any length, packed."""
+        per_chunk = [(c.start, c.length, len(c.sequence.prompt), c.sequence.row) for c in chunks]
+        start, length, split, row = np.array(per_chunk, dtype=np.int64).T
+        ends = length.cumsum()
+        table = _block_table(chunks)
+        chunk_T = np.repeat(np.arange(len(chunks)), length)
+        position_T = np.arange(ends[-1]) + (start - ends + length)[chunk_T]
+        page_T = table[chunk_T, position_T // PAGE_SIZE].astype(np.int64)
+        seq_lens = (start + length).astype(np.int32)
+        starts = np.concatenate([[0], ends]).astype(np.int32)
+        attention = self._attention(
+            self._to_device(page_T * PAGE_SIZE + position_T % PAGE_SIZE),
+            self._to_device(table),
+            self._to_device(seq_lens),
+            self._to_device(starts),
+            self.attention.plan(HostBatch(table, seq_lens, starts)),
+        )
+        embeds_TH = self._embed(chunks, row[chunk_T], position_T - split[chunk_T])
+        return self.decoder(embeds_TH, self._to_device(position_T), attention)
+
+    def _attention(
+        self,
+        slot_mapping: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_starts: Tensor | None,
+        attend: Attend,
+    ) -> PagedAttention:
+        return PagedAttention(
+            self.k_pages,
+            self.v_pages,
+            slot_mapping=slot_mapping,
+            block_table=block_table,
+            seq_lens=seq_lens,
+            query_starts=query_starts,
+            num_heads=self.decoder.config.num_heads,
+            attend=attend,
+        )
+
+    def _embed(self, chunks: Seq[Chunk], row_T: np.ndarray, index_T: np.ndarray) -> Tensor:
+        """Input embeddings [T, H]: rows of the table for the prompt, mixtures from the record.
+
+        index_T: place of the position among the generated ones, negative in the prompt.
+        """
+        table = self.decoder.embed_weight
+        generated = index_T >= 0
+        embeds = table.new_empty(len(row_T), table.shape[1])
+        prompts = [c.sequence.prompt[c.start : c.start + c.length] for c in chunks]
+        tokens = self._to_device(np.array([*itertools.chain(*prompts)], dtype=np.int64))
+        embeds[self._to_device(np.flatnonzero(~generated))] = table[tokens]
+        if generated.any():
+            rows, index = self._to_device(np.stack([row_T[generated], index_T[generated]]))
+            mixtures = soft_embedding(*self.record.inputs(rows, index), table)
+            embeds[self._to_device(np.flatnonzero(generated))] = mixtures
+        return embeds
+
+    def _draw(
+        self, hidden_BH: Tensor, row_B: Tensor, index_B: Tensor, held_back_BE: Tensor
+    ) -> Tensor:
+        """Draws a position of every row into the record; int64 [3, B]: token, soft, valid.
+
+        held_back_BE: int64, ids that a row may not draw, -1 pads.
+        """
+        logits_BV = self.decoder.logits(hidden_BH)
+        if held_back_BE.shape[1]:
+            # The smaller of logit and bound: a pad, whatever id it stands for, changes nothing.
+            bound_BE = torch.where(held_back_BE < 0, torch.inf, -torch.inf).to(logits_BV.dtype)
+            logits_BV.scatter_reduce_(1, held_back_BE.clamp(min=0), bound_BE, "amin")
+        drawn = soft_token_of_rows(
+            logits_BV,
+            self.record.parameters(row_B, index_B),
+            terminal_ids=self.record.terminal_ids[row_B],
+            # bf16 logits carry a rounding of up to 2^-9 |z|: those of the candidates are computed
+            # again in fp32, as the trainer does.
+            hidden=hidden_BH,
+            lm_head=self.decoder.lm_head_weight,
+        )
+        self.record.write(row_B, index_B, drawn)
+        return torch.stack([drawn.token.long(), drawn.kind.long(), drawn.valid.long()])
+
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        if copies:
+            source, target = self._to_device(np.array(copies).T.copy())
+            self.k_pages[:, target] = self.k_pages[:, source]
+            self.v_pages[:, target] = self.v_pages[:, source]
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return to_device(values, self.device)
+
+
+def _block_table(chunks: Seq[Chunk]) -> np.ndarray:
+    """The pages of every chunk's sequence, int32 [chunks, most pages]."""
+    width = max(len(chunk.sequence.pages) for chunk in chunks)
+    table = np.zeros((len(chunks), width), dtype=np.int32)
+    for row, chunk in zip(table, chunks, strict=True):
+        row[: len(chunk.sequence.pages)] = chunk.sequence.pages
+    return table
+
+
+def _held_back(sequences: Seq[Sequence]) -> np.ndarray:
+    """The ends of samples that have not yet their min_tokens: int64 [B, most], -1 pads."""
+    ids = [sorted(s.end_ids) if s.num_generated < s.params.min_tokens else [] for s in sequences]
+    table = np.full((len(ids), max(map(len, ids))), -1, dtype=np.int64)
+    for row, held in zip(table, ids, strict=True):
+        row[: len(held)] = held
+    return table

@@ -1,0 +1,1 @@
+"""The decoder: one definition for engine and trainer; its weights, from and to Hugging Face."""

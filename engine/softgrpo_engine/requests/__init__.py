@@ -1,0 +1,1 @@
+"""What callers ask for, and what they get of it."""

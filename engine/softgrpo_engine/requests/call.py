@@ -1,0 +1,88 @@
+"""The samples that a caller waits for, and how far they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+
+from softgrpo_engine.outputs import Output, Sample
+from softgrpo_engine.scheduling.sequence import Sequence
+
+
+class Call:
+    """The samples of one call, while they are computed.
+
+    prompts: token ids. groups: the samples of each prompt. samples: gives sequences as Samples.
+    It is read by ``ended`` (whole groups) or by ``news`` (every token); both raise what a step
+    raised that their samples were in.
+    """
+
+    def __init__(
+        self,
+        prompts: Seq[list[int]],
+        groups: list[list[Sequence]],
+        samples: Callable[[Seq[Sequence]], list[Sample]],
+    ) -> None:
+        self._prompts = prompts
+        self._samples = samples
+        self._open = dict(enumerate(groups))
+        self._prompt_of = {s: i for i, group in enumerate(groups) for s in group}
+        self._unread = dict.fromkeys(self._prompt_of, 0)  # tokens that the caller has seen
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those of groups that ``ended`` has not given yet; a group given is not kept."""
+        return list(self._prompt_of)
+
+    @property
+    def num_unfinished(self) -> int:
+        return sum(s.sample is None for s in self._prompt_of)
+
+    @property
+    def is_done(self) -> bool:
+        """``ended`` has given every group."""
+        return not self._open
+
+    @property
+    def is_read(self) -> bool:
+        """``news`` has given the end of every sample."""
+        return not self._unread
+
+    @property
+    def has_news(self) -> bool:
+        return any(s.sample or len(s.tokens) > seen for s, seen in self._unread.items())
+
+    def ended(self) -> Iterator[tuple[int, Output]]:
+        """(prompt index, Output) of every group that has ended, each once."""
+        for index, group in list(self._open.items()):
+            if all(sequence.sample for sequence in group):
+                for sequence in self._open.pop(index):
+                    _raise_error(sequence)
+                    del self._prompt_of[sequence], self._unread[sequence]
+                samples = [sequence.sample for sequence in group if sequence.sample]
+                yield index, Output(list(self._prompts[index]), samples)
+
+    def news(self) -> Iterator[tuple[int, Sample]]:
+        """(prompt index, the sample so far) of those that went on since they were last given."""
+        ended, unfinished, failed = [], [], []
+        for sequence, seen in list(self._unread.items()):
+            if sequence.error is not None:
+                failed.append(sequence)
+            elif sequence.sample is not None:
+                ended.append((sequence, sequence.sample))
+                del self._unread[sequence]
+            elif len(sequence.tokens) > seen:
+                self._unread[sequence] = len(sequence.tokens)
+                unfinished.append(sequence)
+        # Before the first is given: whoever takes it may step, which can end the others and give
+        # their rows of the record away.
+        samples = self._samples(unfinished)
+        for sequence, sample in (*ended, *zip(unfinished, samples, strict=True)):
+            yield self._prompt_of[sequence], sample
+        for sequence in failed:
+            _raise_error(sequence)
+
+
+def _raise_error(sequence: Sequence) -> None:
+    if sequence.error is not None:
+        raise sequence.error

@@ -1,0 +1,1 @@
+"""Which samples run, and in which pages of the KV cache. No torch."""

@@ -1,0 +1,86 @@
+"""One sample on its way through the engine. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from softgrpo_engine.outputs import FinishReason
+from softgrpo_engine.params import SamplingParams, SoftParams
+from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from softgrpo_engine.outputs import Sample
+
+
+@dataclass(eq=False)
+class Sequence:
+    """State of one sample.
+
+    uid, seed, stream: keys of its noise. group: samples of one prompt in one call have the same
+    number. end_ids: tokens that end it. thinking_end: token that ends its soft phase, if any.
+    slots: candidates recorded at a position. num_generated: positions drawn, the last of which the
+    host may not have read yet. num_computed: positions whose keys and values are in ``pages``. row:
+    its row in the record, kept while it is preempted. soft_phase: the next position is drawn
+    softly. tokens: those read, for text and stop strings; the inputs of the model are rebuilt from
+    the record alone. followers: siblings that wait for its prompt. sample: what it has come to,
+    once it has ended; error: what the step raised that ended it.
+    """
+
+    uid: int
+    seed: int
+    stream: int
+    group: int
+    prompt: list[int]
+    params: SamplingParams
+    soft: SoftParams | None
+    end_ids: frozenset[int]
+    thinking_end: int | None
+    slots: int = 1
+    num_generated: int = 0
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    row: int | None = None
+    soft_phase: bool = False
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    followers: list[Sequence] = field(default_factory=list)
+    sample: Sample | None = None
+    error: BaseException | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + self.num_generated
+
+    @property
+    def is_fresh(self) -> bool:
+        """Never ran: it can take over the prompt that a sibling computed."""
+        return self.num_generated == 0 and self.row is None
+
+    @property
+    def terminal_ids(self) -> list[int]:
+        """Tokens that end its soft phase: those that end it, and the end of thinking."""
+        ids = sorted(self.end_ids)
+        return ids if self.thinking_end is None else [*ids, self.thinking_end]
+
+    @property
+    def forced_token(self) -> int | None:
+        """The token that the thinking budget puts after ``tokens``, None when it is free."""
+        budget = self.soft.max_soft_tokens if self.soft and self.soft_phase else None
+        return self.thinking_end if budget is not None and len(self.tokens) >= budget else None
+
+    @property
+    def may_be_forced(self) -> bool:
+        """The thinking budget may end at a position that has been drawn and not read."""
+        budget = self.soft.max_soft_tokens if self.soft and self.soft_phase else None
+        return budget is not None and self.num_generated >= budget
+
+    @property
+    def is_drawn(self) -> bool:
+        """Its last position has been drawn: it ends when that is read."""
+        return self.num_generated >= self.params.max_tokens
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold ``tokens`` positions."""
+    return -(-tokens // PAGE_SIZE)

@@ -1,0 +1,1 @@
+"""What the decoder needs in training only."""

@@ -1,0 +1,1 @@
+"""The mathematics of a step, on tensors: densities, advantages, corrections, the loss."""

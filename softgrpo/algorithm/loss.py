@@ -1,0 +1,144 @@
+"""The clipped policy loss on per-position log-densities (ALGORITHM.md section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softgrpo.config.sections import AlgorithmConfig
+from softgrpo.rollout.batch import FINISH_REASONS, RolloutBatch
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """loss: scalar, already weighted, summed over the tokens given. The rest: detached [T]."""
+
+    loss: Tensor
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    kl: Tensor | None
+
+
+def loss_mask(batch: RolloutBatch, mask_truncated: bool) -> Tensor:
+    """Which tokens are learnt from, bool [T]: those that were chosen, not put there by a budget.
+
+    mask_truncated: and not those of a response that the length limit cut (overlong filtering of
+    DAPO, arXiv 2503.14476). Its reward counts in its group all the same.
+    """
+    mask_T = ~batch.soft.forced.bool()
+    if mask_truncated:
+        cut_S = batch.finish == FINISH_REASONS.index("length")
+        mask_T &= ~cut_S[batch.sample_of_token]
+    return mask_T
+
+
+def token_weights(
+    batch: RolloutBatch, mask_T: Tensor, aggregation: str, max_new_tokens: int
+) -> Tensor:
+    """Weight [T] of each token's loss, so that a weighted sum is the loss of the whole batch.
+
+    ``token``: mean over the tokens of the batch. ``sequence``: mean over samples of the mean over
+    their tokens. ``constant``: sum / (samples * max_new_tokens) (Dr.GRPO). Masked tokens weigh 0.
+    """
+    mask = mask_T.float()
+    if aggregation == "token":
+        return mask / mask.sum().clamp(min=1.0)
+    samples = len(batch.group)
+    if aggregation == "constant":
+        return mask / (samples * max_new_tokens)
+    if aggregation != "sequence":
+        raise ValueError(
+            f"unknown loss_aggregation {aggregation!r}; known: token, sequence, constant"
+        )
+    owner = batch.sample_of_token
+    counts = torch.zeros(samples).index_add_(0, owner, mask)
+    return mask / (counts.clamp(min=1.0)[owner] * samples)
+
+
+def policy_loss(
+    new_T: Tensor,
+    old_T: Tensor,
+    advantages_T: Tensor,
+    weights_T: Tensor,
+    sample_T: Tensor,
+    num_samples: int,
+    algorithm: AlgorithmConfig,
+    *,
+    correction_T: Tensor | None = None,
+    reference_T: Tensor | None = None,
+) -> PolicyLoss:
+    """PPO's clipped surrogate with dual clip (arXiv 1912.09729), and a KL penalty.
+
+    new_T, old_T, reference_T: log-densities [T] of the current, the sampling and the frozen
+    reference policy. advantages_T, weights_T: float32 [T]. sample_T: int64 [T], the sample of each
+    token, of num_samples. correction_T: weights of the surrogate (correction.py). Where the
+    advantage is negative the surrogate is at least `dual_clip` times it.
+
+    A token of weight 0 counts in nothing.
+    """
+    counted_T = weights_T > 0
+    log_ratio_T = torch.where(counted_T, new_T - old_T, 0.0)
+    if algorithm.ratio_level == "sequence":
+        log_ratio_T = _sample_means(log_ratio_T, counted_T, sample_T, num_samples)
+    ratio = log_ratio_T.exp()
+    low, high = 1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high
+    surrogate = torch.minimum(ratio * advantages_T, ratio.clamp(low, high) * advantages_T)
+    negative = advantages_T < 0
+    if algorithm.dual_clip is not None:
+        bounded = torch.maximum(surrogate, algorithm.dual_clip * advantages_T)
+        surrogate = torch.where(negative, bounded, surrogate)
+    loss_T = -surrogate if correction_T is None else -surrogate * correction_T
+    kl = None
+    if reference_T is not None:
+        kl_T = kl_penalty(new_T, reference_T, algorithm.kl_estimator)
+        loss_T = loss_T + algorithm.kl_coef * kl_T
+        kl = kl_T.detach()
+    ratio = ratio.detach()
+    return PolicyLoss(
+        # 0 * inf is NaN: a token of weight 0 must not reach the sum.
+        loss=torch.where(counted_T, loss_T * weights_T, 0.0).sum(),
+        ratio=ratio,
+        clipped_low=(ratio < low) & negative,
+        clipped_high=(ratio > high) & (advantages_T > 0),
+        kl=kl,
+    )
+
+
+def kl_penalty(new_T: Tensor, reference_T: Tensor, estimator: str) -> Tensor:
+    """Estimate [T] of KL(policy || reference) at positions sampled from the policy.
+
+    With d = log policy - log reference (Schulman 2020, joschu.net/blog/kl-approx.html):
+
+    - ``k1``: d. Unbiased, of either sign.
+    - ``k2``: d^2 / 2. Low variance, biased by O(d^3).
+    - ``k3``: exp(-d) - 1 + d. Unbiased, never negative.
+
+    The derivative of an estimate is not an estimate of the derivative (arXiv 2506.09477): that of
+    d alone has mean 0. What pulls the policy here, in expectation on policy:
+
+    - ``k1``, ``k2``: d * grad log policy, the gradient of KL(policy || reference) at each position.
+      For k1 this is what the penalty would do as a part of the reward of its position; for k2 it is
+      the plain derivative. They differ in the value that is reported.
+    - ``k3``: (1 - exp(-d)) * grad log policy, the gradient of KL(reference || policy). GRPO and the
+      paper's runs have it. The two agree to first order in d.
+    """
+    d = new_T - reference_T
+    if estimator == "k1":
+        return d.detach() * (1.0 + new_T - new_T.detach())
+    if estimator == "k2":
+        return 0.5 * d.square()
+    if estimator == "k3":
+        return torch.exp(-d) - 1.0 + d
+    raise ValueError(f"unknown kl_estimator {estimator!r}; known: k1, k2, k3")
+
+
+def _sample_means(
+    values_T: Tensor, counted_T: Tensor, sample_T: Tensor, num_samples: int
+) -> Tensor:
+    """At each token the mean over the counted tokens of its sample (GSPO, arXiv 2507.18071)."""
+    sums = values_T.new_zeros(num_samples).index_add(0, sample_T, values_T)
+    counts = values_T.new_zeros(num_samples).index_add(0, sample_T, counted_T.to(values_T.dtype))
+    return (sums / counts.clamp(min=1.0))[sample_T]

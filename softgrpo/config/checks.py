@@ -1,0 +1,113 @@
+"""Settings that are each allowed but do not go together."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from softgrpo.config.engines import find_engine
+from softgrpo.config.schema import ConfigError
+from softgrpo.config.sections import Sections
+
+
+def check(config: Sections) -> None:
+    """Raises ConfigError, one line that names the keys and the remedy, for a wrong pairing."""
+    _check_name(config.run.name)
+    if not config.data.train:
+        raise ConfigError(
+            "data.train is not set: name a dataset, such as reasoning_gym:chain_sum, "
+            "train.jsonl or openai/gsm8k"
+        )
+    if not config.reward.functions:
+        raise ConfigError("reward.functions is empty: name at least one reward function")
+    if config.rollout.soft.enabled:
+        _check_noise(config)
+    _check_algorithm(config)
+    find_engine(config.rollout.engine)
+    if config.lora.rank and find_spec("peft") is None:
+        raise ConfigError("lora.rank: adapters need: pip install 'softgrpo[peft]'")
+    if config.optim.name == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise ConfigError("optim.name: adamw_8bit needs: pip install bitsandbytes")
+    if config.lora.rank and not config.lora.target_modules:
+        raise ConfigError("lora.target_modules is empty: name at least one, such as q_proj")
+    if max(config.optim.betas) >= 1:
+        raise ConfigError(f"optim.betas: {list(config.optim.betas)} is not allowed: must be < 1")
+    if not config.eval.k or max(config.eval.k) > config.eval.samples:
+        raise ConfigError(
+            f"eval.k: {config.eval.k} is not allowed: each k must be <= eval.samples "
+            f"({config.eval.samples})"
+        )
+    if config.eval.every and config.data.eval is None:
+        raise ConfigError("eval.every is set, but data.eval names no dataset")
+    if 0 < config.health.window < 10 or (config.health.stop and not config.health.window):
+        raise ConfigError(
+            f"health.window: {config.health.window} is not allowed: a trend needs >= 10 steps; "
+            "0, without health.stop, switches the watch off"
+        )
+    if config.health.stop and not config.checkpoint.every:
+        raise ConfigError(
+            "health.stop: there is no checkpoint to go back to; set checkpoint.every above 0"
+        )
+
+
+def _check_name(name: str) -> None:
+    """A run stays in its folder of run.output_dir."""
+    if name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
+        raise ConfigError(
+            f"run.name: {name!r} is not allowed: must be the name of one folder, which is made in "
+            "run.output_dir"
+        )
+
+
+def _check_noise(config: Sections) -> None:
+    """A density for the recorded g' must exist, and be that of the noise."""
+    soft, objective = config.rollout.soft, config.algorithm.objective
+    if soft.noise == "none":
+        raise ConfigError(
+            "rollout.soft.noise: 'none' cannot be trained, its samples have no density; "
+            "use gumbel, or rollout.soft.enabled=false for discrete rollouts"
+        )
+    if soft.noise == "multiplex":
+        raise ConfigError(
+            "rollout.soft.noise: 'multiplex' cannot be trained: its record holds the tokens drawn, "
+            "not the set that they were drawn from, so their probability is not known; use gumbel"
+        )
+    if soft.noise_clip is not None and objective == "official":
+        raise ConfigError(
+            "rollout.soft.noise_clip: leave it null: algorithm.objective 'official' sets the "
+            "clip [-1.5, 3] itself"
+        )
+    if soft.noise_clip is not None:
+        raise ConfigError(
+            f"rollout.soft.noise_clip: leave it null: algorithm.objective {objective!r} is "
+            "the density of unclipped noise (the released models used 'official')"
+        )
+    if soft.noise == "gumbel":
+        return
+    if objective != "exact":
+        raise ConfigError(
+            f"algorithm.objective: {objective!r} is a density of Gumbel noise; "
+            f"rollout.soft.noise {soft.noise!r} needs objective exact"
+        )
+    if soft.tau != 1.0:
+        raise ConfigError(
+            f"rollout.soft.tau: noise {soft.noise!r} draws the weights themselves; set tau=1"
+        )
+    if config.algorithm.correction.mode != "none":
+        raise ConfigError(
+            f"algorithm.correction.mode: the record of {soft.noise!r} noise does not give the "
+            "rollout's probabilities back, so its density is not known; set mode=none"
+        )
+
+
+def _check_algorithm(config: Sections) -> None:
+    algorithm = config.algorithm
+    if algorithm.ratio_level == "sequence" and algorithm.loss_aggregation != "sequence":
+        raise ConfigError(
+            "algorithm.ratio_level: one ratio a sample (GSPO) goes with one loss a sample: set "
+            "algorithm.loss_aggregation=sequence"
+        )
+    if algorithm.overlong_buffer > config.rollout.max_new_tokens:
+        raise ConfigError(
+            f"algorithm.overlong_buffer: {algorithm.overlong_buffer} is more than "
+            f"rollout.max_new_tokens ({config.rollout.max_new_tokens})"
+        )

@@ -1,0 +1,1 @@
+"""Datasets, prompts, and which of them a step trains on."""

@@ -1,0 +1,61 @@
+"""Examples as the model sees them: token ids by its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from softgrpo.config.sections import FewShot
+from softgrpo.data.examples import Example, Message
+from softgrpo.data.sources import DataError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example as the model sees it: token_ids end where the assistant's answer begins."""
+
+    example: Example
+    token_ids: list[int]
+
+
+def build_prompt(
+    example: Example,
+    tokenizer: Any,
+    system_prompt: str | None = None,
+    few_shot: Sequence[FewShot] = (),
+) -> list[int]:
+    """Token ids by the model's chat template, up to where the assistant's turn begins.
+
+    The template alone writes special tokens, BOS included, and a <think> that opens the answer.
+    Raises DataError when the tokenizer has no template, when the template refuses the turns, or
+    when the example brings a system message of its own beside `system_prompt`.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("the tokenizer has no chat template; give the model a chat_template.jinja")
+    turns: list[Message] = (
+        [{"role": "user", "content": example.prompt}]
+        if isinstance(example.prompt, str)
+        else list(example.prompt)
+    )
+    system = [turns.pop(0)] if turns[0]["role"] == "system" else []
+    if system and system_prompt is not None:
+        raise DataError("the prompt has a system message of its own; unset data.system_prompt")
+    if system_prompt is not None:
+        system = [{"role": "system", "content": system_prompt}]
+    shots = [
+        {"role": role, "content": content}
+        for shot in few_shot
+        for role, content in (("user", shot.prompt), ("assistant", shot.answer))
+    ]
+    try:
+        ids = tokenizer.apply_chat_template(
+            system + shots + turns, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in system + shots + turns)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the model's chat template refuses {roles}: {reason}") from None
+    return list(ids)

@@ -1,0 +1,126 @@
+"""The trainable policy: recorded rollouts in, log-densities out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softgrpo.algorithm.density import log_densities
+from softgrpo.algorithm.positions import DensitySettings, Positions
+from softgrpo.learner.packing import PackedInputs
+from softgrpo.rollout.batch import RolloutBatch
+from softgrpo_engine.model.decoder import Decoder
+from softgrpo_engine.training.group_attention import GroupAttention
+from softgrpo_engine.transfer import on_device
+from softgrpo_kernels import (
+    linear_candidate_logprob,
+    linear_token_logprob,
+    soft_embedding,
+    soft_weights,
+)
+
+
+class PositionLogProbs(NamedTuple):
+    """density: log-density of every response position [T], differentiable. candidates: log q of
+    the recorded candidates [T, K], detached. positions: what was scored, on the same device."""
+
+    density: Tensor
+    candidates: Tensor
+    positions: Positions
+
+
+class Policy(nn.Module):
+    """A decoder with master weights, run in a compute dtype. ``policy(batch)`` scores a rollout.
+
+    The master weights stay in the decoder's dtype (float32); the layers cast them where they use
+    them, so that the forward is the engine's and gradients accumulate in the master's precision.
+    """
+
+    def __init__(
+        self, decoder: Decoder, settings: DensitySettings, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder.train()
+        self.settings = settings
+        self.dtype = dtype
+
+    def forward(self, batch: RolloutBatch) -> PositionLogProbs:
+        """Scores every response position of a batch under the current weights.
+
+        The prompt of a group is computed once, then all its responses; no [T, V] tensor is made
+        for soft positions, and none is kept for discrete ones. Everything that reads a weight
+        happens in here, where FSDP has gathered them.
+        """
+        config = self.decoder.config
+        device = self.decoder.embed_weight.device
+        # Here a batch goes to the device; all that depends on its values was worked out before.
+        positions = on_device(Positions.of(batch, self.settings), device)
+        packed = on_device(PackedInputs.of(batch), device)
+        attention = GroupAttention(
+            packed.prompt_lens,
+            packed.response_lens,
+            config.num_heads,
+            config.num_kv_heads,
+            device,
+        )
+        hidden_TH = self.decoder(self._embed(packed, positions), packed.positions, attention)
+        return self._score(hidden_TH.index_select(0, packed.predictors), positions)
+
+    def _embed(self, packed: PackedInputs, positions: Positions) -> Tensor:
+        """Input embeddings [T_in, H].
+
+        Mixtures are detached: their gradient would be that of the sampled noise's path, not of the
+        policy. Tokens are ordinary, trainable embeddings.
+        """
+        master_VH = self.decoder.embed_weight
+        embeds = _embedding(packed.token_ids, master_VH).to(self.dtype)
+        if not len(packed.mixed):
+            return embeds
+        ids, gprime, kind = (
+            part.index_select(0, packed.mixed_from)
+            for part in (positions.soft.ids, positions.soft.gprime, positions.soft.kind)
+        )
+        weights = soft_weights(gprime, kind, self.settings.tau)
+        mixture = soft_embedding(ids, weights, master_VH.detach().to(self.dtype))
+        return embeds.index_copy(0, packed.mixed, mixture)
+
+    def _score(self, hidden_TH: Tensor, positions: Positions) -> PositionLogProbs:
+        settings, soft = self.settings, positions.soft
+        classes, rows = positions.classes, positions.classes.rows
+        # The gradient of the head goes straight into the master's: no [V, H] temporary.
+        master_VH = self.decoder.lm_head_weight
+        head_VH = master_VH.detach().to(self.dtype)
+        temperature_T = torch.where(
+            classes.soft_phase, settings.soft_temperature, settings.discrete_temperature
+        )
+        logq = linear_candidate_logprob(
+            hidden_TH.index_select(0, rows.listed),
+            head_VH,
+            soft.ids.index_select(0, rows.listed),
+            temperature=temperature_T.index_select(0, rows.listed),
+            grad_weight=master_VH,
+        )
+        logq_TK = logq.new_full(soft.ids.shape, -torch.inf).index_copy(0, rows.listed, logq)
+        token_logp_T = logq.new_zeros(len(soft.token))
+        if len(rows.full):
+            token_logp = linear_token_logprob(
+                hidden_TH.index_select(0, rows.full),
+                head_VH,
+                soft.token.index_select(0, rows.full),
+                temperature=temperature_T.index_select(0, rows.full),
+                grad_weight=master_VH,
+            )
+            token_logp_T = token_logp_T.index_copy(0, rows.full, token_logp)
+        density = log_densities(logq_TK, token_logp_T, positions, settings)
+        return PositionLogProbs(density, logq_TK.detach(), positions)
+
+
+def _embedding(ids: Tensor, master_VH: Tensor) -> Tensor:
+    """Rows of the master's table. Its gradient holds these rows only and is added into .grad, which
+    must then be dense: the optimizer and the norm of the gradient know no other."""
+    if master_VH.requires_grad and torch.is_grad_enabled() and master_VH.grad is None:
+        master_VH.grad = torch.zeros_like(master_VH)
+    return F.embedding(ids, master_VH, sparse=True)

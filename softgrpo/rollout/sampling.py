@@ -1,0 +1,100 @@
+"""What an engine is asked for: how positions are drawn, and under which noise keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from softgrpo.algorithm.density import OFFICIAL_EPS, OFFICIAL_NOISE_CLIP
+from softgrpo.algorithm.positions import DensitySettings
+from softgrpo.config import Config, ConfigError
+from softgrpo.config.sections import RolloutConfig
+from softgrpo.rollout.engines import RolloutEngine
+from softgrpo_engine import Output, SamplingParams, SoftParams
+from softgrpo_engine.params import K_MAX
+
+ROLLOUT_STREAM, EVALUATION_STREAM = 0, 1
+
+
+def soft_params(rollout: RolloutConfig, objective: str) -> SoftParams | None:
+    """Soft settings of the engine, None for discrete rollouts.
+
+    `official` brings its own noise: clipped to [-1.5, 3] on log(p + 1e-6), every slot live.
+    """
+    soft = rollout.soft
+    if not soft.enabled:
+        return None
+    official = objective == "official"
+    return SoftParams(
+        top_k=soft.top_k,
+        top_p=soft.top_p,
+        temperature=soft.temperature,
+        tau=soft.tau,
+        noise=soft.noise,
+        noise_scale=soft.noise_scale,
+        noise_clip=OFFICIAL_NOISE_CLIP if official else soft.noise_clip,
+        eps=OFFICIAL_EPS if official else 0.0,
+        end_of_thinking=soft.end_of_thinking,
+        max_soft_tokens=soft.max_soft_tokens,
+    )
+
+
+def density_settings(config: Config) -> DensitySettings:
+    """How the trainer scores what `soft_params` and `sampling_params` drew."""
+    rollout, algorithm = config.rollout, config.algorithm
+    candidates = 0 < rollout.top_k <= K_MAX
+    if algorithm.discrete_logprob == "candidates" and not candidates:
+        raise ConfigError(
+            f"algorithm.discrete_logprob: 'candidates' needs rollout.top_k between 1 and {K_MAX}"
+        )
+    full = algorithm.discrete_logprob == "full" or not candidates
+    return DensitySettings(
+        objective=algorithm.objective,
+        tau=rollout.soft.tau,
+        noise=rollout.soft.noise,
+        noise_scale=rollout.soft.noise_scale,
+        soft_temperature=rollout.soft.temperature,
+        discrete_temperature=rollout.temperature,
+        discrete_full=full,
+        discrete_listed=candidates,
+        soft_enabled=rollout.soft.enabled,
+        max_soft_tokens=rollout.soft.max_soft_tokens,
+    )
+
+
+def sampling_params(rollout: RolloutConfig) -> SamplingParams:
+    """Settings of discrete positions and the length limit."""
+    return SamplingParams(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=rollout.max_new_tokens,
+    )
+
+
+def rollout_uids(step: int, prompts: int, group_size: int) -> list[list[int]]:
+    """Names of a step's samples: ((step * prompts + prompt) * group_size + sample) mod 2^32."""
+    return [
+        [((step * prompts + p) * group_size + s) % 2**32 for s in range(group_size)]
+        for p in range(prompts)
+    ]
+
+
+def collect(
+    engine: RolloutEngine,
+    prompts: Sequence[list[int]],
+    uids: list[list[int]],
+    rollout: RolloutConfig,
+    objective: str,
+    *,
+    seed: int,
+    stream: int,
+) -> list[Output]:
+    """Samples every prompt once for each of its uids."""
+    return engine.generate_groups(
+        prompts,
+        sampling_params(rollout),
+        soft_params(rollout, objective) or False,
+        seed=seed,
+        uids=uids,
+        stream=stream,
+    )

@@ -1,0 +1,175 @@
+"""Engine, trainer and transformers on the same rollout: how far apart are their probabilities?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
+from softgrpo.algorithm.positions import DensitySettings, PositionClasses, Positions
+from softgrpo.config import Config
+from softgrpo.learner.policy import Policy
+from softgrpo.rollout.batch import RolloutBatch
+from softgrpo.rollout.engines import load_engine
+from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
+from softgrpo_engine.model.weights import load_decoder
+from softgrpo_kernels import reference
+
+# Largest mean |difference| of a log-probability, nats. float32: rounding of sums of a few hundred
+# terms; bfloat16: SmolLM2 has 0.03, and the runs that collapsed had left 0.1 behind.
+BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """|a - b| over the positions of one kind. where: `soft` or `discrete`; what: `log p` of the
+    candidates or the `density`; who: the two that are compared. bound: of the mean; None: none."""
+
+    where: str
+    what: str
+    who: str
+    count: int
+    mean: float
+    max: float
+    bound: float | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the mean is a number within the bound."""
+        return self.bound is None or self.mean <= self.bound
+
+
+@torch.no_grad()
+def compare(
+    config: Config, model_path: Path, tokenizer: Any, prompts: Sequence[list[int]]
+) -> list[Difference]:
+    """Draws ``rollout.group_size`` samples of every prompt and scores their positions thrice.
+
+    The engine's log p is what it drew from, taken off its record; the trainer's is that of a
+    policy step; transformers is fed with the recorded mixtures. The model is `model.dtype`, in
+    transformers too; its last hidden states meet the LM head in float32, as ours do.
+    """
+    rollout, settings = config.rollout, density_settings(config)
+    engine = load_engine(rollout.engine)(
+        model_path,
+        tokenizer=tokenizer,
+        dtype=config.model.dtype,
+        max_model_len=max(map(len, prompts)) + rollout.max_new_tokens,
+        kv_memory=rollout.kv_memory,
+        max_batch_size=rollout.max_batch_size,
+        max_batch_tokens=rollout.max_batch_tokens,
+    )
+    uids = rollout_uids(0, len(prompts), rollout.group_size)
+    drawn = collect(
+        engine,
+        prompts,
+        uids,
+        rollout,
+        config.algorithm.objective,
+        seed=config.run.seed,
+        stream=ROLLOUT_STREAM,
+    )
+    batch = RolloutBatch.from_outputs(
+        drawn, seed=config.run.seed, stream=ROLLOUT_STREAM, weight_version=0
+    )
+    dtype = getattr(torch, config.model.dtype)
+    policy = Policy(load_decoder(model_path, torch.float32, engine.device), settings, dtype)
+    trainer = policy(batch)
+    positions = trainer.positions
+    engine_logq = rollout_logq(positions, settings)
+    engine_density = log_densities(engine_logq, positions.logprobs, positions, settings)
+    model = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=dtype)
+    theirs_logq, theirs_token = _transformers_logq(
+        model.eval().to(engine.device), batch, positions, settings
+    )
+    theirs_density = log_densities(theirs_logq, theirs_token, positions, settings)
+    pairs = {
+        "engine/trainer": (
+            (trainer.candidates, engine_logq),
+            (trainer.density, engine_density),
+        ),
+        "engine/HF": (
+            (theirs_logq, engine_logq),
+            (theirs_density, engine_density),
+        ),
+        "trainer/HF": (
+            (theirs_logq, trainer.candidates),
+            (theirs_density, trainer.density),
+        ),
+    }
+    bound = BOUNDS[config.model.dtype]
+    # Over the whole vocabulary the trainer leaves top-p out, on purpose.
+    nucleus = settings.discrete_full and rollout.top_p < 1
+    return [
+        dataclasses.replace(row, bound=None)
+        if nucleus and "engine" in who and (row.where, row.what) == ("discrete", "density")
+        else row
+        for who, (logq, density) in pairs.items()
+        for row in _rows(who, logq, density, positions.classes, bound, settings)
+    ]
+
+
+def _rows(
+    who: str,
+    logq: tuple[Tensor, Tensor],
+    density: tuple[Tensor, Tensor],
+    classes: PositionClasses,
+    bound: float,
+    settings: DensitySettings,
+) -> list[Difference]:
+    """The differences of two of the three, by phase; nothing for a phase that no position has."""
+    rows = []
+    distance_T = (density[0] - density[1]).abs()
+    # Of other noises than Gumbel the engine's own density is not on the record.
+    if settings.noise != "gumbel" and "engine" in who:
+        distance_T = torch.where(classes.soft, torch.nan, distance_T)
+    for where, of_phase in (("soft", classes.soft_phase), ("discrete", ~classes.soft_phase)):
+        part = dataclasses.replace(classes, listed=of_phase & classes.listed)
+        difference_TK, known_TK = mismatch(*logq, part)
+        distance = distance_T[of_phase & ~classes.forced]
+        found = {
+            # A density is a sum over candidates, weighed by g': it has no bound of its own.
+            "log p": (difference_TK[known_TK], bound),
+            "density": (distance[~distance.isnan()], None if where == "soft" else bound),
+        }
+        for what, (values, limit) in found.items():
+            if len(values):
+                mean, largest = float(values.mean()), float(values.max())
+                rows.append(Difference(where, what, who, len(values), mean, largest, limit))
+    return rows
+
+
+def _transformers_logq(
+    model: Any, batch: RolloutBatch, positions: Positions, settings: DensitySettings
+) -> tuple[Tensor, Tensor]:
+    """log q of the candidates [T, K] over their set, and log p of the token [T] over the
+    vocabulary, by transformers' model."""
+    embed_VH = model.get_input_embeddings().weight
+    head_VH = model.get_output_embeddings().weight.float()
+    device, soft, phase = head_VH.device, positions.soft, positions.classes.soft_phase
+    prompts = batch.prompt_ids.long().to(device).split(batch.prompt_lens.tolist())
+    weights_TK = reference.soft_weights(soft.gprime, soft.kind, settings.tau)
+    logq, token_logp, start = [], [], 0
+    for group, length in zip(batch.group.tolist(), batch.response_lens.tolist(), strict=True):
+        rows = slice(start, start + length)
+        start += length
+        mixtures = reference.soft_embedding(soft.ids[rows], weights_TK[rows], embed_VH)
+        inputs = torch.cat([F.embedding(prompts[group], embed_VH), mixtures])[None, :-1]
+        hidden = model.base_model(inputs_embeds=inputs).last_hidden_state[0, -length:]
+        temperature = torch.where(
+            phase[rows], settings.soft_temperature, settings.discrete_temperature
+        )
+        logits = hidden.float() @ head_VH.T / temperature[:, None]
+        ids = soft.ids[rows].long()
+        listed = logits.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+        logq.append(listed.log_softmax(-1))
+        token_logp.append(logits.log_softmax(-1).gather(1, ids[:, :1])[:, 0])
+    return torch.cat(logq), torch.cat(token_logp)
