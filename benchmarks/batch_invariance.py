@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
+from softgrpo_engine.ops.packed_linear import matrix_unit
 from softgrpo_engine.outputs import Output
-from softgrpo_kernels import matrix_unit
 from softgrpo_kernels.extension import cpu_extension
 
 BATCH, SMALL_BATCH, PROMPT = 64, 4, 40

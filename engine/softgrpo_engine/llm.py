@@ -20,8 +20,8 @@ from softgrpo_engine.model.source import resolve_model
 from softgrpo_engine.model.weights import empty_decoder, load_decoder, load_weights
 from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import SamplingParams, SoftParams
-from softgrpo_engine.requests.call import Call
 from softgrpo_engine.requests.admission import check_fits, make_groups
+from softgrpo_engine.requests.call import Call
 from softgrpo_engine.requests.progress import TokenRate, load_metrics, sample_progress
 from softgrpo_engine.requests.prompts import Prompt, as_list, default_uids, encode
 from softgrpo_engine.requests.samples import as_sample, hits_stop_string

@@ -3,10 +3,10 @@
 #include <utility>
 #include <vector>
 
-#include "half.h"
+#include "shared/half.h"
 
 #define SOFTGRPO_KERNEL "indexed_dot.inc"
-#include "each_isa.h"
+#include "shared/each_isa.h"
 
 namespace softgrpo {
 namespace {

@@ -1,7 +1,7 @@
 #include "noise.h"
 
 #define SOFTGRPO_KERNEL "noise.inc"
-#include "each_isa.h"
+#include "shared/each_isa.h"
 
 namespace softgrpo {
 

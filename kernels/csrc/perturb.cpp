@@ -4,7 +4,7 @@
 #include <cmath>
 
 #define SOFTGRPO_KERNEL "perturb.inc"
-#include "each_isa.h"
+#include "shared/each_isa.h"
 
 namespace softgrpo {
 namespace {

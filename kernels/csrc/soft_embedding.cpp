@@ -1,9 +1,9 @@
 #include "soft_embedding.h"
 
-#include "half.h"
+#include "shared/half.h"
 
 #define SOFTGRPO_KERNEL "soft_embedding.inc"
-#include "each_isa.h"
+#include "shared/each_isa.h"
 
 namespace softgrpo {
 

@@ -8,12 +8,12 @@
 #include <cmath>
 #include <limits>
 
-#include "half.h"
+#include "shared/half.h"
 #include "perturb.h"
 #include "soft_token_row.h"
 
 #define SOFTGRPO_KERNEL "soft_token.inc"
-#include "each_isa.h"
+#include "shared/each_isa.h"
 
 namespace softgrpo {
 namespace {

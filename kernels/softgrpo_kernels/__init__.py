@@ -1,8 +1,5 @@
 """Fused kernels for soft-thinking language models. Needs nothing but torch."""
 
-from softgrpo_kernels.decoder import paged_attention, rms_norm, rope_store_kv, silu_mul
-from softgrpo_kernels.decoder_layers import DecoderLayers, LayerWeights
-from softgrpo_kernels.linear import PackedWeight, matrix_unit, pack_weight, packed_linear
 from softgrpo_kernels.logprob import (
     linear_candidate_logprob,
     linear_soft_logprob,
@@ -21,22 +18,12 @@ from softgrpo_kernels.sampling import (
 from softgrpo_kernels.step import SoftToken
 
 __all__ = [
-    "DecoderLayers",
-    "LayerWeights",
-    "PackedWeight",
     "RowParameters",
     "SoftToken",
     "gumbel_noise",
     "linear_candidate_logprob",
     "linear_soft_logprob",
     "linear_token_logprob",
-    "matrix_unit",
-    "pack_weight",
-    "packed_linear",
-    "paged_attention",
-    "rms_norm",
-    "rope_store_kv",
-    "silu_mul",
     "soft_density",
     "soft_embedding",
     "soft_token",

@@ -125,7 +125,7 @@ def _memory() -> dict[str, float]:
 
 
 def _cpu_back_ends() -> dict[str, str]:
-    from softgrpo_kernels import matrix_unit
+    from softgrpo_engine.ops.packed_linear import matrix_unit
     from softgrpo_kernels.extension import cpu_extension
 
     ours = "PyTorch reference" if cpu_extension() is None else "C++"

@@ -11,7 +11,7 @@ from torch.nn.attention import varlen
 
 from softgrpo_engine import SamplingParams, SoftParams
 from softgrpo_engine.execution import attention_backends
-from softgrpo_kernels.reference import decoder as reference
+from softgrpo_engine.ops import reference
 
 PAGE = 16
 PARAMS = SamplingParams(n=2, max_tokens=20, seed=4, ignore_eos=True)

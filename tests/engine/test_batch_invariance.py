@@ -7,7 +7,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.model.decoder import Decoder
-from softgrpo_kernels.extension import cpu_extension
+from softgrpo_engine.ops.extension import cpu_extension
 
 if cpu_extension() is None:
     pytest.skip("no C++ extension", allow_module_level=True)

@@ -12,7 +12,7 @@ from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape
 from softgrpo_engine.execution.runner import Runner
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.model.weights import empty_decoder
-from softgrpo_kernels.extension import cpu_extension
+from softgrpo_engine.ops.extension import cpu_extension
 
 
 @pytest.fixture

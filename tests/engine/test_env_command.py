@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-import softgrpo_kernels
 from softgrpo.cli.env import main
+from softgrpo_engine.ops.packed_linear import matrix_unit
 
 
 def test_json_names_versions_back_ends_and_what_is_missing(capsys):
@@ -23,7 +23,7 @@ def test_json_names_versions_back_ends_and_what_is_missing(capsys):
     assert bool(facts["gpu"]) == torch.cuda.is_available() == ("cuda" in facts["back_ends"])
     assert ("GPU" in [entry["what"] for entry in facts["missing"]]) != bool(facts["gpu"])
     amx = "AMX" in facts["back_ends"]["cpu"]["linear layers, bfloat16"]
-    assert amx == (softgrpo_kernels.matrix_unit() == "amx")
+    assert amx == (matrix_unit() == "amx")
 
 
 def test_text_has_the_same_facts(capsys):

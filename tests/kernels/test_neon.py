@@ -42,17 +42,19 @@ def objects(tmp_path_factory):
     """Object files of the core, one per source file; warnings of -Wall are errors."""
     folder = tmp_path_factory.mktemp("aarch64")
     options = re.search(
-        r"target_compile_options\(_cpu PRIVATE ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text()
+        r"target_compile_options\(\S+ PRIVATE ([^)]*)\)",
+        (ROOT / "kernels" / "extension.cmake").read_text(),
     )[1].split()
-    csrc = ROOT / "kernels" / "csrc"
-    sources = [f for f in csrc.glob("*.cpp") if not f.name.startswith(("bind_", "module"))]
+    folders = [ROOT / "kernels" / "csrc", ROOT / "engine" / "csrc"]
+    sources = [f for folder in folders for f in folder.glob("*.cpp")]
+    sources = [f for f in sources if not f.name.startswith(("bind_", "module"))]
     sources.append(HERE / "csrc" / "driver.cpp")
 
     def compile_one(source):
         out = folder / f"{source.stem}.o"
         shell(
             PREFIX + "g++", "-std=c++17", *options, "-Werror", "-fopenmp",
-            f"-I{csrc}", "-c", source, "-o", out,
+            *(f"-I{folder}" for folder in folders), "-c", source, "-o", out,
         )  # fmt: skip
         return out
 

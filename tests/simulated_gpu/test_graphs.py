@@ -108,7 +108,7 @@ def test_a_call_of_another_thread_breaks_a_global_capture(x, mode):
 
 @pytest.mark.parametrize("kernels", ["stand-ins", "interpreter"])
 def test_a_captured_kernel_is_launched_again(x, kernels, monkeypatch, simulated_gpu):
-    from softgrpo_kernels.gpu import silu_mul
+    from softgrpo_engine.ops.gpu import silu_mul
 
     monkeypatch.setenv("SOFTGRPO_KERNELS", kernels)
     x = x.view(1, 4)

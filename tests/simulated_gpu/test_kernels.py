@@ -13,7 +13,7 @@ def cuda(*values, **options):
 
 
 def test_triton_takes_device_pointers_alone(x):
-    from softgrpo_kernels.gpu.decoder import silu_mul_kernel
+    from softgrpo_engine.ops.gpu.silu_mul import silu_mul_kernel
 
     out = torch.empty(1, 2, device="cuda")
     with pytest.raises(ValueError, match=r"Pointer argument \(at 1\) cannot be accessed"):

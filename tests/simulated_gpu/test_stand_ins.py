@@ -7,6 +7,7 @@ lies around a tensor included, must come out the same.
 import ast
 import importlib
 import inspect
+import itertools
 import sys
 from pathlib import Path
 
@@ -20,22 +21,22 @@ if torch.cuda.is_available():
 import triton.language as tl
 from triton.runtime.interpreter import GridExecutor
 
-import softgrpo_kernels
+from softgrpo_engine.ops import gpu as decoder_ops
 from softgrpo_kernels import RowParameters, SoftToken, soft_token, soft_token_from_hidden
 from softgrpo_kernels import gpu as ops
 from softgrpo_kernels import token_logprob as plain_logprob
 from softgrpo_kernels.reference.noise import log_gamma_noise
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels"), str(HERE.parent / "engine" / "ops")]
 from attention_cases import make_case  # noqa: E402
 from logit_styles import logits_of  # noqa: E402
 
 from simulated_gpu.stand_ins import STAND_INS, candidates  # noqa: E402
 
-GPU = Path(softgrpo_kernels.__file__).parent / "gpu"
+FOLDERS = [Path(ops.__file__).parent, Path(decoder_ops.__file__).parent]
 # Not the functions that the package has under these names.
-attention = importlib.import_module("softgrpo_kernels.gpu.paged_attention")
+attention = importlib.import_module("softgrpo_engine.ops.gpu.paged_attention")
 indexed = importlib.import_module("softgrpo_kernels.gpu.indexed_dot")
 logprob = importlib.import_module("softgrpo_kernels.gpu.token_logprob")
 lm_head = importlib.import_module("softgrpo_kernels.gpu.lm_head")
@@ -49,7 +50,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 # Kernels whose numbers are promised to the bit.
 EXACT = {
-    "decoder.rope_store_kv_kernel",
+    "rope_store_kv.rope_store_kv_kernel",
     "noise.gumbel_noise_kernel",
     "soft_embedding.soft_embedding_kernel",
     "soft_token.select_kernel",
@@ -151,7 +152,7 @@ def jitted(path):
 def launched():
     """ "module.kernel" of every `kernel[grid](...)` of the package."""
     found = set()
-    for path in GPU.glob("*.py"):
+    for path in itertools.chain(*(folder.glob("*.py") for folder in FOLDERS)):
         own = set(jitted(path))
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
@@ -198,20 +199,22 @@ def assert_reached(test, launches):
 # The decoder.
 
 
-@reaches("decoder.rms_norm_kernel", "decoder.silu_mul_kernel", "decoder.rope_store_kv_kernel")
+@reaches(
+    "rms_norm.rms_norm_kernel", "silu_mul.silu_mul_kernel", "rope_store_kv.rope_store_kv_kernel"
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_activation_and_rope(launches, dtype):
     x, residual, weight = (torch.randn(*shape).to(dtype) for shape in ((3, 48), (3, 48), (48,)))
-    ops.rms_norm(x, weight, 1e-5)
-    ops.rms_norm(x, weight, 1e-5, residual)
-    ops.silu_mul(4 * torch.randn(3, 140).to(dtype))
-    ops.silu_mul(torch.randn(1, 4200).to(dtype))  # two blocks
+    decoder_ops.rms_norm(x, weight, 1e-5)
+    decoder_ops.rms_norm(x, weight, 1e-5, residual)
+    decoder_ops.silu_mul(4 * torch.randn(3, 140).to(dtype))
+    decoder_ops.silu_mul(torch.randn(1, 4200).to(dtype))  # two blocks
     heads, kv_heads, dim, page = 7, 2, 6, 5  # two blocks of heads
     qkv = torch.randn(4, (heads + 2 * kv_heads) * dim).to(dtype)
     cos, sin = torch.randn(2, 4, dim)
     k_pages, v_pages = torch.full((2, 4, kv_heads, page, dim), 5.0).to(dtype)
     slots = torch.tensor([17, 0, 9, 5])
-    ops.rope_store_kv(qkv, cos, sin, k_pages, v_pages, slots, heads, kv_heads)
+    decoder_ops.rope_store_kv(qkv, cos, sin, k_pages, v_pages, slots, heads, kv_heads)
     assert_reached(test_norm_activation_and_rope, launches)
 
 
@@ -223,7 +226,7 @@ def test_decode_attention(launches, monkeypatch, dtype, split):
     monkeypatch.setattr(attention, "SPLIT", split)
     args, kwargs = make_case([150, 64, 1, 65], [1] * 4, (6, 2), 24, 16, dtype)
     args[4][2] = 0 if split == 512 else 1  # a row that nobody reads
-    ops.paged_attention(*args, scale=kwargs["scale"])
+    decoder_ops.paged_attention(*args, scale=kwargs["scale"])
     assert set(launches) <= REACHED["test_decode_attention"]
     assert len(launches) == (2 if split == 64 else 1)
 
@@ -233,7 +236,7 @@ def test_decode_attention(launches, monkeypatch, dtype, split):
 def test_prefill_attention(launches, dtype, heads):
     """Whole prompts, a prompt behind a prefix, a sequence without queries, decode rows."""
     args, kwargs = make_case([40, 30, 20, 50, 1], [40, 13, 0, 1, 1], heads, 24, 16, dtype)
-    ops.paged_attention(*args, **kwargs)
+    decoder_ops.paged_attention(*args, **kwargs)
     assert_reached(test_prefill_attention, launches)
 
 

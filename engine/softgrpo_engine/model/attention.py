@@ -12,7 +12,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from softgrpo_kernels import DecoderLayers, paged_attention, rope_store_kv
+from softgrpo_engine.ops.decoder_layers import DecoderLayers
+from softgrpo_engine.ops.paged_attention import paged_attention
+from softgrpo_engine.ops.rope_store_kv import rope_store_kv
 
 Rope = tuple[Tensor, Tensor]
 

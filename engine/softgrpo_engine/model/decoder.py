@@ -14,7 +14,7 @@ from softgrpo_engine.model.attention import Attention, PagedAttention
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.model.layers import DecoderLayer, FusedProjection, Linear, RMSNorm
 from softgrpo_engine.model.packed_linear import PackedLinear
-from softgrpo_kernels import DecoderLayers
+from softgrpo_engine.ops.decoder_layers import DecoderLayers
 
 
 class DecoderStack(nn.Module):

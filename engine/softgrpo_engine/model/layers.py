@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from softgrpo_engine.model.attention import Attention
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.model.packed_linear import PackedLinear
-from softgrpo_kernels import LayerWeights, rms_norm
+from softgrpo_engine.ops.decoder_layers import LayerWeights
+from softgrpo_engine.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):

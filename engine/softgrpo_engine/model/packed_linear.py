@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softgrpo_kernels import PackedWeight, matrix_unit, pack_weight, packed_linear, silu_mul
+from softgrpo_engine.ops.packed_linear import PackedWeight, matrix_unit, pack_weight, packed_linear
+from softgrpo_engine.ops.silu_mul import silu_mul
 
 
 class PackedLinear:

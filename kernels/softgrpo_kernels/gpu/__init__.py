@@ -1,17 +1,11 @@
 """The ops in Triton, for CUDA and ROCm. Imported when the first tensor of such a device arrives."""
 
-from softgrpo_kernels.gpu.decoder import rms_norm, rope_store_kv, silu_mul
 from softgrpo_kernels.gpu.noise import gumbel_noise
-from softgrpo_kernels.gpu.paged_attention import paged_attention
 from softgrpo_kernels.gpu.soft_embedding import soft_embedding
 from softgrpo_kernels.gpu.soft_token import soft_token
 
 __all__ = [
     "gumbel_noise",
-    "paged_attention",
-    "rms_norm",
-    "rope_store_kv",
-    "silu_mul",
     "soft_embedding",
     "soft_token",
 ]

@@ -1,6 +1,5 @@
 """The same ops in plain PyTorch: the meaning of every kernel, on any device, up to float64."""
 
-from softgrpo_kernels.reference.decoder import paged_attention, rms_norm, rope_store_kv, silu_mul
 from softgrpo_kernels.reference.noise import gumbel_noise, philox4x32
 from softgrpo_kernels.reference.soft_density import soft_density
 from softgrpo_kernels.reference.soft_embedding import soft_embedding, soft_weights
@@ -8,11 +7,7 @@ from softgrpo_kernels.reference.soft_token import soft_token
 
 __all__ = [
     "gumbel_noise",
-    "paged_attention",
     "philox4x32",
-    "rms_norm",
-    "rope_store_kv",
-    "silu_mul",
     "soft_density",
     "soft_embedding",
     "soft_token",

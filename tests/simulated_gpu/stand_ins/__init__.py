@@ -1,8 +1,8 @@
 """A stand-in in vectorised torch for every Triton kernel that is launched.
 
-`STAND_INS["decoder.rms_norm_kernel"](grid, out=..., x=..., ...)` takes the launch's own arguments,
-CPU tensors, and leaves in their memory what the kernel would leave there: `softgrpo_kernels.gpu`
-runs as it is, with its allocations, grids and strides, at the speed of a CPU.
+`STAND_INS["rms_norm.rms_norm_kernel"](grid, out=..., x=..., ...)` takes the launch's own arguments,
+CPU tensors, and leaves in their memory what the kernel would leave there: our wrappers
+run as they are, with their allocations, grids and strides, at the speed of a CPU.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Callable
 from types import ModuleType
 
 from . import (
-    decoder,
     full_vocabulary,
     indexed_dot,
     lm_head,
     noise,
     paged_attention,
+    rms_norm,
+    rope_store_kv,
+    silu_mul,
     soft_embedding,
     soft_token,
     statistics,
@@ -24,8 +26,8 @@ from . import (
 )
 
 MODULES: tuple[ModuleType, ...] = (
-    decoder, full_vocabulary, indexed_dot, lm_head, noise, paged_attention, soft_embedding,
-    soft_token, statistics, token_logprob,
+    full_vocabulary, indexed_dot, lm_head, noise, paged_attention, rms_norm, rope_store_kv,
+    silu_mul, soft_embedding, soft_token, statistics, token_logprob,
 )  # fmt: skip
 
 STAND_INS: dict[str, Callable[..., None]] = {

@@ -1,4 +1,4 @@
-"""Stand-ins for the kernels of `softgrpo_kernels.gpu.paged_attention`."""
+"""Stand-ins for the kernels of `softgrpo_engine.ops.gpu.paged_attention`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The inference ops of a decoder: norms, activation, RoPE, attention, linear layers."""
