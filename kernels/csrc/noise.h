@@ -1,4 +1,4 @@
-// Gumbel noise: the bits laid down in softgrpo_kernels/reference/noise.py.
+// Gumbel noise: the bits laid down in softgrpo_kernels/noise.py.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// The noise on the slots of a row; kinds as in softgrpo_kernels/reference/perturb.py.
+// The noise on the slots of a row; kinds as in softgrpo_kernels/methods.
 #pragma once
 #include "soft_token_row.h"
 

@@ -5,7 +5,6 @@ from softgrpo_kernels.logprob import (
     linear_soft_logprob,
     linear_token_logprob,
 )
-from softgrpo_kernels.reference.soft_density import soft_density
 from softgrpo_kernels.reference.soft_embedding import soft_weights
 from softgrpo_kernels.rows import RowParameters
 from softgrpo_kernels.sampling import (
@@ -15,6 +14,7 @@ from softgrpo_kernels.sampling import (
     soft_token_from_hidden,
     soft_token_of_rows,
 )
+from softgrpo_kernels.soft_density import soft_density
 from softgrpo_kernels.step import SoftToken
 
 __all__ = [

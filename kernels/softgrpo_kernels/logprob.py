@@ -24,8 +24,8 @@ from torch import Tensor
 from softgrpo_kernels.checks import check_divisor, check_head_map
 from softgrpo_kernels.linear_logprob import SpecialWeightGradient, check_ids
 from softgrpo_kernels.reference.indexed_dot import wide_dtype
-from softgrpo_kernels.reference.soft_density import soft_density
 from softgrpo_kernels.row_rules import LARGEST, SMALLEST
+from softgrpo_kernels.soft_density import soft_density
 
 GradWeight = Literal["dense", "rows", "accumulate"] | Tensor
 

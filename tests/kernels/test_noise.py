@@ -10,7 +10,7 @@ from scipy import stats
 
 from softgrpo_kernels import gumbel_noise, reference
 from softgrpo_kernels.extension import cpu_extension
-from softgrpo_kernels.reference.noise import (
+from softgrpo_kernels.noise import (
     gumbel_from_words,
     log_gamma_noise,
     normal_noise,

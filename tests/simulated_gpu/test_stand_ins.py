@@ -25,7 +25,7 @@ from softgrpo_engine.ops import gpu as decoder_ops
 from softgrpo_kernels import RowParameters, SoftToken, soft_token, soft_token_from_hidden
 from softgrpo_kernels import gpu as ops
 from softgrpo_kernels import token_logprob as plain_logprob
-from softgrpo_kernels.reference.noise import log_gamma_noise
+from softgrpo_kernels.noise import log_gamma_noise
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels"), str(HERE.parent / "engine" / "ops")]

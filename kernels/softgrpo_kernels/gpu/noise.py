@@ -1,4 +1,4 @@
-"""Noise as device functions: the bits of `softgrpo_kernels.reference.noise`.
+"""Noise as device functions: the bits of `softgrpo_kernels.noise`.
 
 Kernels that call these are compiled with `enable_fp_fusion=False`, so that a product and a sum stay
 two roundings.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softgrpo_kernels.reference.noise import GAMMA_ATTEMPTS
+from softgrpo_kernels.noise import GAMMA_ATTEMPTS
 
 BLOCK = 256
 _GAMMA_ATTEMPTS = tl.constexpr(GAMMA_ATTEMPTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.reference.noise import gumbel_noise
+from softgrpo_kernels.noise import gumbel_noise
 from softgrpo_kernels.reference.perturb import perturb
 from softgrpo_kernels.reference.soft_embedding import soft_embedding, soft_weights
 from softgrpo_kernels.row_rules import GREEDY, SKIP, SOFT

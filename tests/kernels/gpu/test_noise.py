@@ -10,7 +10,7 @@ import triton.language as tl
 
 from softgrpo_kernels import reference
 from softgrpo_kernels.gpu import noise as gpu
-from softgrpo_kernels.reference.noise import log_gamma_noise, normal_noise
+from softgrpo_kernels.noise import log_gamma_noise, normal_noise
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden_noise.json").read_text())
 KEYS = ("seed", "position", "uid", "stream")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.reference import noise as reference
-from softgrpo_kernels.reference.perturb import MIN_SHAPE, MIN_WEIGHT
+from softgrpo_kernels import noise as reference
+from softgrpo_kernels.methods.dirichlet import MIN_SHAPE
+from softgrpo_kernels.methods.gaussian import MIN_WEIGHT
 from softgrpo_kernels.row_rules import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE, SOFT
 from softgrpo_kernels.rows import RowParameters
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from softgrpo_kernels import cpu
+from softgrpo_kernels import noise as reference
 from softgrpo_kernels.extension import cpu_extension
-from softgrpo_kernels.reference import noise as reference
 
 from .memory import first, rows_of
 

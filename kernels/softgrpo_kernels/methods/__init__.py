@@ -1,0 +1,40 @@
+"""Soft-thinking methods, each in a file of its own: draw, weights, record, density.
+
+A new one is a subclass of `Method` in a new file and an entry of METHODS. One that draws as another
+does needs no more; a draw of its own has a number of its own, and a case in C++
+(csrc/perturb.cpp) and Triton, without which those back ends do not know it.
+"""
+
+from __future__ import annotations
+
+from softgrpo_kernels.methods.concrete import Concrete
+from softgrpo_kernels.methods.dirichlet import Dirichlet
+from softgrpo_kernels.methods.gaussian import Gaussian
+from softgrpo_kernels.methods.gumbel import Gumbel
+from softgrpo_kernels.methods.method import Method
+from softgrpo_kernels.methods.multiplex import Multiplex
+from softgrpo_kernels.methods.official import Official
+from softgrpo_kernels.methods.plain import Plain
+
+# Of methods with one noise the first is the one that stands for it where no density is asked for.
+METHODS: tuple[Method, ...] = (
+    Gumbel(), Concrete(), Official(), Plain(), Dirichlet(), Gaussian(), Multiplex(),
+)  # fmt: skip
+# The methods that draw differently, in the order of their numbers.
+DRAWS = tuple(sorted({m.noise: m for m in reversed(METHODS)}.values(), key=lambda m: m.code))
+NOISES = tuple(method.noise for method in DRAWS)
+OBJECTIVES = tuple(dict.fromkeys(m.objective for m in METHODS if m.objective is not None))
+
+
+def method_of(noise: str, objective: str | None = None) -> Method:
+    """The method with this noise and this density; None: whatever its density.
+
+    Raises:
+        ValueError: there is none; the message lists the names.
+    """
+    if noise not in NOISES:
+        raise ValueError(f"noise must be one of {', '.join(NOISES)}, not {noise!r}")
+    found = [m for m in METHODS if m.noise == noise and objective in (None, m.objective)]
+    if found:
+        return found[0]
+    raise ValueError(f"noise {noise!r} has no density {objective!r}")

@@ -1,0 +1,89 @@
+"""What a soft-thinking method is."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Noise(NamedTuple):
+    """How the noise of some rows is drawn.
+
+    scale, clamp_low, clamp_high: float [B, 1]. keys: seed, position, uid, stream, int64 [B] each.
+    """
+
+    scale: Tensor
+    clamp_low: Tensor
+    clamp_high: Tensor
+    keys: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Method:
+    """One way of soft thinking: how a position is drawn, what is fed, and how it is scored.
+
+    A method is a subclass in a file of its own and an entry of `methods.METHODS`; the kernels, the
+    engine, the configuration and the trainer ask it for all that differs between methods. What it
+    records is the same for all: ids and g' of the candidates, best first, of which the weights are
+    softmax(g' / tau).
+
+    Attributes:
+        noise: name of its noise: `noise` of `soft_token`, `rollout.soft.noise`.
+        code: number of that noise in the tables of the rows, the same in C++ and Triton.
+        objective: name of its density: `algorithm.objective`. None: it has none.
+        why_untrained: why it has none, and what to take instead.
+        draws_weights: g' is the logarithm of a weight that was drawn itself: it goes with tau 1.
+        keeps_logp: log p of the candidates comes back from the record (`rollout_logp`).
+        ending: how the token that ends a soft phase is scored: over its recorded "candidates", over
+            the whole "vocabulary", or by the "density" of its g', of which it is a function.
+        noise_clip, eps: settings of `soft_token` that belong to its density.
+    """
+
+    noise: ClassVar[str]
+    code: ClassVar[int]
+    objective: ClassVar[str | None] = None
+    why_untrained: ClassVar[str] = ""
+    draws_weights: ClassVar[bool] = False
+    keeps_logp: ClassVar[bool] = True
+    ending: ClassVar[Literal["candidates", "vocabulary", "density"]] = "candidates"
+    noise_clip: ClassVar[tuple[float, float] | None] = None
+    eps: ClassVar[float] = 0.0
+    scale_rule: ClassVar[str] = "noise_scale must be >= 0 and finite"
+
+    @classmethod
+    def refuses_scale(cls, scale: Any) -> Any:
+        """Whether a noise_scale, >= 0 and finite, is not allowed (`scale_rule` says what is); of a
+        number or of each number of a tensor."""
+        return scale < 0.0
+
+    def perturb(self, logp: Tensor, ids: Tensor, used: Tensor, noise: Noise) -> Tensor:
+        """g' of every slot in plain PyTorch: the meaning of the C++ and Triton code.
+
+        logp, ids, used: [B, K], of the candidates; a slot that is not used holds anything, in the
+        result too.
+        """
+        raise NotImplementedError
+
+    def density(self, logq: Tensor, gprime: Tensor, scale: float) -> Tensor:
+        """Log-density [N] of recorded g' under the current log q, differentiable in log q.
+
+        logq, gprime: [N, K], dead slots -inf in g'; 0 where no slot is live, NaN where a live slot
+        holds a NaN.
+        """
+        raise NotImplementedError
+
+    def rollout_logp(self, gprime: Tensor, gumbel: Tensor, scale: float) -> Tensor:
+        """log p that the rollout drew from [N, K], recovered from g' and the standard Gumbel noise
+        of its candidates; to a rounding of the larger of the two."""
+        return gprime - scale * gumbel
+
+
+def live_slots(logq: Tensor, gprime: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log q, g', which slots are live), both 0 in dead slots and in log q's dtype.
+
+    Dead slots leave before any arithmetic: -inf - -inf would put NaN into the gradient.
+    """
+    live = gprime != -torch.inf  # NaN is live: it must not vanish
+    logq = torch.where(live, logq, 0.0)
+    return logq, torch.where(live, gprime, 0.0).to(logq.dtype), live

@@ -1,0 +1,48 @@
+"""Log-density of a recorded soft token of Gumbel noise."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from softgrpo_kernels.methods import METHODS, method_of
+
+
+def soft_density(
+    logq: Tensor, gprime: Tensor, *, objective: str = "exact", noise_scale: float = 1.0
+) -> Tensor:
+    """Log-density of the recorded g' given the current log q, differentiable in logq.
+
+    With u_i = (g'_i - log q_i) / c, c the noise scale, over the n live slots (g' not -inf):
+
+    - ``exact``: sum_i (-u_i - exp(-u_i)) - n log c, the density of g';
+    - ``concrete``: lgamma(n) - sum_i u_i - n LSE_i(-u_i) - (n - 1) log c, the density of g' modulo
+      a common shift, which the mixture does not see (Maddison et al. 2017, ExpConcrete);
+    - ``official``: log(q + 1e-6) for log q, u clamped to [-1.5, 3] (no gradient outside, nor within
+      1e-3 of a bound, where clipped noise comes back), mean over the slots with log q > -3, 0 where
+      there is none.
+
+    Args:
+        logq: [N, K], log q over the row's candidates (dead slots: anything).
+        gprime: [N, K], as recorded; dead slots -inf.
+        noise_scale: c > 0.
+
+    Returns:
+        [N] in logq's dtype; 0 in rows without live slots; NaN, and so is the gradient, where a live
+        slot holds a NaN.
+
+    Raises:
+        ValueError: an unknown objective, a noise scale that is no positive number, two shapes.
+    """
+    objectives = [m.objective for m in METHODS if m.noise == "gumbel"]
+    if objective not in objectives:
+        raise ValueError(f"objective must be one of {', '.join(objectives)}, not {objective!r}")
+    if not 0.0 < noise_scale < math.inf:
+        raise ValueError(f"noise_scale must be > 0 and finite, not {noise_scale}")
+    if logq.shape != gprime.shape or logq.dim() == 0:
+        raise ValueError(
+            f"need logq and gprime of one shape [N, K], got {list(logq.shape)} and "
+            f"{list(gprime.shape)}"
+        )
+    return method_of("gumbel", objective).density(logq, gprime, noise_scale)
