@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from softgrpo.algorithm.advantages import group_advantages
-from softgrpo.algorithm.loss import loss_mask, token_weights
+from softgrpo.algorithm.loss import token_weights
 from softgrpo.algorithm.positions import Positions
 from softgrpo.config import Config
 from softgrpo.data.training import TrainingData
@@ -98,7 +98,9 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 def gradient(policy: Policy, batch: RolloutBatch, advantages_S: Tensor) -> Tensor:
     """Gradient [P] of the on-policy loss of one batch with respect to all weights, float32."""
-    weights_T = token_weights(batch, loss_mask(batch, False), "token", 0)
+    weights_T = token_weights(
+        ~batch.soft.forced.bool(), batch.sample_of_token, len(batch.group), "token", 0
+    )
     advantages_T = advantages_S[batch.sample_of_token]
     parameters = list(policy.decoder.parameters())
     for parameter in parameters:

@@ -7,12 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 K_MAX = 64  # most candidates that the kernels record for one position
-
-# Kinds of noise, in the order of softgrpo_kernels.rows.NOISES.
-NOISES = ("gumbel", "none", "dirichlet", "gaussian", "multiplex")
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -79,7 +76,7 @@ class SoftParams:
     top_p: float = 0.95
     temperature: float = 1.0
     tau: float = 0.1
-    noise: Literal["gumbel", "none", "dirichlet", "gaussian", "multiplex"] = "gumbel"
+    noise: str = "gumbel"
     noise_scale: float = 1.0
     noise_clip: tuple[float, float] | None = None
     eps: float = 0.0
@@ -93,11 +90,13 @@ class SoftParams:
             0 < self.temperature < math.inf, "soft temperature", self.temperature, "finite and > 0"
         )
         _require(0 < self.tau < math.inf, "tau", self.tau, "finite and > 0")
+        # Not at the top: the scheduler, which knows these parameters, knows no torch.
+        from softgrpo_kernels.methods import NOISES, method_of
+
         _require(self.noise in NOISES, "noise", self.noise, " or ".join(NOISES))
         _require(0 < self.noise_scale < math.inf, "noise_scale", self.noise_scale, "> 0")
-        if self.noise == "multiplex":
-            draws = self.noise_scale
-            _require(draws in range(1, K_MAX + 1), "noise_scale", draws, f"1, 2 .. {K_MAX} draws")
+        if method_of(self.noise).refuses_scale(self.noise_scale):
+            raise ValueError(f"noise_scale={self.noise_scale}: {method_of(self.noise).scale_rule}")
         _require(0 <= self.eps < 1, "eps", self.eps, ">= 0 and < 1")
         if self.noise_clip is not None:
             low, high = self.noise_clip

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from softgrpo_kernels.methods import DIRICHLET, DRAWS, GUMBEL, NOISES
+
 # Values of `mode`.
 GREEDY, DISCRETE, SOFT, SKIP = range(4)
-# Values of `noise`: each method of soft thinking is one of them.
-NOISES = ("gumbel", "none", "dirichlet", "gaussian", "multiplex")
-GUMBEL, NONE, DIRICHLET, GAUSSIAN, MULTIPLEX = range(5)
 
 MAX_CANDIDATES = 64
 
@@ -89,12 +88,11 @@ def surely_sound(low: Values, high: Values) -> bool:
     fine &= high.clamp_low <= low.clamp_high and high.clamp_low <= LARGEST
     fine &= low.clamp_high >= -LARGEST
     fine &= min(low[10:]) >= 0 and max(high[10:13]) <= LAST_WORD
-    fine &= high.mode <= SKIP and high.noise <= MULTIPLEX
+    fine &= high.mode <= SKIP and high.noise < len(DRAWS)
     if fine and high.noise >= DIRICHLET:
-        fine = high.stream <= LAST_STREAM_OF_DRAWS and low.noise_scale > 0.0
-    if fine and high.noise == MULTIPLEX:
-        draws = low.noise_scale
-        fine = draws == high.noise_scale and 1.0 <= draws <= MAX_CANDIDATES and draws % 1.0 == 0.0
+        scale, methods = low.noise_scale, DRAWS[int(low.noise) : int(high.noise) + 1]
+        fine = high.stream <= LAST_STREAM_OF_DRAWS and scale == high.noise_scale
+        fine &= not any(method.refuses_scale(scale) for method in methods)
     return fine
 
 
@@ -148,23 +146,18 @@ def rules_of(v: Values, k_max: int) -> Iterator[Rule]:
 
 def _rules_of_noise(v: Values, soft: Any) -> Iterator[Rule]:
     yield Rule(
-        soft & _outside(v.noise, GUMBEL, MULTIPLEX), "noise", v.noise,
-        f"noise must be 0 .. {MULTIPLEX} ({', '.join(NOISES)})",
+        soft & _outside(v.noise, 0, len(DRAWS) - 1), "noise", v.noise,
+        f"noise must be 0 .. {len(DRAWS) - 1} ({', '.join(NOISES)})",
     )  # fmt: skip
     yield Rule(
         soft & (v.noise >= DIRICHLET) & (v.stream > LAST_STREAM_OF_DRAWS), "stream", v.stream,
         "stream must be below 2^16 with dirichlet, gaussian, multiplex noise",
     )  # fmt: skip
-    scale = v.noise_scale
-    yield Rule(
-        soft & (v.noise == DIRICHLET) & (scale == 0.0), "noise_scale", scale,
-        "noise_scale, Dirichlet's concentration, must be > 0",
-    )  # fmt: skip
-    yield Rule(
-        soft & (v.noise == MULTIPLEX) & (_outside(scale, 1.0, MAX_CANDIDATES) | (scale % 1.0 != 0)),
-        "noise_scale", scale,
-        f"noise_scale, the number of draws of multiplex noise, must be 1, 2 .. {MAX_CANDIDATES}",
-    )  # fmt: skip
+    for method in DRAWS:
+        yield Rule(
+            soft & (v.noise == method.code) & method.refuses_scale(v.noise_scale),
+            "noise_scale", v.noise_scale, method.scale_rule,
+        )  # fmt: skip
 
 
 def check_numbers(v: Values, k_max: int) -> None:

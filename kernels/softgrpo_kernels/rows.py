@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels.checks import check_device, check_integers, check_k_max, check_word
+from softgrpo_kernels.methods import NOISES
 from softgrpo_kernels.row_rules import (
     ARGUMENTS,
     DISCRETE,
-    NOISES,
     SOFT,
     Values,
     check_numbers,

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from softgrpo_kernels.methods import METHODS, method_of
+from softgrpo_kernels.methods import method_of
 
 
 def soft_density(
@@ -35,9 +35,7 @@ def soft_density(
     Raises:
         ValueError: an unknown objective, a noise scale that is no positive number, two shapes.
     """
-    objectives = [m.objective for m in METHODS if m.noise == "gumbel"]
-    if objective not in objectives:
-        raise ValueError(f"objective must be one of {', '.join(objectives)}, not {objective!r}")
+    method = method_of("gumbel", objective)
     if not 0.0 < noise_scale < math.inf:
         raise ValueError(f"noise_scale must be > 0 and finite, not {noise_scale}")
     if logq.shape != gprime.shape or logq.dim() == 0:
@@ -45,4 +43,4 @@ def soft_density(
             f"need logq and gprime of one shape [N, K], got {list(logq.shape)} and "
             f"{list(gprime.shape)}"
         )
-    return method_of("gumbel", objective).density(logq, gprime, noise_scale)
+    return method.density(logq, gprime, noise_scale)

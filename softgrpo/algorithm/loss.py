@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from softgrpo.config.sections import AlgorithmConfig
-from softgrpo.rollout.batch import FINISH_REASONS, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -22,23 +21,22 @@ class PolicyLoss:
     kl: Tensor | None
 
 
-def loss_mask(batch: RolloutBatch, mask_truncated: bool) -> Tensor:
+def loss_mask(forced_T: Tensor, cut_T: Tensor, mask_truncated: bool) -> Tensor:
     """Which tokens are learnt from, bool [T]: those that were chosen, not put there by a budget.
 
-    mask_truncated: and not those of a response that the length limit cut (overlong filtering of
-    DAPO, arXiv 2503.14476). Its reward counts in its group all the same.
+    forced_T: bool [T]. cut_T: bool [T], in a response that the length limit cut; with
+    mask_truncated these are left out (overlong filtering of DAPO, arXiv 2503.14476), though its
+    reward counts in its group all the same.
     """
-    mask_T = ~batch.soft.forced.bool()
-    if mask_truncated:
-        cut_S = batch.finish == FINISH_REASONS.index("length")
-        mask_T &= ~cut_S[batch.sample_of_token]
-    return mask_T
+    return ~(forced_T | cut_T) if mask_truncated else ~forced_T
 
 
 def token_weights(
-    batch: RolloutBatch, mask_T: Tensor, aggregation: str, max_new_tokens: int
+    mask_T: Tensor, sample_T: Tensor, num_samples: int, aggregation: str, max_new_tokens: int
 ) -> Tensor:
     """Weight [T] of each token's loss, so that a weighted sum is the loss of the whole batch.
+
+    mask_T: bool [T], see `loss_mask`. sample_T: int64 [T], the sample of each, of num_samples.
 
     ``token``: mean over the tokens of the batch. ``sequence``: mean over samples of the mean over
     their tokens. ``constant``: sum / (samples * max_new_tokens) (Dr.GRPO). Masked tokens weigh 0.
@@ -46,16 +44,14 @@ def token_weights(
     mask = mask_T.float()
     if aggregation == "token":
         return mask / mask.sum().clamp(min=1.0)
-    samples = len(batch.group)
     if aggregation == "constant":
-        return mask / (samples * max_new_tokens)
+        return mask / (num_samples * max_new_tokens)
     if aggregation != "sequence":
         raise ValueError(
             f"unknown loss_aggregation {aggregation!r}; known: token, sequence, constant"
         )
-    owner = batch.sample_of_token
-    counts = torch.zeros(samples).index_add_(0, owner, mask)
-    return mask / (counts.clamp(min=1.0)[owner] * samples)
+    counts = torch.zeros(num_samples).index_add_(0, sample_T, mask)
+    return mask / (counts.clamp(min=1.0)[sample_T] * num_samples)
 
 
 def policy_loss(

@@ -7,23 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softgrpo.rollout.batch import RolloutBatch
-from softgrpo_engine import SoftTokens
+from softgrpo_kernels.methods import METHODS
+from softgrpo_kernels.methods.method import Method
 
 
 @dataclass(frozen=True)
 class DensitySettings:
     """How positions were sampled and how they are scored; the same on both sides by construction.
 
-    noise: gumbel, dirichlet or gaussian; noise_scale as in SoftParams. discrete_full: discrete
-    positions are scored over the whole vocabulary instead of over their recorded candidates.
-    discrete_listed: those candidates are on the record. max_soft_tokens: budget of the soft phase,
-    None = unlimited.
+    noise_scale: as in SoftParams. discrete_full: discrete positions are scored over the whole
+    vocabulary instead of over their recorded candidates. discrete_listed: those candidates are on
+    the record. max_soft_tokens: budget of the soft phase, None = unlimited.
     """
 
-    objective: str = "exact"
+    method: Method = METHODS[0]
     tau: float = 0.1
-    noise: str = "gumbel"
     noise_scale: float = 1.0
     soft_temperature: float = 1.0
     discrete_temperature: float = 1.0
@@ -31,10 +29,6 @@ class DensitySettings:
     discrete_listed: bool = True
     soft_enabled: bool = True
     max_soft_tokens: int | None = None
-
-    @property
-    def official(self) -> bool:
-        return self.objective == "official"
 
 
 @dataclass(frozen=True)
@@ -67,10 +61,15 @@ class PositionClasses:
     rows: ClassRows
 
 
-def classify(batch: RolloutBatch, settings: DensitySettings) -> PositionClasses:
-    """Sorts the positions of a batch, on the host, into the classes of their density."""
-    kind, forced = batch.soft.kind.bool(), batch.soft.forced.bool()
-    index = batch.index_in_response
+def classify(
+    kind: Tensor, forced: Tensor, index: Tensor, settings: DensitySettings
+) -> PositionClasses:
+    """Sorts positions, on the host, into the classes of their density.
+
+    kind: uint8 [T], 1 soft; forced: bool [T]; index: int64 [T], the place of each in its response,
+    which are packed one behind the other.
+    """
+    kind = kind.bool()
     # A position is of the soft phase when the one before it was soft: the phase never comes back.
     after_soft = torch.ones_like(kind)
     after_soft[1:] = kind[:-1]
@@ -79,12 +78,10 @@ def classify(batch: RolloutBatch, settings: DensitySettings) -> PositionClasses:
     if settings.max_soft_tokens is not None:
         soft_phase &= index < settings.max_soft_tokens
     full = ~soft_phase & settings.discrete_full
-    if settings.official:
+    if settings.method.ending == "vocabulary":
         full |= soft_phase & ~kind
     full &= ~forced
-    # Only of Gumbel noise is the chance of the argmax known: the token that ended a soft phase of
-    # another noise is scored by the density of its g', of which it is a function.
-    soft = kind if settings.noise == "gumbel" else kind | soft_phase
+    soft = kind | soft_phase if settings.method.ending == "density" else kind
     masks = {
         "soft": soft,
         "candidates": ~soft & ~full & ~forced,
@@ -99,12 +96,16 @@ def classify(batch: RolloutBatch, settings: DensitySettings) -> PositionClasses:
 class Positions:
     """The T response positions of a pass, with all that their densities are computed from.
 
-    soft: SoftTokens [T, K]. logprobs: float32 [T], the rollout's log p of the token. uid, position:
-    int64 [T], counters of the noise. sample: int64 [T], the sample of each, of num_samples. seed,
-    stream: the other keys of the noise.
+    ids, gprime: [T, K], kind, token: [T], the record (`softgrpo_engine.SoftTokens`). logprobs:
+    float32 [T], the rollout's log p of the token. uid, position: int64 [T], counters of the noise.
+    sample: int64 [T], the sample of each, of num_samples. seed, stream: the other keys of the
+    noise.
     """
 
-    soft: SoftTokens
+    ids: Tensor
+    gprime: Tensor
+    kind: Tensor
+    token: Tensor
     logprobs: Tensor
     uid: Tensor
     position: Tensor
@@ -113,19 +114,3 @@ class Positions:
     num_samples: int
     seed: int
     stream: int
-
-    @staticmethod
-    def of(batch: RolloutBatch, settings: DensitySettings) -> Positions:
-        """Those of a batch, on the host as it is."""
-        sample = batch.sample_of_token
-        return Positions(
-            soft=batch.soft,
-            logprobs=batch.logprobs,
-            uid=batch.uid[sample],
-            position=batch.position,
-            sample=sample,
-            classes=classify(batch, settings),
-            num_samples=len(batch.group),
-            seed=batch.seed,
-            stream=batch.stream,
-        )

@@ -19,8 +19,7 @@ def check(config: Sections) -> None:
         )
     if not config.reward.functions:
         raise ConfigError("reward.functions is empty: name at least one reward function")
-    if config.rollout.soft.enabled:
-        _check_noise(config)
+    _check_method(config)
     _check_algorithm(config)
     find_engine(config.rollout.engine)
     if config.lora.rank and find_spec("peft") is None:
@@ -58,41 +57,47 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_noise(config: Sections) -> None:
-    """A density for the recorded g' must exist, and be that of the noise."""
+def _check_method(config: Sections) -> None:
+    """There is such a method, it has a density, and what it needs of the other settings holds."""
+    # Imported here: PyTorch comes with it, which takes seconds, and all keys have been read.
+    from softgrpo_kernels.methods import NOISES, OBJECTIVES, method_of, objectives_of
+
     soft, objective = config.rollout.soft, config.algorithm.objective
-    if soft.noise == "none":
-        raise ConfigError(
-            "rollout.soft.noise: 'none' cannot be trained, its samples have no density; "
-            "use gumbel, or rollout.soft.enabled=false for discrete rollouts"
-        )
-    if soft.noise == "multiplex":
-        raise ConfigError(
-            "rollout.soft.noise: 'multiplex' cannot be trained: its record holds the tokens drawn, "
-            "not the set that they were drawn from, so their probability is not known; use gumbel"
-        )
-    if soft.noise_clip is not None and objective == "official":
-        raise ConfigError(
-            "rollout.soft.noise_clip: leave it null: algorithm.objective 'official' sets the "
-            "clip [-1.5, 3] itself"
-        )
-    if soft.noise_clip is not None:
-        raise ConfigError(
-            f"rollout.soft.noise_clip: leave it null: algorithm.objective {objective!r} is "
-            "the density of unclipped noise (the released models used 'official')"
-        )
-    if soft.noise == "gumbel":
+    for key, value, names in (
+        ("rollout.soft.noise", soft.noise, NOISES),
+        ("algorithm.objective", objective, OBJECTIVES),
+    ):
+        if value not in names:
+            raise ConfigError(f"{key}: {value!r} is not allowed: must be one of {', '.join(names)}")
+    if not soft.enabled:
         return
-    if objective != "exact":
+    known = objectives_of(soft.noise)
+    if not known:
+        why = method_of(soft.noise).why_untrained
+        raise ConfigError(f"rollout.soft.noise: {soft.noise!r} cannot be trained: {why}")
+    if objective not in known:
         raise ConfigError(
             f"algorithm.objective: {objective!r} is a density of Gumbel noise; "
-            f"rollout.soft.noise {soft.noise!r} needs objective exact"
+            f"rollout.soft.noise {soft.noise!r} needs objective {' or '.join(known)}"
         )
-    if soft.tau != 1.0:
+    method = method_of(soft.noise, objective)
+    if soft.noise_clip is not None:
+        clip = list(method.noise_clip or ())
+        raise ConfigError(
+            f"rollout.soft.noise_clip: leave it null: algorithm.objective {objective!r} "
+            + (
+                f"sets the clip {clip} itself"
+                if clip
+                else "is the density of unclipped noise (the released models used 'official')"
+            )
+        )
+    if method.draws_weights and soft.tau != 1.0:
         raise ConfigError(
             f"rollout.soft.tau: noise {soft.noise!r} draws the weights themselves; set tau=1"
         )
-    if config.algorithm.correction.mode != "none":
+    if method.refuses_scale(soft.noise_scale):
+        raise ConfigError(f"rollout.soft.noise_scale: {method.scale_rule}")
+    if not method.keeps_logp and config.algorithm.correction.mode != "none":
         raise ConfigError(
             f"algorithm.correction.mode: the record of {soft.noise!r} noise does not give the "
             "rollout's probabilities back, so its density is not known; set mode=none"

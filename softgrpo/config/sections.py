@@ -126,7 +126,7 @@ class SoftConfig:
     top_p: the nucleus among them
     temperature: of the logits
     tau: temperature of the Gumbel-Softmax; small means nearly one token
-    noise: `gumbel`, `dirichlet` and `gaussian` have a density to train with
+    noise: `gumbel`, `dirichlet`, `gaussian`; `multiplex` and `none` have no density to train with
     noise_scale: factor of Gumbel noise, concentration of Dirichlet, sigma of Gaussian noise
     noise_clip: bounds of the noise; the objective `official` sets its own
     end_of_thinking: `auto` (`</think>` where the tokenizer has it), a token, its id, or null
@@ -138,7 +138,7 @@ class SoftConfig:
     top_p: Fraction = 0.95
     temperature: Positive = 1.0
     tau: Positive = 0.1
-    noise: Literal["gumbel", "dirichlet", "gaussian", "multiplex", "none"] = "gumbel"
+    noise: str = "gumbel"
     noise_scale: Positive = 1.0
     noise_clip: tuple[float, float] | None = None
     end_of_thinking: int | str | None = "auto"
@@ -218,7 +218,7 @@ class CorrectionConfig:
 class AlgorithmConfig:
     """What is maximised.
 
-    objective: density of a soft position
+    objective: density of a soft position: `exact`, `official` or `concrete`
     discrete_logprob: a discrete position is scored over its recorded `candidates` or the `full`
         vocabulary; `auto`: its candidates where `rollout.top_k` leaves at most 64
     advantage: `grpo` (R - mean) / std, `dr_grpo` R - mean, `loo` R - mean of the others
@@ -235,7 +235,7 @@ class AlgorithmConfig:
     mask_truncated: responses that the length limit cut are not learnt from
     """
 
-    objective: Literal["exact", "official", "concrete"] = "exact"
+    objective: str = "exact"
     discrete_logprob: Literal["auto", "candidates", "full"] = "auto"
     advantage: Literal["grpo", "dr_grpo", "loo"] = "grpo"
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"

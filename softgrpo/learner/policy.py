@@ -57,7 +57,7 @@ class Policy(nn.Module):
         config = self.decoder.config
         device = self.decoder.embed_weight.device
         # Here a batch goes to the device; all that depends on its values was worked out before.
-        positions = on_device(Positions.of(batch, self.settings), device)
+        positions = on_device(batch.positions(self.settings), device)
         packed = on_device(PackedInputs.of(batch), device)
         attention = GroupAttention(
             packed.prompt_lens,
@@ -81,15 +81,14 @@ class Policy(nn.Module):
             return embeds
         ids, gprime, kind = (
             part.index_select(0, packed.mixed_from)
-            for part in (positions.soft.ids, positions.soft.gprime, positions.soft.kind)
+            for part in (positions.ids, positions.gprime, positions.kind)
         )
         weights = soft_weights(gprime, kind, self.settings.tau)
         mixture = soft_embedding(ids, weights, master_VH.detach().to(self.dtype))
         return embeds.index_copy(0, packed.mixed, mixture)
 
     def _score(self, hidden_TH: Tensor, positions: Positions) -> PositionLogProbs:
-        settings, soft = self.settings, positions.soft
-        classes, rows = positions.classes, positions.classes.rows
+        settings, classes, rows = self.settings, positions.classes, positions.classes.rows
         # The gradient of the head goes straight into the master's: no [V, H] temporary.
         master_VH = self.decoder.lm_head_weight
         head_VH = master_VH.detach().to(self.dtype)
@@ -99,17 +98,17 @@ class Policy(nn.Module):
         logq = linear_candidate_logprob(
             hidden_TH.index_select(0, rows.listed),
             head_VH,
-            soft.ids.index_select(0, rows.listed),
+            positions.ids.index_select(0, rows.listed),
             temperature=temperature_T.index_select(0, rows.listed),
             grad_weight=master_VH,
         )
-        logq_TK = logq.new_full(soft.ids.shape, -torch.inf).index_copy(0, rows.listed, logq)
-        token_logp_T = logq.new_zeros(len(soft.token))
+        logq_TK = logq.new_full(positions.ids.shape, -torch.inf).index_copy(0, rows.listed, logq)
+        token_logp_T = logq.new_zeros(len(positions.token))
         if len(rows.full):
             token_logp = linear_token_logprob(
                 hidden_TH.index_select(0, rows.full),
                 head_VH,
-                soft.token.index_select(0, rows.full),
+                positions.token.index_select(0, rows.full),
                 temperature=temperature_T.index_select(0, rows.full),
                 grad_weight=master_VH,
             )

@@ -124,9 +124,12 @@ class Update:
         if self.reference is not None:
             return groups
         learnt_S = torch.zeros(len(batch.group), dtype=torch.bool)
-        learnt_S[batch.sample_of_token[loss_mask(batch, self.algorithm.mask_truncated)]] = True
+        learnt_S[batch.sample_of_token[self._mask(batch)]] = True
         useful = set(batch.group[learnt_S & (advantages_S != 0)].tolist())
         return [g for g in groups if g in useful]
+
+    def _mask(self, batch: RolloutBatch) -> Tensor:
+        return loss_mask(batch.soft.forced.bool(), batch.is_cut, self.algorithm.mask_truncated)
 
     def _minibatch(
         self,
@@ -142,8 +145,9 @@ class Update:
         whole, whole_rows = batch.select_groups(groups)
         weights_T = torch.zeros(len(batch.soft.token))
         weights_T[whole_rows] = token_weights(
-            whole,
-            loss_mask(whole, self.algorithm.mask_truncated),
+            self._mask(whole),
+            whole.sample_of_token,
+            len(whole.group),
             self.algorithm.loss_aggregation,
             self.max_new_tokens,
         )
@@ -232,7 +236,7 @@ class Update:
         statistics.add(_DIFFERENCE, difference, classes.full & ~classes.listed)
         behaviour = log_densities(theirs, positions.logprobs, positions, settings)
         known = ~classes.forced
-        if settings.noise != "gumbel":
+        if not settings.method.keeps_logp:
             known &= ~classes.soft
         log_ratio = torch.where(known, current.density - behaviour, 0.0)
         weights, beyond = importance_weights(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softgrpo.algorithm.advantages import groups_with_spread
 from softgrpo.algorithm.density import rollout_logq
-from softgrpo.algorithm.positions import DensitySettings, Positions
+from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.rollout.batch import FINISH_REASONS, RolloutBatch
 from softgrpo_kernels import soft_weights
 
@@ -52,7 +52,7 @@ def soft_metrics(batch: RolloutBatch, settings: DensitySettings) -> dict[str, fl
     if not settings.soft_enabled:
         return {}
     weights = soft_weights(batch.soft.gprime[soft], batch.soft.kind[soft], settings.tau)
-    kept = rollout_logq(Positions.of(batch, settings), settings)[soft] != -torch.inf
+    kept = rollout_logq(batch.positions(settings), settings)[soft] != -torch.inf
     return {
         "soft/effective_candidates": _mean(1.0 / weights.square().sum(-1)),
         "soft/top_weight": _mean(weights.amax(-1)),

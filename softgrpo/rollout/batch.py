@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from softgrpo.algorithm.positions import DensitySettings, Positions, classify
 from softgrpo_engine import Output, SoftTokens
 
 FINISH_REASONS = ("stop", "length", "abort")
@@ -92,6 +93,29 @@ class RolloutBatch:
         """Index of each response token in its sequence, prompt included: int64 [T]."""
         prompt_lens = self.prompt_lens.long()[self.group.long()]
         return self.index_in_response + prompt_lens[self.sample_of_token]
+
+    @property
+    def is_cut(self) -> Tensor:
+        """Whether the length limit cut the response of each token, bool [T]."""
+        return (self.finish == FINISH_REASONS.index("length"))[self.sample_of_token]
+
+    def positions(self, settings: DensitySettings) -> Positions:
+        """The response positions, on the host as they are."""
+        soft, sample = self.soft, self.sample_of_token
+        return Positions(
+            ids=soft.ids,
+            gprime=soft.gprime,
+            kind=soft.kind,
+            token=soft.token,
+            logprobs=self.logprobs,
+            uid=self.uid[sample],
+            position=self.position,
+            sample=sample,
+            classes=classify(soft.kind, soft.forced.bool(), self.index_in_response, settings),
+            num_samples=len(self.group),
+            seed=self.seed,
+            stream=self.stream,
+        )
 
     def select_groups(self, keep: Sequence[int]) -> tuple[RolloutBatch, Tensor]:
         """The batch of some groups (in ascending order), and the rows [T'] kept of the T tokens."""

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from softgrpo.algorithm.density import OFFICIAL_EPS, OFFICIAL_NOISE_CLIP
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.config import Config, ConfigError
 from softgrpo.config.sections import RolloutConfig
 from softgrpo.rollout.engines import RolloutEngine
 from softgrpo_engine import Output, SamplingParams, SoftParams
 from softgrpo_engine.params import K_MAX
+from softgrpo_kernels.methods import METHODS, method_of
 
 ROLLOUT_STREAM, EVALUATION_STREAM = 0, 1
 
 
 def soft_params(rollout: RolloutConfig, objective: str) -> SoftParams | None:
-    """Soft settings of the engine, None for discrete rollouts.
-
-    `official` brings its own noise: clipped to [-1.5, 3] on log(p + 1e-6), every slot live.
-    """
+    """Soft settings of the engine, None for discrete rollouts."""
     soft = rollout.soft
     if not soft.enabled:
         return None
-    official = objective == "official"
+    method = method_of(soft.noise, objective)
     return SoftParams(
         top_k=soft.top_k,
         top_p=soft.top_p,
@@ -31,8 +28,8 @@ def soft_params(rollout: RolloutConfig, objective: str) -> SoftParams | None:
         tau=soft.tau,
         noise=soft.noise,
         noise_scale=soft.noise_scale,
-        noise_clip=OFFICIAL_NOISE_CLIP if official else soft.noise_clip,
-        eps=OFFICIAL_EPS if official else 0.0,
+        noise_clip=method.noise_clip or soft.noise_clip,
+        eps=method.eps,
         end_of_thinking=soft.end_of_thinking,
         max_soft_tokens=soft.max_soft_tokens,
     )
@@ -40,7 +37,7 @@ def soft_params(rollout: RolloutConfig, objective: str) -> SoftParams | None:
 
 def density_settings(config: Config) -> DensitySettings:
     """How the trainer scores what `soft_params` and `sampling_params` drew."""
-    rollout, algorithm = config.rollout, config.algorithm
+    rollout, algorithm, soft = config.rollout, config.algorithm, config.rollout.soft
     candidates = 0 < rollout.top_k <= K_MAX
     if algorithm.discrete_logprob == "candidates" and not candidates:
         raise ConfigError(
@@ -48,16 +45,15 @@ def density_settings(config: Config) -> DensitySettings:
         )
     full = algorithm.discrete_logprob == "full" or not candidates
     return DensitySettings(
-        objective=algorithm.objective,
-        tau=rollout.soft.tau,
-        noise=rollout.soft.noise,
-        noise_scale=rollout.soft.noise_scale,
-        soft_temperature=rollout.soft.temperature,
+        method=method_of(soft.noise, algorithm.objective) if soft.enabled else METHODS[0],
+        tau=soft.tau,
+        noise_scale=soft.noise_scale,
+        soft_temperature=soft.temperature,
         discrete_temperature=rollout.temperature,
         discrete_full=full,
         discrete_listed=candidates,
-        soft_enabled=rollout.soft.enabled,
-        max_soft_tokens=rollout.soft.max_soft_tokens,
+        soft_enabled=soft.enabled,
+        max_soft_tokens=soft.max_soft_tokens,
     )
 
 

@@ -128,8 +128,8 @@ def _rows(
     """The differences of two of the three, by phase; nothing for a phase that no position has."""
     rows = []
     distance_T = (density[0] - density[1]).abs()
-    # Of other noises than Gumbel the engine's own density is not on the record.
-    if settings.noise != "gumbel" and "engine" in who:
+    # The engine's own density may not be on the record.
+    if not settings.method.keeps_logp and "engine" in who:
         distance_T = torch.where(classes.soft, torch.nan, distance_T)
     for where, of_phase in (("soft", classes.soft_phase), ("discrete", ~classes.soft_phase)):
         part = dataclasses.replace(classes, listed=of_phase & classes.listed)
@@ -154,21 +154,21 @@ def _transformers_logq(
     vocabulary, by transformers' model."""
     embed_VH = model.get_input_embeddings().weight
     head_VH = model.get_output_embeddings().weight.float()
-    device, soft, phase = head_VH.device, positions.soft, positions.classes.soft_phase
+    device, phase = head_VH.device, positions.classes.soft_phase
     prompts = batch.prompt_ids.long().to(device).split(batch.prompt_lens.tolist())
-    weights_TK = reference.soft_weights(soft.gprime, soft.kind, settings.tau)
+    weights_TK = reference.soft_weights(positions.gprime, positions.kind, settings.tau)
     logq, token_logp, start = [], [], 0
     for group, length in zip(batch.group.tolist(), batch.response_lens.tolist(), strict=True):
         rows = slice(start, start + length)
         start += length
-        mixtures = reference.soft_embedding(soft.ids[rows], weights_TK[rows], embed_VH)
+        mixtures = reference.soft_embedding(positions.ids[rows], weights_TK[rows], embed_VH)
         inputs = torch.cat([F.embedding(prompts[group], embed_VH), mixtures])[None, :-1]
         hidden = model.base_model(inputs_embeds=inputs).last_hidden_state[0, -length:]
         temperature = torch.where(
             phase[rows], settings.soft_temperature, settings.discrete_temperature
         )
         logits = hidden.float() @ head_VH.T / temperature[:, None]
-        ids = soft.ids[rows].long()
+        ids = positions.ids[rows].long()
         listed = logits.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
         logq.append(listed.log_softmax(-1))
         token_logp.append(logits.log_softmax(-1).gather(1, ids[:, :1])[:, 0])

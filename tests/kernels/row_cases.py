@@ -3,7 +3,8 @@ row with k_max 8."""
 
 import torch
 
-from softgrpo_kernels.row_rules import DIRICHLET, DISCRETE, GAUSSIAN, GREEDY, MULTIPLEX, NONE
+from softgrpo_kernels.methods import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE
+from softgrpo_kernels.row_rules import DISCRETE, GREEDY
 
 NAN, INF = torch.nan, torch.inf
 

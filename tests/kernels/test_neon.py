@@ -13,7 +13,7 @@ import torch
 
 from softgrpo_kernels import SoftToken, reference, soft_token
 from softgrpo_kernels.cpu import DTYPES
-from softgrpo_kernels.row_rules import NOISES
+from softgrpo_kernels.methods import NOISES
 from softgrpo_kernels.rows import RowParameters
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ from scipy import special, stats
 
 from softgrpo_kernels import gumbel_noise, soft_token, soft_weights
 from softgrpo_kernels.extension import cpu_extension
-from softgrpo_kernels.row_rules import DIRICHLET, GAUSSIAN, GUMBEL, MULTIPLEX, NOISES
+from softgrpo_kernels.methods import DIRICHLET, GAUSSIAN, GUMBEL, MULTIPLEX, NOISES
 
 P = torch.tensor([0.5, 0.3, 0.12, 0.06, 0.02], dtype=torch.double)
 DRAWS = 100_000

@@ -10,7 +10,7 @@ from row_cases import BAD
 
 from softgrpo_kernels import SoftToken, gumbel_noise, soft_embedding, soft_token, soft_weights
 from softgrpo_kernels.extension import cpu_extension
-from softgrpo_kernels.row_rules import NOISES
+from softgrpo_kernels.methods import NOISES
 
 BACKENDS = ["reference"] if cpu_extension() is None else ["reference", "cpu"]
 needs_extension = pytest.mark.skipif(cpu_extension() is None, reason="no C++ extension")

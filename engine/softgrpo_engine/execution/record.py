@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softgrpo_engine.params import NOISES
 from softgrpo_engine.scheduling.sequence import Sequence
 from softgrpo_engine.soft_tokens import SoftTokens
 from softgrpo_engine.transfer import ToHost, to_device
 from softgrpo_kernels import RowParameters, SoftToken, soft_weights
+from softgrpo_kernels.methods import method_of
 
 GREEDY, DISCRETE, SOFT, SKIP = range(4)
 
@@ -228,4 +228,4 @@ def _soft(sequence: Sequence) -> tuple[list[float], list[int]]:
     assert soft is not None
     clip = soft.noise_clip or (-np.inf, np.inf)
     floats = [soft.temperature, soft.top_p, 0.0, soft.tau, soft.noise_scale, *clip, soft.eps]
-    return floats, [soft.top_k, *_key(sequence), SOFT, NOISES.index(soft.noise)]
+    return floats, [soft.top_k, *_key(sequence), SOFT, method_of(soft.noise).code]

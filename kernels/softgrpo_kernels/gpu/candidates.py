@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from softgrpo_kernels.gpu.noise import gumbel, log_gamma, normal
+from softgrpo_kernels.methods import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE
 from softgrpo_kernels.methods.dirichlet import MIN_SHAPE
 from softgrpo_kernels.methods.gaussian import MIN_WEIGHT
-from softgrpo_kernels.row_rules import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE
 
 NOTHING = tl.constexpr(-(2**63))
 _NONE, _DIRICHLET = tl.constexpr(NONE), tl.constexpr(DIRICHLET)

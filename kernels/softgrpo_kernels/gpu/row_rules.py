@@ -5,16 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from softgrpo_kernels.methods import DIRICHLET, GUMBEL, MULTIPLEX
 from softgrpo_kernels.row_rules import (
-    DIRICHLET,
     DISCRETE,
     GREEDY,
-    GUMBEL,
     LARGEST,
     LAST_STREAM_OF_DRAWS,
     LAST_WORD,
     MAX_CANDIDATES,
-    MULTIPLEX,
     SKIP,
     SMALLEST,
     SOFT,

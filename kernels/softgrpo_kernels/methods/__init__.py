@@ -18,12 +18,18 @@ from softgrpo_kernels.methods.plain import Plain
 
 # Of methods with one noise the first is the one that stands for it where no density is asked for.
 METHODS: tuple[Method, ...] = (
-    Gumbel(), Concrete(), Official(), Plain(), Dirichlet(), Gaussian(), Multiplex(),
+    Gumbel(), Official(), Concrete(), Plain(), Dirichlet(), Gaussian(), Multiplex(),
 )  # fmt: skip
 # The methods that draw differently, in the order of their numbers.
 DRAWS = tuple(sorted({m.noise: m for m in reversed(METHODS)}.values(), key=lambda m: m.code))
 NOISES = tuple(method.noise for method in DRAWS)
+GUMBEL, NONE, DIRICHLET, GAUSSIAN, MULTIPLEX = (method.code for method in DRAWS)
 OBJECTIVES = tuple(dict.fromkeys(m.objective for m in METHODS if m.objective is not None))
+
+
+def objectives_of(noise: str) -> list[str]:
+    """The densities that a noise has."""
+    return [m.objective for m in METHODS if m.noise == noise and m.objective is not None]
 
 
 def method_of(noise: str, objective: str | None = None) -> Method:
@@ -34,7 +40,8 @@ def method_of(noise: str, objective: str | None = None) -> Method:
     """
     if noise not in NOISES:
         raise ValueError(f"noise must be one of {', '.join(NOISES)}, not {noise!r}")
-    found = [m for m in METHODS if m.noise == noise and objective in (None, m.objective)]
-    if found:
-        return found[0]
-    raise ValueError(f"noise {noise!r} has no density {objective!r}")
+    for method in METHODS:
+        if method.noise == noise and objective in (None, method.objective):
+            return method
+    known = ", ".join(objectives_of(noise))
+    raise ValueError(f"objective must be one of {known} with {noise} noise, not {objective!r}")

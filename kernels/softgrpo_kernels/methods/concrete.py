@@ -13,7 +13,7 @@ from softgrpo_kernels.methods.method import live_slots
 
 
 class Concrete(Gumbel):
-    """Density: lgamma(n) - sum_i u_i - n LSE_i(-u_i) - (n - 1) log c, u_i = (g'_i - log q_i) / c."""
+    """Density: lgamma(n) - sum_i u_i - n LSE_i(-u_i) - (n - 1) log c, u = (g' - log q) / c."""
 
     objective = "concrete"
 

@@ -1,5 +1,6 @@
-"""What the released checkpoints of the paper were trained with: clipped Gumbel noise on log(p + eps)
-of all top_k candidates, and the surrogate of their code (zz1358m/SofT-GRPO-master)."""
+"""What the released checkpoints of the paper were trained with: clipped Gumbel noise on the
+logarithms of p + eps of all top_k candidates, and the surrogate of their code
+(zz1358m/SofT-GRPO-master)."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class Official(Gumbel):
         return torch.where(counted, terms, 0.0).sum(-1) / counted.sum(-1).clamp(min=1)
 
     def rollout_logp(self, gprime: Tensor, gumbel: Tensor, scale: float) -> Tensor:
-        """A candidate that top-p cut has p = 0, recorded as log(0 + 1e-6): it comes back as -inf."""
+        """As `Method`; a candidate that top-p cut has p = 0, recorded as log(0 + 1e-6): -inf."""
         p = (gprime - scale * gumbel.clamp(*self.noise_clip)).exp() - self.eps
         # Under 2 eps, rounding of g' leaves nothing of p to recover.
         return torch.where(p > self.eps, p, 0.0).log()

@@ -23,8 +23,12 @@ def perturb(logp: Tensor, ids: Tensor, used: Tensor, rows: RowParameters) -> Ten
     for method in DRAWS:
         chosen = (rows.mode == SOFT) & (rows.noise == method.code)
         if bool(chosen.any()):
-            bounds = (rows.noise_scale, rows.clamp_low, rows.clamp_high)
             seed, position, uid, stream = (key[chosen] for key in keys)
-            noise = Noise(*(x[chosen, None] for x in bounds), (seed, position, uid, stream))
+            noise = Noise(
+                rows.noise_scale[chosen, None],
+                rows.clamp_low[chosen, None],
+                rows.clamp_high[chosen, None],
+                (seed, position, uid, stream),
+            )
             gprime[chosen] = method.perturb(logp[chosen], ids[chosen], used[chosen], noise)
     return gprime.masked_fill(~used, -torch.inf)

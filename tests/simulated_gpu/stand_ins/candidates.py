@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels import noise as reference
+from softgrpo_kernels.methods import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE
 from softgrpo_kernels.methods.dirichlet import MIN_SHAPE
 from softgrpo_kernels.methods.gaussian import MIN_WEIGHT
-from softgrpo_kernels.row_rules import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE, SOFT
+from softgrpo_kernels.row_rules import SOFT
 from softgrpo_kernels.rows import RowParameters
 
 from .noise import gumbel_noise
