@@ -82,14 +82,12 @@ def _check_method(config: Sections) -> None:
         )
     method = method_of(soft.noise, objective)
     if soft.noise_clip is not None:
-        clip = list(method.noise_clip or ())
+        instead = "is the density of unclipped noise (the released models used 'official')"
+        if method.noise_clip is not None:
+            low, high = method.noise_clip
+            instead = f"sets the clip [{low:g}, {high:g}] itself"
         raise ConfigError(
-            f"rollout.soft.noise_clip: leave it null: algorithm.objective {objective!r} "
-            + (
-                f"sets the clip {clip} itself"
-                if clip
-                else "is the density of unclipped noise (the released models used 'official')"
-            )
+            f"rollout.soft.noise_clip: leave it null: algorithm.objective {objective!r} {instead}"
         )
     if method.draws_weights and soft.tau != 1.0:
         raise ConfigError(

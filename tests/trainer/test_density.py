@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
-from softgrpo.algorithm.positions import DensitySettings, Positions, classify
+from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine import SoftTokens
 from softgrpo_kernels import gumbel_noise, soft_token
+from softgrpo_kernels.methods import method_of
 
 V, K = 23, 4
 
@@ -62,29 +63,30 @@ def test_positions_fall_into_exactly_one_class():
     batch, _, _ = make_batch(kinds, forced=[7])
     for objective in ("exact", "official"):
         for full in (False, True):
-            classes = classify(batch, DensitySettings(objective=objective, discrete_full=full))
+            settings = DensitySettings(method_of("gumbel", objective), discrete_full=full)
+            classes = batch.positions(settings).classes
             stacked = torch.stack([classes.soft, classes.candidates, classes.full, classes.forced])
             assert stacked.sum(0).eq(1).all()
-    exact = classify(batch, DensitySettings())
+    exact = batch.positions(DensitySettings()).classes
     # The end of thinking of sample 0 and the first token of sample 2 were drawn in the soft phase.
     expected = [1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 0]
     assert exact.soft_phase.int().tolist() == expected
     assert not exact.full.any()
-    official = classify(batch, DensitySettings(objective="official"))
+    official = batch.positions(DensitySettings(method_of("gumbel", "official"))).classes
     assert official.full.nonzero().flatten().tolist() == [2, 9]
-    full = classify(batch, DensitySettings(discrete_full=True))
+    full = batch.positions(DensitySettings(discrete_full=True)).classes
     assert full.full.nonzero().flatten().tolist() == [3, 4, 8, 10]
 
 
 def test_a_budget_ends_the_soft_phase():
     batch, _, _ = make_batch([[1, 1, 0, 0]])
-    classes = classify(batch, DensitySettings(max_soft_tokens=2))
+    classes = batch.positions(DensitySettings(max_soft_tokens=2)).classes
     assert classes.soft_phase.tolist() == [True, True, False, False]
 
 
 def test_discrete_rollouts_have_no_soft_phase():
     batch, _, _ = make_batch([[0, 0, 0]])
-    classes = classify(batch, DensitySettings(soft_enabled=False))
+    classes = batch.positions(DensitySettings(soft_enabled=False)).classes
     assert not classes.soft_phase.any()
     assert classes.candidates.all()
 
@@ -95,8 +97,8 @@ def test_noise_comes_off_the_record_and_leaves_log_p(noise_scale):
     # Discrete positions keep exact Gumbel noise, whatever the scale: sample 1 ends its soft
     # phase at its second position, drawn here as a discrete row.
     settings = DensitySettings(noise_scale=noise_scale, max_soft_tokens=None)
-    classes = classify(batch, settings)
-    recovered = rollout_logq(Positions.of(batch, settings), settings)
+    classes = batch.positions(settings).classes
+    recovered = rollout_logq(batch.positions(settings), settings)
     rows = classes.soft
     live = drawn.ids[rows] >= 0
     assert torch.equal(recovered[rows].isfinite(), live)
@@ -110,8 +112,8 @@ def test_noise_comes_off_the_record_and_leaves_log_p(noise_scale):
 
 def test_official_record_gives_the_kept_probabilities_back():
     batch, drawn, logits = make_batch([[1] * 6], eps=1e-6, noise_clamp=(-1.5, 3.0))
-    settings = DensitySettings(objective="official")
-    recovered = rollout_logq(Positions.of(batch, settings), settings)
+    settings = DensitySettings(method_of("gumbel", "official"))
+    recovered = rollout_logq(batch.positions(settings), settings)
     top = torch.softmax(logits.topk(K, -1).values, -1)
     kept = (top.cumsum(-1) - top < 0.9).sum(-1)
     assert torch.equal(recovered.isfinite().sum(-1), kept)
@@ -126,12 +128,12 @@ def test_mismatch_is_zero_for_the_same_probabilities_under_every_objective():
         ("official", {"eps": 1e-6, "noise_clamp": (-1.5, 3.0)}),
     ):
         batch, _, logits = make_batch([[1] * 5, [1] * 2], **extra)
-        settings = DensitySettings(objective=objective)
-        classes = classify(batch, settings)
+        settings = DensitySettings(method_of("gumbel", objective))
+        classes = batch.positions(settings).classes
         ids = batch.soft.ids.long().clamp(min=0)
         kept = logits.gather(1, ids).masked_fill(batch.soft.ids < 0, -math.inf)
         logq = kept.log_softmax(-1)  # what the trainer computes: over all recorded slots
-        theirs = rollout_logq(Positions.of(batch, settings), settings)
+        theirs = rollout_logq(batch.positions(settings), settings)
         difference, known = mismatch(logq, theirs, classes)
         assert difference[known].max() < 2e-5, objective
         assert known.sum() == theirs.isfinite().sum()
@@ -142,9 +144,9 @@ def test_mismatch_is_zero_for_the_same_probabilities_under_every_objective():
 def test_exact_density_on_policy_is_that_of_the_noise():
     batch, drawn, _ = make_batch([[1, 1, 0], [1, 1]])
     settings = DensitySettings()
-    classes = classify(batch, settings)
+    classes = batch.positions(settings).classes
     logq = drawn.logp.double()
-    density = log_densities(logq, torch.zeros(5).double(), Positions.of(batch, settings), settings)
+    density = log_densities(logq, torch.zeros(5).double(), batch.positions(settings), settings)
     noise = gumbel_noise(
         batch.soft.ids, 5, batch.position, batch.uid[batch.sample_of_token]
     ).double()

@@ -1,7 +1,5 @@
 """Advantages and the clipped loss against plain numpy."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -230,33 +228,28 @@ def test_a_masked_infinite_token_does_not_reach_the_sum():
 # --- which tokens count, and how much -----------------------------------------------------------
 
 
-def batch_of(lens, finish, forced=()):
-    """The fields of a RolloutBatch that masks and weights read."""
-    total = sum(lens)
-    forced_T = torch.zeros(total, dtype=torch.bool)
+def tokens_of(lens, cut=(), forced=()):
+    """(forced, cut) bool [T] and the sample of every token, of samples of these lengths."""
+    sample_T = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
+    forced_T = torch.zeros(len(sample_T), dtype=torch.bool)
     forced_T[list(forced)] = True
-    return SimpleNamespace(
-        group=torch.zeros(len(lens), dtype=torch.int32),
-        finish=torch.tensor(finish, dtype=torch.uint8),
-        soft=SimpleNamespace(forced=forced_T),
-        sample_of_token=torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens)),
-    )
+    return forced_T, torch.isin(sample_T, torch.tensor(cut)), sample_T
 
 
 def test_truncated_responses_and_forced_tokens_are_masked():
-    batch = batch_of([2, 3, 1], finish=[0, 1, 0], forced=[1])
-    assert loss_mask(batch, mask_truncated=False).tolist() == [1, 0, 1, 1, 1, 1]
-    assert loss_mask(batch, mask_truncated=True).tolist() == [1, 0, 0, 0, 0, 1]
+    forced_T, cut_T, _ = tokens_of([2, 3, 1], cut=[1], forced=[1])
+    assert loss_mask(forced_T, cut_T, mask_truncated=False).tolist() == [1, 0, 1, 1, 1, 1]
+    assert loss_mask(forced_T, cut_T, mask_truncated=True).tolist() == [1, 0, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_aggregation_equals_numpy(aggregation):
     """Losses of masked samples are gone, but a masked sample is still one of the samples."""
     lens, limit = [2, 5, 1, 4], 6
-    batch = batch_of(lens, finish=[0, 1, 0, 0], forced=[0])
-    mask = loss_mask(batch, mask_truncated=True)
+    forced_T, cut_T, sample_T = tokens_of(lens, cut=[1], forced=[0])
+    mask = loss_mask(forced_T, cut_T, mask_truncated=True)
     values = np.random.default_rng(0).normal(size=sum(lens))
-    ours = (token_weights(batch, mask, aggregation, limit).numpy() * values).sum()
+    ours = (token_weights(mask, sample_T, len(lens), aggregation, limit).numpy() * values).sum()
     starts = np.cumsum([0, *lens])
     kept = [
         [values[t] for t in range(starts[i], starts[i + 1]) if mask[t]] for i in range(len(lens))

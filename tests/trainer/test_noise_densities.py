@@ -7,13 +7,14 @@ import pytest
 import torch
 from scipy import stats
 
-from softgrpo.algorithm.density import dirichlet_density, gaussian_density, log_densities
-from softgrpo.algorithm.positions import DensitySettings, Positions, classify
+from softgrpo.algorithm.density import log_densities
+from softgrpo.algorithm.positions import DensitySettings
 from softgrpo_kernels import gumbel_noise, soft_token
+from softgrpo_kernels.methods import method_of
 
 LOGITS = torch.tensor([0.9, 0.2, -0.4, -1.5], dtype=torch.float64)
 DRAWS = 200_000
-DENSITIES = {"dirichlet": dirichlet_density, "gaussian": gaussian_density}
+DIRICHLET, GAUSSIAN = method_of("dirichlet"), method_of("gaussian")
 
 
 def draw(noise, scale, n=DRAWS):
@@ -38,7 +39,7 @@ def weights_of(ids, gprime):
 @pytest.mark.parametrize("concentration", [1.0, 7.0])
 def test_dirichlet_density_equals_scipy(concentration):
     ids, gprime = draw("dirichlet", concentration, n=50)
-    ours = dirichlet_density(log_q(ids), gprime, concentration)
+    ours = DIRICHLET.density(log_q(ids), gprime, concentration)
     law = stats.dirichlet(concentration * LOGITS.softmax(-1).numpy())
     for row, x in enumerate(weights_of(ids, gprime).numpy()):
         if x.min() < 1e-12:  # scipy insists on weights that add up to 1 in their last bit
@@ -56,10 +57,10 @@ def test_dirichlet_ratios_survive_fp32_where_a_candidate_is_improbable():
         noise="dirichlet", position=torch.arange(500),
     )  # fmt: skip
     ids = out.ids.long()
-    exact = dirichlet_density(new[ids], out.gprime.double(), 1.0)
-    exact -= dirichlet_density(old[ids], out.gprime.double(), 1.0)
-    ours = dirichlet_density(new[ids].float(), out.gprime, 1.0)
-    ours -= dirichlet_density(old[ids].float(), out.gprime, 1.0)
+    exact = DIRICHLET.density(new[ids], out.gprime.double(), 1.0)
+    exact -= DIRICHLET.density(old[ids], out.gprime.double(), 1.0)
+    ours = DIRICHLET.density(new[ids].float(), out.gprime, 1.0)
+    ours -= DIRICHLET.density(old[ids].float(), out.gprime, 1.0)
     assert out.gprime.min() < -1e10
     torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-3)
     assert exact.abs().max() > 0.01
@@ -68,7 +69,7 @@ def test_dirichlet_ratios_survive_fp32_where_a_candidate_is_improbable():
 @pytest.mark.parametrize("sigma", [0.05, 0.3])
 def test_gaussian_density_equals_scipy(sigma):
     ids, gprime = draw("gaussian", sigma, n=50)
-    ours = gaussian_density(log_q(ids), gprime, sigma)
+    ours = GAUSSIAN.density(log_q(ids), gprime, sigma)
     p, censored = LOGITS.softmax(-1).numpy(), 0
     for row, x in enumerate(weights_of(ids, gprime).numpy()):
         terms = np.where(
@@ -86,7 +87,7 @@ def test_score_has_mean_0_and_gives_the_gradient_of_an_expectation(noise, scale)
     leaf = LOGITS.expand(DRAWS, 4).clone().requires_grad_()
     logq = leaf.log_softmax(-1).gather(1, ids.clamp(min=0))
     logq = torch.where(ids >= 0, logq, -math.inf)
-    DENSITIES[noise](logq, gprime, scale).sum().backward()
+    method_of(noise).density(logq, gprime, scale).sum().backward()
     score = leaf.grad
     error = score.std(0) / math.sqrt(DRAWS)
     assert (score.mean(0).abs() < 4.5 * error).all()
@@ -102,14 +103,14 @@ def test_score_has_mean_0_and_gives_the_gradient_of_an_expectation(noise, scale)
     assert (expected.abs() > 10 * error).any()  # the comparison has power
 
 
-@pytest.mark.parametrize("density", [dirichlet_density, gaussian_density])
-def test_one_candidate_and_dead_rows_have_no_gradient(density):
+@pytest.mark.parametrize("method", [DIRICHLET, GAUSSIAN], ids=["dirichlet", "gaussian"])
+def test_one_candidate_and_dead_rows_have_no_gradient(method):
     logq = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf], [0.0, -200.0]])
     logits = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, -200.0]], requires_grad=True)
     gprime = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf], [0.0, math.log(1e-6)]])
     live = gprime > -math.inf
     logq = torch.where(live, logits.masked_fill(~live, -1e30).log_softmax(-1), -math.inf)
-    out = density(logq, gprime, 0.5)
+    out = method.density(logq, gprime, 0.5)
     assert out.isfinite().all()
     out.sum().backward()
     assert logits.grad.isfinite().all()
@@ -148,14 +149,15 @@ def test_the_score_has_mean_0_where_the_first_token_ends_the_phase(noise, scale)
     n = 100_000
     ids, gprime = draw(noise, scale, n)
     batch = batch_of(ids, gprime, (ids[:, 0] != 1).to(torch.uint8))
-    settings = DensitySettings(noise=noise, noise_scale=scale)
-    classes = classify(batch, settings)
+    settings = DensitySettings(method_of(noise), noise_scale=scale)
+    positions = batch.positions(settings)
+    classes = positions.classes
     assert classes.soft_phase.all()
     assert classes.soft.all() == (noise != "gumbel")
     leaf = LOGITS.expand(n, 4).clone().requires_grad_()
     logq = leaf.log_softmax(-1).gather(1, ids.clamp(min=0))
     logq = torch.where(ids >= 0, logq, -math.inf)
-    log_densities(logq, torch.zeros(n), Positions.of(batch, settings), settings).sum().backward()
+    log_densities(logq, torch.zeros(n), positions, settings).sum().backward()
     error = leaf.grad.std(0) / math.sqrt(n)
     assert (leaf.grad.mean(0).abs() < 4.5 * error).all()
 

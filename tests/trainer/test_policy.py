@@ -6,18 +6,13 @@ import pytest
 import torch
 from tiny_decoder import CONFIG, make_decoder
 
-from softgrpo.algorithm.density import (
-    OFFICIAL_EPS,
-    OFFICIAL_NOISE_CLIP,
-    log_densities,
-    mismatch,
-    rollout_logq,
-)
+from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.learner.policy import Policy
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_kernels import gumbel_noise, soft_density, soft_weights
+from softgrpo_kernels.methods import method_of
 
 
 def roll(soft, params=None, groups=2, samples=4, tied=True):
@@ -43,7 +38,7 @@ CASES = {
     "concrete": ("concrete", {"tau": 0.7}, {}),
     "official": (
         "official",
-        {"noise_clip": OFFICIAL_NOISE_CLIP, "eps": OFFICIAL_EPS, **THINKING},
+        {"noise_clip": (-1.5, 3.0), "eps": 1e-6, **THINKING},
         {},
     ),
     "half-scale": ("exact", {"noise_scale": 0.5, **THINKING}, {}),
@@ -56,9 +51,8 @@ CASES = {
 
 def settings_of(objective, soft, params):
     return DensitySettings(
-        objective=objective,
+        method_of(soft.noise if soft else "gumbel", objective),
         tau=soft.tau if soft else 0.1,
-        noise=soft.noise if soft else "gumbel",
         noise_scale=soft.noise_scale if soft else 1.0,
         soft_temperature=soft.temperature if soft else 1.0,
         discrete_temperature=params.temperature,
@@ -93,12 +87,12 @@ def test_trainer_equals_rollout_on_policy(case, tied):
     if objective != "official":  # whose ending token is scored over more than it was drawn from
         error = (ours.density - positions.logprobs)[chosen].abs()
         assert error.numel() == 0 or error.max() < 1e-4
-    if objective == "exact" and settings.noise == "gumbel" and soft is not None:
+    if objective == "exact" and settings.method.keeps_logp and soft is not None:
         rows = classes.soft
         behaviour = log_densities(theirs, positions.logprobs, positions, settings)
         error = (ours.density - behaviour)[rows].abs()
-        noise = gumbel_noise(positions.soft.ids, 3, positions.position, positions.uid)
-        energy = torch.where(positions.soft.ids >= 0, (1 - torch.exp(-noise)).abs(), 0.0).sum(-1)
+        noise = gumbel_noise(positions.ids, 3, positions.position, positions.uid)
+        energy = torch.where(positions.ids >= 0, (1 - torch.exp(-noise)).abs(), 0.0).sum(-1)
         assert error.mean() < 1e-4
         assert (error <= 1e-4 * (1 + energy[rows])).all()
     if case == "budget":

@@ -120,7 +120,8 @@ def test_math_reward_is_fast_on_one_worker(runner):
         start = time.perf_counter()
         assert sum(math.rewards(batch)["math_reward"]) == 64
         times.append(time.perf_counter() - start)
-    assert min(times) < 0.1
+    # Through sympy it takes seconds; other tests share the cores.
+    assert min(times) < 0.3
 
 
 @pytest.mark.parametrize("workers", [1, 2])
