@@ -56,7 +56,6 @@ def make_trainer(arguments: argparse.Namespace, soft: bool, folder: str) -> Trai
         "reward.require_eos=false",
     ]
     trainer = Trainer(Config.load("demo", overrides), reward_funcs=[alternating])
-    trainer.folder.create("")
     generate = trainer.llm.generate_groups
 
     def full_length(
@@ -81,7 +80,8 @@ def ours(arguments: argparse.Namespace, peak_flops: float) -> list[dict[str, Any
         rows = []
         for mode, trainer in trainers.items():
             taken = steps[mode][1:]
-            prompts = [len(p.token_ids) for p in trainer.data.prompts_of_round(1)]
+            drawn = trainer.data.prompts_of_round(1, arguments.prompts)
+            prompts = [len(prompt.token_ids) for prompt in drawn]
             responses = arguments.prompts * arguments.group_size * arguments.new_tokens
             context = sum(prompts) / len(prompts) + arguments.new_tokens / 2
             shape = Shape.of(trainer.policy.decoder.config)

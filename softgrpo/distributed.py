@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from softgrpo.config import ConfigError
 
@@ -95,56 +92,6 @@ class World:
     def wait(self) -> None:
         """Until all processes are here."""
         self.gather(None)
-
-    def shard(
-        self, module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype | None
-    ) -> None:
-        """Spreads the weights over the processes (FSDP2), in place; over several nodes every node
-        holds all of them (HSDP).
-
-        The blocks are gathered one by one as they are needed, in `dtype` (None: in their own); what
-        belongs to none of them (embeddings, last norm, head) for the whole pass, as it is. All
-        processes must run the same number of passes.
-        """
-        if self.size == 1:
-            return
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        names = ("shard",) if self.nodes == 1 else ("replicate", "shard")
-        shape = (self.size,) if self.nodes == 1 else (self.nodes, self.size // self.nodes)
-        mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(module, mesh=mesh)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be spread over the processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def balanced(tokens: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
-    """Which groups each pass of each process computes: entry p * ranks + r, possibly empty.
-
-    tokens: of each group. Longest first, always to the emptiest pass, in as few passes as keep each
-    within the budget; a group is never split, one that is over the budget gets a pass of its own.
-    """
-    order = sorted(range(len(tokens)), key=lambda group: -tokens[group])
-    # No more passes than groups: one that is over the budget leaves none over.
-    passes = max(1, min(-(-sum(tokens) // (budget * ranks)), -(-len(tokens) // ranks)))
-    while True:
-        parts: list[list[int]] = [[] for _ in range(passes * ranks)]
-        sizes = [0] * len(parts)
-        for group in order:
-            emptiest = sizes.index(min(sizes))
-            parts[emptiest].append(group)
-            sizes[emptiest] += tokens[group]
-        fits = all(s <= budget or len(p) == 1 for s, p in zip(sizes, parts, strict=True))
-        if fits:
-            return [sorted(part) for part in parts]
-        passes += 1
 
 
 @contextmanager

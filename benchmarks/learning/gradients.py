@@ -133,7 +133,7 @@ def measure(model: Path, data: Path, kind: str, batches: int) -> dict[str, dict[
     rewards = RewardRunner(config.reward)
     moments: defaultdict[str, Moments] = defaultdict(Moments)
     for step in range(batches):
-        prompts = questions.prompts_of_round(step)
+        prompts = questions.prompts_of_round(step, config.rollout.prompts_per_step)
         uids = rollout_uids(step, len(prompts), config.rollout.group_size)
         outputs = collect(
             llm,

@@ -70,7 +70,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(str(path))
     if data is not None:
         data.prepare(tokenizer)
-        prompts = [prompt.token_ids for prompt in data.prompts_of_round(0)]
+        drawn = data.prompts_of_round(0, config.rollout.prompts_per_step)
+        prompts = [prompt.token_ids for prompt in drawn]
     else:
         prompts = [build_prompt(Example(text, "", {}), tokenizer) for text in questions]
     differences = compare(config, path, tokenizer, prompts[: arguments.prompts])

@@ -45,20 +45,21 @@ class TrainingData:
         if config.data.drop_long_prompts:
             self._drop_long_prompts()
         rounds = range(config.run.max_steps * (1 + config.algorithm.dynamic_sampling_rounds))
-        indices = sorted({index for number in rounds for index in self._indices(number)})
+        count = config.rollout.prompts_per_step
+        indices = sorted({index for number in rounds for index in self._indices(number, count)})
         name = self.config.data.train
         train = [self._encode(self.train[i], f"{name}, example {i}") for i in indices]
         return train + self.eval_prompts()
 
-    def prompts_of_round(self, number: int) -> list[Prompt]:
-        """The prompts of a round, 0-based: a pure function of (run.seed, number).
+    def prompts_of_round(self, number: int, count: int) -> list[Prompt]:
+        """The `count` prompts of a round, 0-based: a pure function of (run.seed, number, count).
 
         A step takes one round, and further ones where dynamic sampling refills it.
         """
         name = self.config.data.train
         return [
             self._encode(self.train[index], f"{name}, example {index}")
-            for index in self._indices(number)
+            for index in self._indices(number, count)
         ]
 
     def eval_prompts(self) -> list[Prompt]:
@@ -68,8 +69,7 @@ class TrainingData:
             for index, example in enumerate(self.held_out)
         ]
 
-    def _indices(self, number: int) -> list[int]:
-        count = self.config.rollout.prompts_per_step
+    def _indices(self, number: int, count: int) -> list[int]:
         seed = self.config.run.seed if self.config.data.shuffle else None
         return round_indices(len(self.train), number, count, seed)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softgrpo.config.sections import LoraConfig
-from softgrpo.distributed import full
+from softgrpo.learner.sharding import full
 from softgrpo_engine.model.decoder import Decoder
 
 ADAPTER = "default"  # peft's name for the only adapter of a model

@@ -5,13 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softgrpo.algorithm.advantages import groups_with_spread
+from softgrpo.algorithm.advantages import groups_with_spread, overlong_penalty
 from softgrpo.algorithm.density import rollout_logq
 from softgrpo.algorithm.positions import DensitySettings
+from softgrpo.config import Config
 from softgrpo.rollout.batch import FINISH_REASONS, RolloutBatch
+from softgrpo.rollout.scored import ScoredRollout
 from softgrpo_kernels import soft_weights
 
 _STOP, _LENGTH = FINISH_REASONS.index("stop"), FINISH_REASONS.index("length")
+
+
+def rollout_metrics(
+    drawn: ScoredRollout, batch: RolloutBatch, settings: DensitySettings, config: Config
+) -> dict[str, float]:
+    """Of everything that was drawn for a step: what a refill leaves out counts too.
+
+    batch: what was drawn, packed.
+    """
+    algorithm, by_function = config.algorithm, drawn.by_function
+    if algorithm.overlong_buffer:
+        penalty_S = overlong_penalty(
+            batch.response_lens, config.rollout.max_new_tokens, algorithm.overlong_buffer
+        )
+        by_function = {**by_function, "overlong_penalty": penalty_S}
+    row = {
+        **reward_metrics(drawn.rewards_S, by_function, batch.group),
+        **completion_metrics(batch),
+        **soft_metrics(batch, settings),
+    }
+    if algorithm.dynamic_sampling_rounds:
+        row["dynamic_sampling/groups"] = float(len(drawn.outputs))
+        row["dynamic_sampling/useful_groups"] = float(len(drawn.useful_groups))
+    return row
 
 
 def reward_metrics(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from softgrpo.config import Config, ConfigError
 from softgrpo.config.engines import find_engine
-from softgrpo.config.schema import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +19,8 @@ if TYPE_CHECKING:
 class RolloutEngine(Protocol):
     """All that the trainer uses of an engine.
 
-    It is made as ``Engine(model_path, tokenizer=..., dtype=..., max_model_len=..., kv_memory=...,
-    max_batch_size=..., max_batch_tokens=...)`` with the settings of `rollout`, and draws what
-    `softgrpo_kernels.soft_token` draws: the noise is a function of (seed, uid, position, token,
-    stream) alone.
+    It is made as `make_engine` does, and draws what `softgrpo_kernels.soft_token` draws: the noise
+    is a function of (seed, uid, position, token, stream) alone.
     """
 
     tokenizer: Any
@@ -57,3 +56,22 @@ def load_engine(name: str) -> Callable[..., RolloutEngine]:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"rollout.engine: {name!r} cannot be imported: {error}") from None
     return engine
+
+
+def make_engine(
+    config: Config, model_path: Path, tokenizer: Any, max_model_len: int
+) -> RolloutEngine:
+    """The engine of a run with the model; max_model_len: the longest prompt with its response.
+
+    No longer than the run needs: the size of the KV cache, and with it the schedule, then does not
+    depend on how much memory happens to be free.
+    """
+    return load_engine(config.rollout.engine)(
+        model_path,
+        tokenizer=tokenizer,
+        dtype=config.model.dtype,
+        max_model_len=max_model_len,
+        kv_memory=config.rollout.kv_memory,
+        max_batch_size=config.rollout.max_batch_size,
+        max_batch_tokens=config.rollout.max_batch_tokens,
+    )

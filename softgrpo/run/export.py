@@ -13,8 +13,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softgrpo.distributed import World, full
+from softgrpo.distributed import World
 from softgrpo.learner.lora import ADAPTER
+from softgrpo.learner.sharding import full
 from softgrpo.log.files import saving
 from softgrpo_engine import SoftParams
 from softgrpo_engine.model.decoder import Decoder

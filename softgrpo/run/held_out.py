@@ -11,10 +11,13 @@ from torch import Tensor
 
 from softgrpo.config import Config
 from softgrpo.config.sections import RolloutConfig
+from softgrpo.data.training import TrainingData
 from softgrpo.distributed import World
 from softgrpo.evaluation import pass_at_k
+from softgrpo.rewards import RewardRunner
 from softgrpo.rollout.engines import RolloutEngine
 from softgrpo.rollout.sampling import EVALUATION_STREAM, collect, rollout_uids
+from softgrpo.rollout.scored import ScoredRollout
 from softgrpo_engine import Output
 
 
@@ -32,18 +35,21 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(
-    engine: RolloutEngine, prompts: Sequence[list[int]], config: Config, world: World
-) -> list[Output]:
-    """Samples this process's share of the held-out prompts ``eval.samples`` times each."""
-    return collect(
-        engine,
-        world.share(prompts),
-        world.share(rollout_uids(0, len(prompts), config.eval.samples)),
+    llm: RolloutEngine, data: TrainingData, rewards: RewardRunner, config: Config, world: World
+) -> ScoredRollout:
+    """Samples the held-out prompts ``eval.samples`` times each, shared among the processes."""
+    everyones = data.eval_prompts()
+    prompts = world.share(everyones)
+    outputs = collect(
+        llm,
+        [prompt.token_ids for prompt in prompts],
+        world.share(rollout_uids(0, len(everyones), config.eval.samples)),
         evaluation_rollout(config),
         config.algorithm.objective,
         seed=config.eval.seed,
         stream=EVALUATION_STREAM,
     )
+    return ScoredRollout(prompts, outputs, *rewards.score(prompts, outputs)).gathered(world)
 
 
 def evaluation_row(

@@ -17,31 +17,33 @@ from softgrpo.log.samples import sample_rows
 from softgrpo.log.tracking import Tracking
 from softgrpo.report import build_report
 from softgrpo.rollout.scored import ScoredRollout
-from softgrpo.run.folder import RunFolder
+from softgrpo.run.folder import RunFolder, find_checkpoint
 
 
 class Journal:
-    """The rows of a run: in its folder, in the services of `log.report_to`, on the terminal, and
+    """The rows of a run: in its folder, in the services of `log.report_to` and on the terminal,
     judged by the health watch. Of several processes the first one writes and shows.
 
-    Raises ConfigError for a service whose library is missing. Nothing is written before `open`.
+    checkpoint: what the run continues, None for a new one. The constructor writes nothing; it
+    raises ConfigError for a folder or a checkpoint that cannot be used and a service that is not
+    installed.
     """
 
     def __init__(self, config: Config, world: World) -> None:
-        self.config = config
-        self.is_first = world.is_first
+        self.config, self.world = config, world
         self.folder = RunFolder(Path(config.run.output_dir) / config.run.name, world)
-        self.tracking = Tracking(config.log.report_to if self.is_first else [])
-        self.progress = TrainProgress(None if self.is_first else Console(quiet=True))
+        self.checkpoint = find_checkpoint(self.folder, config)
+        self.tracking = Tracking(config.log.report_to if world.is_first else [])
+        self.progress = TrainProgress(None if world.is_first else Console(quiet=True))
         self.health = HealthWatch(config.health.window)
 
-    def open(self, last_step: int, *, is_resumed: bool) -> None:
-        """Takes up the rows of the steps up to `last_step`; those of a new run are dropped."""
-        self.folder.truncate_after(last_step if is_resumed else -1)
+    def open(self, last_step: int) -> None:
+        """Goes on after the row of a step, 0 for a new run; later rows are dropped."""
+        self.folder.truncate_after(last_step if self.checkpoint else -1)
         for row in self.folder.step_rows():
             self.health.observe(row)
-        run = self.config.run
-        self.tracking.start(self.folder.path, run.name, asdict(self.config), last_step + 1)
+        name, config = self.config.run.name, asdict(self.config)
+        self.tracking.start(self.folder.path, name, config, last_step + 1)
 
     def record(self, row: dict[str, Any]) -> None:
         """Writes down a row of metrics.jsonl."""
@@ -49,7 +51,7 @@ class Journal:
         self.tracking.log(row)
 
     def step(self, row: dict[str, Any]) -> None:
-        """Writes down and shows the row of a training step, with warnings where it goes wrong."""
+        """Writes down and shows the row of a training step, and what is wrong with its trend."""
         self.record(row)
         self.progress.step(row)
         for warning in self.health.observe(row):
@@ -70,7 +72,7 @@ class Journal:
         tau: float,
         tokenizer: Any,
     ) -> None:
-        """Keeps `log.samples_per_step` of the samples for the report; shows those of training."""
+        """Keeps `log.samples_per_step` samples for the report; shows those of phase `train`."""
         rows = sample_rows(
             scored,
             advantages_S,
@@ -87,14 +89,14 @@ class Journal:
 
     @property
     def has_given_up(self) -> bool:
-        """Whether the run went wrong and is to end for it."""
+        """Whether the run went wrong and `health.stop` ends it for that."""
         return self.config.health.stop and self.health.collapsed
 
     def build_report(self) -> None:
-        if self.is_first:
+        if self.world.is_first:
             build_report(self.folder.path)
 
     def close(self) -> None:
-        """The last report; the services end the run."""
+        """The last report; ends the run in the services."""
         self.build_report()
         self.tracking.close()

@@ -29,18 +29,28 @@ def dry_run(config: Config) -> str | None:
     would raise, and leaves no run folder. Of several processes only the first has something to say.
     """
     trainer = Trainer(config)
-    rewards = trainer.rewards
+    rewards, rollout = trainer.rewards, config.rollout
+    trainer.rewards = _MadeUpRewards(rewards)
     try:
-        trainer.rewards = _MadeUpRewards(rewards)
-        _shrink(trainer, config, max(_PROMPTS, trainer.world.size), _SAMPLES)
+        trainer.config = _small(config, max(_PROMPTS, trainer.world.size), _SAMPLES)
         trainer.step(1)
-        _shrink(trainer, config, config.rollout.prompts_per_step, config.rollout.group_size)
+        trainer.config = _small(config, rollout.prompts_per_step, rollout.group_size)
         row = trainer.step(2)
     finally:
         rewards.close()
     if not trainer.world.is_first:
         return None
     return "\n".join(f"{label:<8}  {value}" for label, value in _facts(config, trainer, row))
+
+
+def _small(config: Config, prompts: int, samples: int) -> Config:
+    """Steps of so many samples of 4 tokens, learnt from though cut, and nothing is written."""
+    rollout = dataclasses.replace(
+        config.rollout, prompts_per_step=prompts, group_size=samples, max_new_tokens=_TOKENS
+    )
+    algorithm = dataclasses.replace(config.algorithm, overlong_buffer=0, mask_truncated=False)
+    log = dataclasses.replace(config.log, samples_every=0)
+    return dataclasses.replace(config, rollout=rollout, algorithm=algorithm, log=log)
 
 
 class _MadeUpRewards(RewardRunner):
@@ -58,24 +68,14 @@ class _MadeUpRewards(RewardRunner):
         return (torch.arange(len(rewards_S)) % 2).float(), by_function
 
 
-def _shrink(trainer: Trainer, config: Config, prompts: int, samples: int) -> None:
-    """Makes the trainer's next step one of so many samples of 4 tokens, learnt from though cut."""
-    rollout = dataclasses.replace(
-        config.rollout, prompts_per_step=prompts, group_size=samples, max_new_tokens=_TOKENS
-    )
-    algorithm = dataclasses.replace(config.algorithm, overlong_buffer=0, mask_truncated=False)
-    log = dataclasses.replace(config.log, samples_every=0)
-    small = dataclasses.replace(config, rollout=rollout, algorithm=algorithm, log=log)
-    trainer.config = trainer.data.config = small
-    trainer.update.algorithm = algorithm
-
-
 def _facts(config: Config, trainer: Trainer, row: dict[str, Any]) -> list[tuple[str, str]]:
     """Label and value of every line. row: the metrics of the timed step."""
     rollout, algorithm, data = config.rollout, config.algorithm, trainer.data
     parameters = sum(p.numel() for p in trainer.policy.decoder.parameters())
     samples = rollout.prompts_per_step * rollout.group_size
-    prompt_tokens = sum(len(prompt.token_ids) for prompt in data.prompts_of_round(1))
+    prompt_tokens = sum(
+        len(prompt.token_ids) for prompt in data.prompts_of_round(1, rollout.prompts_per_step)
+    )
     response_tokens = samples * rollout.max_new_tokens
     seconds = (
         row["time/rollout"] * rollout.max_new_tokens / _TOKENS
@@ -112,7 +112,10 @@ def _facts(config: Config, trainer: Trainer, row: dict[str, Any]) -> list[tuple[
             f"{config.run.max_steps} steps where every response is of {rollout.max_new_tokens} "
             "tokens; evaluations come on top",
         ),
-        ("leaves", f"{trainer.folder.path} (nothing yet: this was a dry run, and all is well)"),
+        (
+            "leaves",
+            f"{trainer.journal.folder.path} (nothing yet: this was a dry run, and all is well)",
+        ),
     ]
 
 

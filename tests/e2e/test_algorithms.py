@@ -51,7 +51,9 @@ def test_dynamic_sampling_refills_the_batch_up_to_the_limit(tiny_config):
         assert row["frac_reward_zero_std"] == pytest.approx(1 - useful / drawn)
     # The rounds go through the data one after the other, whatever the step.
     data = TrainingData(Config.load(tiny_config, rounds))
-    order = [data.train[i].prompt for n in range(int(sum(groups)) // 3) for i in data._indices(n)]
+    order = [
+        data.train[i].prompt for n in range(int(sum(groups)) // 3) for i in data._indices(n, 3)
+    ]
     assert reward.asked == order
 
 

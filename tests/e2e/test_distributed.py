@@ -19,7 +19,8 @@ from simulated_gpu import found
 from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
 from softgrpo.config import ConfigError
-from softgrpo.distributed import World, balanced
+from softgrpo.distributed import World
+from softgrpo.learner.microbatches import balanced
 
 # Three prompts on two processes in minibatches of two: shares differ, and a pass is empty.
 OVERRIDES = ("algorithm.kl_coef=0.05", "optim.lr=1e-3", "checkpoint.every=2", "eval.samples=2")

@@ -6,8 +6,9 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from softgrpo import Config, Trainer
+from softgrpo.config import engines
 from softgrpo.config.schema import ConfigError
-from softgrpo.rollout import engines
+from softgrpo.rollout.engines import load_engine
 
 
 def rewards_of(config, tmp_path, name, engine):
@@ -37,4 +38,4 @@ def test_an_unknown_engine_lists_what_there_is(monkeypatch):
     broken = EntryPoint("broken", "nowhere.at.all:Engine", engines.GROUP)
     monkeypatch.setattr(engines, "entry_points", lambda group: [broken])
     with pytest.raises(ConfigError, match=r"'broken' cannot be imported: No module named 'nowh"):
-        engines.load_engine("broken")
+        load_engine("broken")

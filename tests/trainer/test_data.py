@@ -298,9 +298,9 @@ def test_the_order_is_a_pure_function_of_seed_and_step():
 def test_prompts_of_round(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     overrides = ["data.eval=null", "data.few_shot=[]", "data.shuffle=false"]
-    data = TrainingData(config(path, "rollout.prompts_per_step=3", *overrides))
+    data = TrainingData(config(path, *overrides))
     data.prepare(ChatTokenizer())
-    prompts = data.prompts_of_round(1)
+    prompts = data.prompts_of_round(1, 3)
     assert [p.example.answer for p in prompts] == ["4", "2", "4"]
     assert text_of(prompts[1].token_ids).endswith("<user>What is 1 + 1?<assistant>")
     assert data.eval_prompts() == []

@@ -7,12 +7,20 @@ import torch
 from tiny_decoder import make_decoder
 
 from softgrpo.algorithm.positions import DensitySettings
-from softgrpo.config.sections import AlgorithmConfig, CorrectionConfig, LoraConfig, OptimConfig
+from softgrpo.config.sections import (
+    AlgorithmConfig,
+    CorrectionConfig,
+    LoraConfig,
+    OptimConfig,
+    Sections,
+)
 from softgrpo.learner.lora import add_adapters
+from softgrpo.learner.optimizer import make_optimizer
 from softgrpo.learner.policy import Policy
 from softgrpo.learner.update import Update
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine import LLM, SamplingParams, SoftParams
+from softgrpo_kernels.methods import method_of
 
 GROUPS, SAMPLES = 4, 3
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 0.3, -0.5, 0.2, 0.0, 0.0, 0.0, 2.0, -1.0, -0.5])
@@ -29,20 +37,24 @@ class Case:
     checkpointing: bool = False
     rank: int = 0
 
+    @property
+    def config(self):
+        return Sections(algorithm=self.algorithm, optim=self.optim)
+
 
 OFFICIAL = SoftParams(top_k=5, noise_clip=(-1.5, 3.0), eps=1e-6)
 BUDGET = SoftParams(top_k=5, max_soft_tokens=4, **THINKING)
 CASES = {
     "exact": Case(),
-    "official": Case(DensitySettings(objective="official"), OFFICIAL),
-    "concrete": Case(DensitySettings(objective="concrete")),
+    "official": Case(DensitySettings(method_of("gumbel", "official")), OFFICIAL),
+    "concrete": Case(DensitySettings(method_of("gumbel", "concrete"))),
     "budget": Case(DensitySettings(max_soft_tokens=4), BUDGET),
     "dirichlet": Case(
-        DensitySettings(noise="dirichlet", tau=1.0, noise_scale=2.0),
+        DensitySettings(method_of("dirichlet"), tau=1.0, noise_scale=2.0),
         SoftParams(top_k=5, noise="dirichlet", tau=1.0, noise_scale=2.0),
     ),
     "gaussian": Case(
-        DensitySettings(noise="gaussian", tau=1.0, noise_scale=0.2),
+        DensitySettings(method_of("gaussian"), tau=1.0, noise_scale=0.2),
         SoftParams(top_k=5, noise="gaussian", tau=1.0, noise_scale=0.2),
     ),
     "discrete": Case(DensitySettings(soft_enabled=False), None),
@@ -91,17 +103,17 @@ def make_update(case, device, dtype=torch.float32):
     if case.rank:
         add_adapters(decoder, LoraConfig(rank=case.rank), seed=0)
     policy = Policy(decoder, case.settings, dtype)
-    return Update(policy, reference, case.algorithm, case.optim, max_new_tokens=9)
+    return Update(policy, reference, make_optimizer(decoder, case.optim))
 
 
 def run(case, batch, device, dtype=torch.float32):
     """Metrics of two updates, and the gradient of the first: Adam turns a rounding of a gradient
     near 0 into a step of full size."""
     update = make_update(case, device, dtype)
-    first, _ = update(batch, ADVANTAGES, lr=1e-4)
+    first, _ = update(batch, ADVANTAGES, 1e-4, case.config)
     parameters = update.policy.decoder.parameters()
     gradients = [p.grad.cpu().clone() for p in parameters if p.requires_grad]
-    second, _ = update(batch, ADVANTAGES, lr=1e-4)
+    second, _ = update(batch, ADVANTAGES, 1e-4, case.config)
     return [first, second], gradients
 
 
@@ -137,8 +149,8 @@ def test_waits_of_an_update(name, rollouts, simulated_gpu, float32_attention):
     case = CASES[name]
     update = make_update(case, torch.device("cuda"))
     batch = rollouts(case.soft)
-    update(batch, ADVANTAGES, lr=1e-4)
+    update(batch, ADVANTAGES, 1e-4, case.config)
     with simulated_gpu.counting() as counts:
-        _, steps = update(batch, ADVANTAGES, lr=1e-4)
+        _, steps = update(batch, ADVANTAGES, 1e-4, case.config)
     assert steps >= 1
     assert counts.waits.total() == steps + 1, counts.table()

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from softgrpo.algorithm.positions import DensitySettings
-from softgrpo.config.sections import AlgorithmConfig, OptimConfig
+from softgrpo.config.sections import OptimConfig, Sections
+from softgrpo.learner.optimizer import make_optimizer
 from softgrpo.learner.policy import Policy
 from softgrpo.learner.update import Update
 from softgrpo.rollout.batch import RolloutBatch
@@ -127,7 +128,8 @@ def test_micro_batches_and_clipping_see_the_whole_gradient(batches, tied):
     for tokens, clip in ((4096, 1e9), (1, 1e9), (1, 1e-3)):
         policy = Policy(make_decoder(tie_word_embeddings=tied), settings, torch.float32)
         optim = OptimConfig(tokens_per_microbatch=tokens, grad_clip=clip)
-        row, _ = Update(policy, None, AlgorithmConfig(), optim, TOKENS)(batch, advantages, 1e-6)
+        update = Update(policy, None, make_optimizer(policy.decoder, optim))
+        row, _ = update(batch, advantages, 1e-6, Sections(optim=optim))
         found.append((row["grad_norm"], gradients(policy.decoder)))
     (norm, whole), (parts_norm, parts), (clipped_norm, clipped) = found
     assert norm == pytest.approx(parts_norm, rel=1e-4) == pytest.approx(clipped_norm, rel=1e-4)
@@ -151,9 +153,10 @@ class LargestTensor(TorchDispatchMode):
 
 def train_step(vocabulary, batch, settings):
     policy = Policy(make_decoder(vocab_size=vocabulary), settings, torch.bfloat16)
-    update = Update(policy, None, AlgorithmConfig(), OptimConfig(), TOKENS)
+    config = Sections()
+    update = Update(policy, None, make_optimizer(policy.decoder, config.optim))
     advantages = torch.linspace(-1.0, 1.0, GROUPS * SAMPLES)
-    return lambda: update(batch, advantages, 1e-6)
+    return lambda: update(batch, advantages, 1e-6, config)
 
 
 @pytest.mark.parametrize("mode", ["soft", "discrete"])

@@ -6,7 +6,8 @@ from tiny_decoder import make_decoder
 
 from softgrpo.algorithm.density import log_densities, rollout_logq
 from softgrpo.algorithm.positions import DensitySettings
-from softgrpo.config.sections import AlgorithmConfig, CorrectionConfig, OptimConfig
+from softgrpo.config.sections import AlgorithmConfig, CorrectionConfig, OptimConfig, Sections
+from softgrpo.learner.optimizer import make_optimizer
 from softgrpo.learner.policy import Policy
 from softgrpo.learner.update import Update
 from softgrpo.rollout.batch import RolloutBatch
@@ -39,8 +40,9 @@ def test_the_gradient_is_weighed_by_the_ratio_of_trainer_to_engine(batch, mode, 
     algorithm = AlgorithmConfig(
         loss_aggregation="sequence", correction=CorrectionConfig(mode, level, bound)
     )
-    update = Update(policy, None, algorithm, OptimConfig(grad_clip=1e9), max_new_tokens=9)
-    row, taken = update(batch, ADVANTAGES, lr=1e-6)
+    config = Sections(algorithm=algorithm, optim=OptimConfig(grad_clip=1e9))
+    update = Update(policy, None, make_optimizer(policy.decoder, config.optim))
+    row, taken = update(batch, ADVANTAGES, 1e-6, config)
     assert taken == 1
 
     # The same from the formulas: one update, so the gradient is A * weight * grad log density.

@@ -1,0 +1,190 @@
+"""The passes of one update: densities, and the gradient of a minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from softgrpo.algorithm.correction import importance_weights
+from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
+from softgrpo.algorithm.loss import loss_mask, policy_loss, token_weights
+from softgrpo.config.sections import Sections
+from softgrpo.distributed import World
+from softgrpo.learner.microbatches import microbatches
+from softgrpo.learner.policy import Policy, PositionLogProbs
+from softgrpo.learner.statistics import Statistics
+from softgrpo.rollout.batch import RolloutBatch
+from softgrpo_engine.transfer import to_device
+
+# Names of statistics.
+DIFFERENCE = "sampling/sampling_logp_difference"
+RATIO = "sampling/importance_sampling_ratio"
+CLIP_LOW, CLIP_HIGH = "clip_ratio/low_mean", "clip_ratio/high_mean"
+
+
+class Passes:
+    """The passes of the policies over one rollout, each process on its part of the groups.
+
+    statistics: the numbers of this process's passes so far.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        batch: RolloutBatch,
+        config: Sections,
+        world: World,
+    ) -> None:
+        self.policy, self.reference = policy, reference
+        self.batch, self.config, self.world = batch, config, world
+        self.statistics = Statistics()
+        self.sample_T = batch.sample_of_token
+        self.mask_T = loss_mask(
+            batch.soft.forced.bool(), batch.is_cut, config.algorithm.mask_truncated
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.decoder.embed_weight.device
+
+    def useful_groups(self, advantages_S: Tensor) -> list[int]:
+        """The groups that have a gradient, ascending."""
+        if self.reference is not None:
+            return list(range(self.batch.num_groups))
+        learnt_S = torch.zeros(len(self.batch.group), dtype=torch.bool)
+        learnt_S[self.sample_T[self.mask_T]] = True
+        return self.batch.group[learnt_S & (advantages_S != 0)].unique().tolist()
+
+    @torch.no_grad()
+    def densities(self, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Densities under the current policy and importance weights, both [T] (0 outside of the
+        groups)."""
+        density_T = torch.zeros(len(self.sample_T), device=self.device)
+        correction_T = torch.zeros_like(density_T)
+        for micro in self._microbatches(groups):
+            part, rows = self.batch.select_groups(micro or groups[:1])
+            current = self.policy(part)
+            if micro:
+                at = to_device(rows, self.device)
+                correction_T.index_copy_(0, at, self._compare(current))
+                density_T.index_copy_(0, at, current.density)
+        return self.world.sum(density_T), self.world.sum(correction_T)
+
+    def backward(
+        self,
+        minibatch: Sequence[int],
+        useful: Sequence[int],
+        advantages_S: Tensor,
+        old: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Adds the gradient of a minibatch's loss to that of the parameters.
+
+        minibatch: its groups. useful: those of them that have a gradient, at least one; the loss is
+        a mean over all. old: `densities` of the policy that sampled; None: of the current one.
+        """
+        advantages_T, weights_T = advantages_S[self.sample_T], self._weights(minibatch)
+        for micro in self._microbatches(useful):
+            if not micro:
+                self._idle_pass(useful[0])
+                continue
+            part, rows = self.batch.select_groups(micro)
+            loss = self._loss(part, rows, advantages_T[rows], weights_T[rows], old)
+            # FSDP takes the mean of the processes' gradients; theirs are parts of a sum.
+            (loss * self.world.size).backward()
+
+    def _weights(self, minibatch: Sequence[int]) -> Tensor:
+        """Weights [T] of the tokens in the loss of a minibatch, 0 outside of it.
+
+        Every group of the minibatch counts in the denominator, also those without spread.
+        """
+        whole, rows = self.batch.select_groups(minibatch)
+        weights_T = torch.zeros(len(self.sample_T))
+        weights_T[rows] = token_weights(
+            self.mask_T[rows],
+            whole.sample_of_token,
+            len(whole.group),
+            self.config.algorithm.loss_aggregation,
+            self.config.rollout.max_new_tokens,
+        )
+        return weights_T
+
+    def _loss(
+        self,
+        part: RolloutBatch,
+        rows: Tensor,
+        advantages_T: Tensor,
+        weights_T: Tensor,
+        old: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """The loss of some groups. rows: int64 [T], their tokens among those of the rollout;
+        advantages_T, weights_T: float32 [T], of them."""
+        new = self.policy(part)
+        if old is None:
+            old_T, correction_T = new.density.detach(), self._compare(new)
+        else:
+            at = to_device(rows, self.device)
+            old_T, correction_T = (values.index_select(0, at) for values in old)
+        reference_T = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference_T = self.reference(part).density
+        result = policy_loss(
+            new.density,
+            old_T,
+            to_device(advantages_T, self.device),
+            to_device(weights_T, self.device),
+            new.positions.sample,
+            new.positions.num_samples,
+            self.config.algorithm,
+            correction_T=correction_T,
+            reference_T=reference_T,
+        )
+        self.statistics.add("loss", result.loss)
+        self.statistics.add(CLIP_LOW, result.clipped_low)
+        self.statistics.add(CLIP_HIGH, result.clipped_high)
+        if result.kl is not None:
+            self.statistics.add("kl", result.kl)
+        return result.loss
+
+    def _idle_pass(self, group: int) -> None:
+        """A pass that adds nothing: it takes part in the communication of those that others do,
+        in the same order."""
+        part, _ = self.batch.select_groups([group])
+        nothing = (self.policy(part).density * 0.0).sum()
+        if self.reference is not None:
+            with torch.no_grad():
+                self.reference(part)
+        nothing.backward()
+
+    @torch.no_grad()
+    def _compare(self, current: PositionLogProbs) -> Tensor:
+        """Records how far the trainer's probabilities are from those that the rollout drew from,
+        and returns the importance weights [T]."""
+        settings, positions = self.policy.settings, current.positions
+        classes, statistics = positions.classes, self.statistics
+        theirs = rollout_logq(positions, settings)
+        statistics.add(DIFFERENCE, *mismatch(current.candidates, theirs, classes))
+        # Drawn from the vocabulary, without candidates: the token alone is compared.
+        difference = (current.density - positions.logprobs).abs()
+        statistics.add(DIFFERENCE, difference, classes.full & ~classes.listed)
+        behaviour = log_densities(theirs, positions.logprobs, positions, settings)
+        known = ~classes.forced
+        if not settings.method.keeps_logp:
+            known &= ~classes.soft
+        log_ratio = torch.where(known, current.density - behaviour, 0.0)
+        weights, beyond = importance_weights(
+            log_ratio, positions.sample, positions.num_samples, self.config.algorithm.correction
+        )
+        statistics.add(RATIO, log_ratio.exp(), known)
+        statistics.add("sampling/beyond_max_ratio", beyond, known)
+        logq = current.candidates
+        entropy = -torch.where(logq > -torch.inf, logq.exp() * logq, 0.0).sum(-1)
+        statistics.add("candidate_entropy", entropy, classes.listed)
+        return weights
+
+    def _microbatches(self, groups: Sequence[int]) -> list[list[int]]:
+        budget = self.config.optim.tokens_per_microbatch
+        return microbatches(self.batch, groups, budget, self.world)
