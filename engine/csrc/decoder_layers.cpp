@@ -1,11 +1,12 @@
-// The decoder's layers one after the other: the kernels of decoder.h and packed_linear.h, called without
-// going back to Python between them.
+// The decoder's layers one after the other: the kernels of the ops, called without going back to
+// Python between them.
 #include "decoder_layers.h"
 
 #include <cstring>
 #include <vector>
 
 #include "packed_linear.h"
+#include "rms_norm.h"
 
 namespace softgrpo {
 namespace {

@@ -2,7 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "decoder.h"
+#include "paged_attention.h"
+#include "rope_store_kv.h"
 
 namespace softgrpo {
 

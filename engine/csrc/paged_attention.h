@@ -1,10 +1,26 @@
-// What the attention kernels and their driver share.
+// Attention over paged keys and values; described in softgrpo_engine/ops/paged_attention.py. Bad
+// indices throw std::invalid_argument.
 #pragma once
 #include <cstdint>
 
-#include "decoder.h"
+#include "max_head_dim.h"
 
 namespace softgrpo {
+
+struct PagedAttention {
+  void* out;
+  const void* q;
+  const void* k_pages;
+  const void* v_pages;
+  const int32_t* block_table;
+  const int32_t* seq_lens;
+  const int32_t* query_starts;  // null: row b is the one query of sequence b
+  int64_t rows, sequences, table_width, num_pages, page_size, num_heads, num_kv_heads, head_dim;
+  float scale;
+};
+void paged_attention(const PagedAttention& args, bool bf16);
+
+// What the kernels and their driver share.
 
 // Keys are taken in chunks (one running-softmax step), chunks in splits (what may be computed in
 // parallel, then merged in order). Both are cut at fixed positions of the sequence, whatever the

@@ -1,14 +1,10 @@
 #include <pybind11/pybind11.h>
 
 #include "indexed_dot.h"
+#include "shared/pointer.h"
 
 namespace softgrpo {
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void bind_indexed_dot(uintptr_t out, uintptr_t hidden, int64_t hidden_stride, uintptr_t ids,
                       int64_t rows, int64_t slots, uintptr_t table, int64_t table_stride,

@@ -154,5 +154,9 @@ def test_bad_shapes_and_dtypes_are_one_clear_error():
         paged_attention(q, k, v, table.long(), lens, **kwargs)
     with pytest.raises(ValueError, match=r"need seq_lens \[1\]"):
         paged_attention(q, k, v, table, lens.repeat(2), **kwargs)
+    with pytest.raises(ValueError, match="q must have 3 dimensions"):
+        paged_attention(q[0], k, v, table, lens, **kwargs)
+    with pytest.raises(ValueError, match="seq_lens is on meta"):
+        paged_attention(q, k, v, table, lens.to("meta"), **kwargs)
     with pytest.raises(ValueError, match="inference_mode"):
         paged_attention(q.requires_grad_(), k, v, table, lens, **kwargs)

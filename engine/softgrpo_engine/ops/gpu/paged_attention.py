@@ -1,4 +1,4 @@
-"""Causal attention over KV pages in Triton; meaning: `reference.decoder.paged_attention`.
+"""Causal attention over KV pages in Triton; meaning: `ops.reference.paged_attention`.
 
 A program holds a tile of queries and all heads that read one KV head: keys and values are read
 once for the whole group. In decoding the keys of a sequence are cut into splits of constant size,
