@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
-from softgrpo.algorithm.positions import DensitySettings, PositionClasses, Positions
+from softgrpo.algorithm.positions import DensitySettings, Positions
 from softgrpo.config import Config
 from softgrpo.learner.policy import Policy
 from softgrpo.rollout.batch import RolloutBatch
-from softgrpo.rollout.engines import load_engine
+from softgrpo.rollout.engines import make_engine
 from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
 from softgrpo_engine.model.weights import load_decoder
 from softgrpo_kernels import reference
@@ -47,6 +48,14 @@ class Difference:
         return self.bound is None or self.mean <= self.bound
 
 
+class _Scores(NamedTuple):
+    """What one of the three makes of the positions: log q of the candidates [T, K] over their set,
+    and the log-density [T]."""
+
+    logq: Tensor
+    density: Tensor
+
+
 @torch.no_grad()
 def compare(
     config: Config, model_path: Path, tokenizer: Any, prompts: Sequence[list[int]]
@@ -57,83 +66,71 @@ def compare(
     policy step; transformers is fed with the recorded mixtures. The model is `model.dtype`, in
     transformers too; its last hidden states meet the LM head in float32, as ours do.
     """
-    rollout, settings = config.rollout, density_settings(config)
-    engine = load_engine(rollout.engine)(
-        model_path,
-        tokenizer=tokenizer,
-        dtype=config.model.dtype,
-        max_model_len=max(map(len, prompts)) + rollout.max_new_tokens,
-        kv_memory=rollout.kv_memory,
-        max_batch_size=rollout.max_batch_size,
-        max_batch_tokens=rollout.max_batch_tokens,
-    )
-    uids = rollout_uids(0, len(prompts), rollout.group_size)
-    drawn = collect(
+    settings = density_settings(config)
+    dtype = getattr(torch, config.model.dtype)
+    batch, device = _draw(config, model_path, tokenizer, prompts)
+    trainer = Policy(load_decoder(model_path, torch.float32, device), settings, dtype)(batch)
+    positions = trainer.positions
+    engine_logq = rollout_logq(positions, settings)
+    model = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=dtype).eval().to(device)
+    hf_logq, hf_token = _transformers_logq(model, batch, positions, settings)
+    scores = {
+        "engine": _Scores(
+            engine_logq, log_densities(engine_logq, positions.logprobs, positions, settings)
+        ),
+        "trainer": _Scores(trainer.candidates, trainer.density),
+        "HF": _Scores(hf_logq, log_densities(hf_logq, hf_token, positions, settings)),
+    }
+    # Over the whole vocabulary the trainer leaves top-p out, on purpose.
+    nucleus = settings.discrete_full and config.rollout.top_p < 1
+    rows = []
+    for one, other in itertools.combinations(scores, 2):
+        who, bound = f"{one}/{other}", BOUNDS[config.model.dtype]
+        for row in _differences(who, scores[other], scores[one], positions, settings, bound):
+            free = nucleus and one == "engine" and (row.where, row.what) == ("discrete", "density")
+            rows.append(dataclasses.replace(row, bound=None) if free else row)
+    return rows
+
+
+def _draw(
+    config: Config, model_path: Path, tokenizer: Any, prompts: Sequence[list[int]]
+) -> tuple[RolloutBatch, torch.device]:
+    """A rollout of the run's engine, and where it was made."""
+    rollout = config.rollout
+    longest = max(map(len, prompts)) + rollout.max_new_tokens
+    engine = make_engine(config, model_path, tokenizer, longest)
+    outputs = collect(
         engine,
         prompts,
-        uids,
+        rollout_uids(0, len(prompts), rollout.group_size),
         rollout,
         config.algorithm.objective,
         seed=config.run.seed,
         stream=ROLLOUT_STREAM,
     )
     batch = RolloutBatch.from_outputs(
-        drawn, seed=config.run.seed, stream=ROLLOUT_STREAM, weight_version=0
+        outputs, seed=config.run.seed, stream=ROLLOUT_STREAM, weight_version=0
     )
-    dtype = getattr(torch, config.model.dtype)
-    policy = Policy(load_decoder(model_path, torch.float32, engine.device), settings, dtype)
-    trainer = policy(batch)
-    positions = trainer.positions
-    engine_logq = rollout_logq(positions, settings)
-    engine_density = log_densities(engine_logq, positions.logprobs, positions, settings)
-    model = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=dtype)
-    theirs_logq, theirs_token = _transformers_logq(
-        model.eval().to(engine.device), batch, positions, settings
-    )
-    theirs_density = log_densities(theirs_logq, theirs_token, positions, settings)
-    pairs = {
-        "engine/trainer": (
-            (trainer.candidates, engine_logq),
-            (trainer.density, engine_density),
-        ),
-        "engine/HF": (
-            (theirs_logq, engine_logq),
-            (theirs_density, engine_density),
-        ),
-        "trainer/HF": (
-            (theirs_logq, trainer.candidates),
-            (theirs_density, trainer.density),
-        ),
-    }
-    bound = BOUNDS[config.model.dtype]
-    # Over the whole vocabulary the trainer leaves top-p out, on purpose.
-    nucleus = settings.discrete_full and rollout.top_p < 1
-    return [
-        dataclasses.replace(row, bound=None)
-        if nucleus and "engine" in who and (row.where, row.what) == ("discrete", "density")
-        else row
-        for who, (logq, density) in pairs.items()
-        for row in _rows(who, logq, density, positions.classes, bound, settings)
-    ]
+    return batch, engine.device
 
 
-def _rows(
+def _differences(
     who: str,
-    logq: tuple[Tensor, Tensor],
-    density: tuple[Tensor, Tensor],
-    classes: PositionClasses,
-    bound: float,
+    ours: _Scores,
+    theirs: _Scores,
+    positions: Positions,
     settings: DensitySettings,
+    bound: float,
 ) -> list[Difference]:
     """The differences of two of the three, by phase; nothing for a phase that no position has."""
-    rows = []
-    distance_T = (density[0] - density[1]).abs()
+    rows, classes = [], positions.classes
+    distance_T = (ours.density - theirs.density).abs()
     # The engine's own density may not be on the record.
     if not settings.method.keeps_logp and "engine" in who:
         distance_T = torch.where(classes.soft, torch.nan, distance_T)
     for where, of_phase in (("soft", classes.soft_phase), ("discrete", ~classes.soft_phase)):
         part = dataclasses.replace(classes, listed=of_phase & classes.listed)
-        difference_TK, known_TK = mismatch(*logq, part)
+        difference_TK, known_TK = mismatch(ours.logq, theirs.logq, part)
         distance = distance_T[of_phase & ~classes.forced]
         found = {
             # A density is a sum over candidates, weighed by g': it has no bound of its own.
