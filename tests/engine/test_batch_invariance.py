@@ -77,9 +77,9 @@ def test_one_call_for_all_layers_is_one_call_for_each(config_class, dtype):
     decoder = decoder_of(config_class, dtype)
     prompts, uids = [[5, 6, 7], list(range(3, 40))], [[0], [1]]
     together, _ = run(decoder, prompts, uids)
-    assert decoder._compiled is not None
+    assert decoder.packed.one_call is not None
     llm = LLM(decoder, max_batch_size=16, batch_invariant=True)
-    decoder._compiled = None
+    decoder.packed.one_call = None
     each = llm.generate_groups(prompts, PARAMS, SOFT, seed=3, uids=uids)
     for a, b in zip(together, each, strict=True):
         if config_class is Qwen3Config:

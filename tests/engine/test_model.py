@@ -138,10 +138,9 @@ def test_a_fused_weight_is_the_memory_of_its_parts(hf_model, tmp_path):
     load_weights(ours, iter(hf_model.state_dict().items()))
     ours.pack()
     addresses = [tensor.data_ptr() for tensor in ours.tensors()]
-    attention = ours.model.layers[0].self_attn
-    (fused,) = attention.qkv.packed.tensors()
+    (fused,) = ours.packed.layers[0].qkv.tensors()
     with torch.no_grad():
-        attention.k_proj.weight.fill_(7.0)
+        ours.model.layers[0].self_attn.k_proj.weight.fill_(7.0)
     assert bool((fused[48:64] == 7.0).all())
     assert not bool((fused[:48] == 7.0).any())
     assert not bool((fused[64:] == 7.0).any())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from softgrpo_engine.model.attention import Attention, PagedAttention
+from softgrpo_engine.model.attention import Attention
 from softgrpo_engine.model.config import DecoderConfig
-from softgrpo_engine.model.layers import DecoderLayer, FusedProjection, Linear, RMSNorm
-from softgrpo_engine.model.packed_linear import PackedLinear
-from softgrpo_engine.ops.decoder_layers import DecoderLayers
+from softgrpo_engine.model.layers import DecoderLayer, Linear, RMSNorm
+from softgrpo_engine.model.packed_decoder import PackedDecoder
 
 
 class DecoderStack(nn.Module):
@@ -31,7 +32,8 @@ class Decoder(nn.Module):
     """Llama-family causal decoder over packed tokens; parameter names are Hugging Face's.
 
     The caller supplies input embeddings (a soft token is a mixture of rows of ``embed_weight``) and
-    the attention, which knows how the T packed tokens form sequences.
+    the attention, which knows how the T packed tokens form sequences. The layers are what trains;
+    in evaluation mode a packed decoder runs its `packed` copy of them.
 
     gradient_checkpointing: in training, keep only the residual stream between the layers and
     compute each layer again in the backward pass.
@@ -44,8 +46,7 @@ class Decoder(nn.Module):
         self.model = DecoderStack(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._packed_head: PackedLinear | None = None
-        self._compiled: DecoderLayers | None = None
+        self._packed: PackedDecoder | None = None
         inverse_frequencies, self.rope_scale = rope_parameters(config)
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 
@@ -59,6 +60,11 @@ class Decoder(nn.Module):
         """Output embeddings [V, H]; the input embeddings where the two are tied."""
         return self.embed_weight if self.config.tie_word_embeddings else self.lm_head.weight
 
+    @property
+    def packed(self) -> PackedDecoder | None:
+        """What computes instead of the layers: after `pack`, in evaluation mode."""
+        return None if self.training else self._packed
+
     def forward(
         self, inputs_embeds_TH: Tensor, positions_T: Tensor, attention: Attention
     ) -> Tensor:
@@ -68,8 +74,8 @@ class Decoder(nn.Module):
         positions_T int64, counted in each sequence.
         """
         rope = self.rope(positions_T)
-        if self._compiled and not self.training and isinstance(attention, PagedAttention):
-            return attention.through(self._compiled, inputs_embeds_TH, rope)
+        if self.packed is not None:
+            return self.packed(inputs_embeds_TH, rope, attention)
         x_TH, residual_TH = inputs_embeds_TH, None
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.model.layers:
@@ -85,8 +91,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits [R, V] in the dtype of the weights."""
-        if self._packed_head is not None and not self.training:
-            return self._packed_head(hidden_RH)
+        if self.packed is not None:
+            return self.packed.logits(hidden_RH)
         return F.linear(hidden_RH, self.lm_head_weight)
 
     def pack(self, *, batch_invariant: bool = False) -> None:
@@ -96,38 +102,19 @@ class Decoder(nn.Module):
         ValueError where there is none.
         """
         self.eval()
-        for module in self.modules():
-            for projection in vars(module).values():
-                if isinstance(projection, FusedProjection):
-                    projection.pack(batch_invariant)
-        self._packed_head = PackedLinear(self.lm_head_weight, batch_invariant=batch_invariant)
-        self._compiled = self._compile()
+        self._packed = None  # its memory is free for the new one
+        self._packed = PackedDecoder(
+            self.config,
+            cast("Iterable[DecoderLayer]", self.model.layers),
+            self.model.norm,
+            self.lm_head_weight,
+            batch_invariant=batch_invariant,
+        )
 
     def tensors(self) -> list[Tensor]:
         """All that inference reads: parameters, buffers and packed weights."""
-        packed = [
-            projection.packed
-            for module in self.modules()
-            for projection in vars(module).values()
-            if isinstance(projection, FusedProjection)
-        ]
-        weights = [w for p in (*packed, self._packed_head) if p is not None for w in p.tensors()]
-        return [*self.parameters(), *self.buffers(), *weights]
-
-    def _compile(self) -> DecoderLayers | None:
-        """The layers as one C++ call, where all of their products are."""
-        blocks = [block for block in self.model.layers if isinstance(block, DecoderLayer)]
-        compiled = [w for w in (block.compiled_weights() for block in blocks) if w is not None]
-        if len(compiled) < len(blocks):
-            return None
-        config = self.config
-        return DecoderLayers(
-            compiled,
-            self.model.norm.weight.detach(),
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            eps=config.rms_norm_eps,
-        )
+        packed = [] if self._packed is None else self._packed.tensors()
+        return [*self.parameters(), *self.buffers(), *packed]
 
 
 def rope_parameters(config: DecoderConfig) -> tuple[Tensor, float]:

@@ -1,5 +1,7 @@
-"""The layers of the decoder. In training mode they are plain autograd PyTorch; in evaluation mode
-they call the fused inference kernels."""
+"""The layers of the decoder, in plain autograd PyTorch: what they compute, and how they train.
+
+Their inference is `softgrpo_engine.model.packed_decoder`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softgrpo_engine.model.attention import Attention
+from softgrpo_engine.model.attention import Attention, Rope
 from softgrpo_engine.model.config import DecoderConfig
-from softgrpo_engine.model.packed_linear import PackedLinear
-from softgrpo_engine.ops.decoder_layers import LayerWeights
-from softgrpo_engine.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -24,15 +23,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns ``(norm(residual + x), residual + x)``; without a residual, x is the residual."""
-        if not self.training:
-            if residual_TH is None:
-                return rms_norm(x_TH, self.weight, self.eps), x_TH
-            return rms_norm(x_TH, self.weight, self.eps, residual_TH)
         residual_TH = x_TH if residual_TH is None else residual_TH + x_TH
         return self.normalise(residual_TH), residual_TH
 
     def normalise(self, x_TH: Tensor) -> Tensor:
-        """The norm alone, differentiable."""
+        """The norm alone."""
         x32 = x_TH.float() if x_TH.dtype != torch.float64 else x_TH
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x_TH.dtype) * x32.to(x_TH.dtype)
@@ -51,61 +46,6 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class FusedProjection:
-    """Linear layers that read the same input, computed as one GEMM once packed; with silu_mul, the
-    two of SwiGLU: ``silu(first) * second``.
-
-    Holds no parameters: the layers stay where Hugging Face names them, and are looked up at each
-    call, so that replacing one (LoRA, FSDP) is seen here.
-    """
-
-    def __init__(self, owner: nn.Module, *names: str, silu_mul: bool = False) -> None:
-        self._owner = owner
-        self._names = names
-        self._silu_mul = silu_mul
-        self.packed: PackedLinear | None = None
-
-    def pack(self, batch_invariant: bool) -> None:
-        layers = [getattr(self._owner, name) for name in self._names]
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        weight, bias = _joined(weights), None if biases[0] is None else _joined(biases)
-        self.packed = PackedLinear(
-            weight, bias, silu_mul=self._silu_mul, batch_invariant=batch_invariant
-        )
-        if self.packed.keeps_weight:
-            _share(weights, weight)
-            if bias is not None:
-                _share(biases, bias)
-
-    def __call__(self, x_TH: Tensor) -> Tensor:
-        if self.packed is not None and not self._owner.training:
-            return self.packed(x_TH)
-        outputs = [getattr(self._owner, name)(x_TH) for name in self._names]
-        if self._silu_mul:
-            gate, up = outputs
-            return F.silu(gate) * up
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-
-def _joined(parts: list[nn.Parameter]) -> Tensor:
-    """The rows of all parts: the memory that they share if they do, else a copy."""
-    first, end = parts[0], parts[0].data_ptr()
-    storage = first.untyped_storage().data_ptr()
-    for part in parts:
-        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage:
-            return torch.cat([part.detach() for part in parts])
-        end += part.nbytes
-    rows = sum(len(part) for part in parts)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
-
-
-def _share(parts: list[nn.Parameter], whole: Tensor) -> None:
-    """Makes the parts views of the whole: it costs no second copy of the weights, and what is
-    written into a part is in the whole, where a CUDA graph reads it."""
-    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-        part.data = rows
-
-
 class SelfAttention(nn.Module):
     """Projections around an attention that the caller supplies (paged, or packed for training)."""
 
@@ -121,20 +61,20 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(config.num_heads * head_dim, hidden, bias=config.o_bias)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.qkv = FusedProjection(self, "q_proj", "k_proj", "v_proj")
-        self.output = FusedProjection(self, "o_proj")
 
-    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        qkv_TE = self.qkv(x_TH)
-        if self.q_norm is not None and self.k_norm is not None:
-            qkv_TE = self._normalise_heads(qkv_TE, self.q_norm, self.k_norm)
-        return self.output(attention(self.layer, qkv_TE, rope))
+    def forward(self, x_TH: Tensor, rope: Rope, attention: Attention) -> Tensor:
+        projected = [self.q_proj(x_TH), self.k_proj(x_TH), self.v_proj(x_TH)]
+        qkv_TE = self.normalise_heads(torch.cat(projected, dim=-1))
+        return self.o_proj(attention(self.layer, qkv_TE, rope))
 
-    def _normalise_heads(self, qkv_TE: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> Tensor:
+    def normalise_heads(self, qkv_TE: Tensor) -> Tensor:
+        """The heads of q and of k normalised, in a model that does so."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv_TE
         config, length = self.config, qkv_TE.shape[0]
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         q, k, v = qkv_TE.view(length, -1, config.head_dim).split(sizes, dim=1)
-        heads = [q_norm.normalise(q), k_norm.normalise(k), v]
+        heads = [self.q_norm.normalise(q), self.k_norm.normalise(k), v]
         return torch.cat(heads, dim=1).flatten(1)
 
 
@@ -147,11 +87,9 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden, inner, bias=config.mlp_bias)
         self.up_proj = Linear(hidden, inner, bias=config.mlp_bias)
         self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
-        self.activated = FusedProjection(self, "gate_proj", "up_proj", silu_mul=True)
-        self.down = FusedProjection(self, "down_proj")
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down(self.activated(x_TH))
+        return self.down_proj(F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH))
 
 
 class DecoderLayer(nn.Module):
@@ -166,33 +104,9 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        x_TH: Tensor,
-        residual_TH: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        attention: Attention,
+        self, x_TH: Tensor, residual_TH: Tensor | None, rope: Rope, attention: Attention
     ) -> tuple[Tensor, Tensor]:
         x_TH, residual_TH = self.input_layernorm(x_TH, residual_TH)
         x_TH = self.self_attn(x_TH, rope, attention)
         x_TH, residual_TH = self.post_attention_layernorm(x_TH, residual_TH)
         return self.mlp(x_TH), residual_TH
-
-    def compiled_weights(self) -> LayerWeights | None:
-        """For `DecoderLayers`; None where a packed product is not that of the C++ kernel."""
-        attention, mlp = self.self_attn, self.mlp
-        projections = (attention.qkv, attention.output, mlp.activated, mlp.down)
-        packed = [p.packed.ours for p in projections if p.packed is not None]
-        weights = [w for w in packed if w is not None and w.is_compiled]
-        if len(weights) < len(projections):
-            return None
-        heads = [
-            norm.weight.detach().contiguous()
-            for norm in (attention.q_norm, attention.k_norm)
-            if norm is not None
-        ]
-        return LayerWeights(
-            self.input_layernorm.weight.detach().contiguous(),
-            self.post_attention_layernorm.weight.detach().contiguous(),
-            *(heads or (None, None)),
-            *weights,
-        )

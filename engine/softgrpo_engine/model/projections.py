@@ -1,10 +1,12 @@
-"""A linear layer for inference, its weight laid out once for the machine's fastest product."""
+"""The decoder's projections for inference: laid out once for the machine's fastest product."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from softgrpo_engine.ops.packed_linear import PackedWeight, matrix_unit, pack_weight, packed_linear
 from softgrpo_engine.ops.silu_mul import silu_mul
@@ -68,6 +70,42 @@ class PackedLinear:
             assert self._weight is not None
             product = F.linear(x_TK, self._weight, self._bias)
         return silu_mul(product) if self._silu_mul else product
+
+
+def fused(
+    layers: Sequence[nn.Linear], *, silu_mul: bool = False, batch_invariant: bool = False
+) -> PackedLinear:
+    """Linear layers that read the same input as one product, their outputs side by side.
+
+    The layers keep their weights, which become views of one where that is what is computed with.
+    """
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    weight, bias = _joined(weights), None if biases[0] is None else _joined(biases)
+    packed = PackedLinear(weight, bias, silu_mul=silu_mul, batch_invariant=batch_invariant)
+    if packed.keeps_weight:
+        _share(weights, weight)
+        if bias is not None:
+            _share(biases, bias)
+    return packed
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts: the memory that they share if they do, else a copy."""
+    first, end = parts[0], parts[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage:
+            return torch.cat([part.detach() for part in parts])
+        end += part.nbytes
+    rows = sum(len(part) for part in parts)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def _share(parts: Sequence[Tensor], whole: Tensor) -> None:
+    """Makes the parts views of the whole: it costs no second copy of the weights, and what is
+    written into a part is in the whole, where a CUDA graph reads it."""
+    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = rows
 
 
 def _prepacked(weight_NK: Tensor) -> Tensor | None:
