@@ -131,9 +131,8 @@ class LLM:
         A sample is a function of (weights, prompt, seed, stream, uid, parameters), up to the
         rounding of the GEMM; what it shares a batch with does not matter.
         """
-        return self._finish(
-            self.submit(prompts, params, soft, seed=seed, uids=uids, stream=stream), progress
-        )
+        call = self.submit(prompts, params, soft, seed=seed, uids=uids, stream=stream)
+        return self._finish(call, progress)
 
     def iter_groups(
         self,
