@@ -52,7 +52,7 @@ class Trainer:
         reward_weights: Sequence[float] | None = None,
     ) -> None:
         check_device(config, device_type())
-        self.config = config
+        self.config = config  # asked anew at every step: a dry run makes its steps smaller
         self.world = World.join(config.run.timeout_s)
         self.world.check_shares("rollout.prompts_per_step", config.rollout.prompts_per_step)
         self.journal = Journal(config, self.world)

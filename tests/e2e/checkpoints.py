@@ -1,4 +1,4 @@
-"""What is in a checkpoint, independently of softgrpo.checkpoint."""
+"""What is in a checkpoint, independently of softgrpo.run.checkpoint."""
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader

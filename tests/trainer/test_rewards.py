@@ -214,7 +214,7 @@ def test_callables_run_in_this_process():
 
 SCRIPT = """
 import sys, time
-from softgrpo.config import RewardConfig, RewardFunction
+from softgrpo.config.sections import RewardConfig, RewardFunction
 from softgrpo.rewards import RewardRunner
 from softgrpo.rewards.worker import RewardCall
 runner = RewardRunner(RewardConfig(functions=[RewardFunction(sys.argv[1])], timeout_s=60))
