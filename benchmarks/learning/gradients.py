@@ -39,6 +39,7 @@ from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
 from softgrpo_engine import LLM
 from softgrpo_engine.model.weights import load_decoder
+from softgrpo_kernels.methods import method_of
 
 # One kind of rollout and the scores that it is given.
 KINDS: dict[str, tuple[list[str], list[str]]] = {
@@ -128,7 +129,8 @@ def measure(model: Path, data: Path, kind: str, batches: int) -> dict[str, dict[
     settings = density_settings(config)
     policies: dict[str, Policy] = {}
     for score in scores:
-        scored = dataclasses.replace(settings, objective="exact" if score == "argmax" else score)
+        method = method_of("gumbel", "exact" if score == "argmax" else score)
+        scored = dataclasses.replace(settings, method=method)
         policies[score] = (ArgmaxPolicy if score == "argmax" else Policy)(decoder, scored)
     rewards = RewardRunner(config.reward)
     moments: defaultdict[str, Moments] = defaultdict(Moments)

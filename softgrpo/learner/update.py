@@ -70,7 +70,7 @@ class Update:
         old = passes.densities(useful) if len(minibatches) > 1 else None
         norms = []
         for groups in minibatches:
-            learnt = [g for g in groups if g in set(useful)]
+            learnt = [g for g in groups if g in useful]
             if learnt:
                 self.optimizer.zero_grad(set_to_none=True)
                 passes.backward(groups, learnt, advantages_S, old)
