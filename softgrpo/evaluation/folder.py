@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from softgrpo.log.files import read_jsonl, write_atomically
+from softgrpo.log.files import dotted, read_jsonl, write_atomically
 
 
 @dataclass(frozen=True)
@@ -96,24 +96,13 @@ def model_digest(path: Path) -> str:
 
 
 def _check_same(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    old, new = _flat(then), _flat(now)
+    old, new = dotted(then), dotted(now)
     for name in [*old, *(name for name in new if name not in old)]:
         if old.get(name) != new.get(name):
             raise ValueError(
                 f"{path} was begun with {name} = {old.get(name)!r}, this command has "
                 f"{new.get(name)!r}: give the same setting, or another --output"
             )
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """soft and questions by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            flat[name] = value
-    return flat
 
 
 def _open_for_appending(path: Path) -> IO[bytes]:

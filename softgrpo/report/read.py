@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from softgrpo.log.files import number
+from softgrpo.log.files import dotted, number
 
 Row = dict[str, Any]
 
@@ -73,19 +73,14 @@ def read_run(run_dir: Path, *, samples: bool = True) -> Run:
 
 def config_differences(run: Run, other: Run) -> list[tuple[str, str, str]]:
     """(dotted key, value in run, value in other) where they differ; "-" where a run lacks it."""
-    ours, theirs = _flat(run.config), _flat(other.config)
+    ours, theirs = _settings(run), _settings(other)
     pairs = [(key, ours.get(key, "-"), theirs.get(key, "-")) for key in {**ours, **theirs}]
     return [(key, a, b) for key, a, b in pairs if a != b]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
-    return flat
+def _settings(run: Run) -> dict[str, str]:
+    values = dotted(run.config).items()
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values}
 
 
 def _read_metrics(run: Run, path: Path) -> None:

@@ -17,6 +17,7 @@ from softgrpo.config import Config, ConfigError
 from softgrpo.distributed import World
 from softgrpo.log.files import (
     append_jsonl,
+    dotted,
     json_line,
     read_jsonl,
     saving,
@@ -179,19 +180,10 @@ def find_checkpoint(folder: RunFolder, config: Config) -> Path | None:
 
 
 def _check_same_run(then: Config, now: Config, path: Path) -> None:
-    before, after = _flat(asdict(then)), _flat(asdict(now))
+    before, after = dotted(asdict(then)), dotted(asdict(now))
     for key in before:
         if before[key] != after.get(key) and not key.startswith(_FREE_TO_CHANGE):
             raise ConfigError(
                 f"{key} was {before[key]!r} in {path} and is {after.get(key)!r} now: resume with "
                 "the same settings, or choose another run.name"
             )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
