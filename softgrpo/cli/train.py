@@ -17,32 +17,7 @@ With no arguments it trains the packaged recipe `demo`: SmolLM2-135M on small su
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``softgrpo-train``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="softgrpo-train",
-        description=DESCRIPTION,
-        epilog="example: softgrpo-train --config demo run.name=mine optim.lr=5e-6 run.seed=1",
-    )
-    parser.add_argument(
-        "--config",
-        default="demo",
-        metavar="RECIPE_OR_FILE",
-        help=f"packaged recipe ({', '.join(recipe_names())}) or YAML file (default: demo)",
-    )
-    parser.add_argument("--engine", help="native, hf or an installed engine (rollout.engine)")
-    parser.add_argument(
-        "--report-to",
-        metavar="SERVICE[,...]",
-        help="metrics also to tensorboard, wandb or trackio (log.report_to)",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, try a tiny step, leave nothing"
-    )
-    parser.add_argument(
-        "--plan", action="store_true", help="memory and time on 1, 8 and 64 GPUs, by arithmetic"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
-    )
+    parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
     if arguments.engine:
@@ -58,22 +33,50 @@ def main(argv: Sequence[str] | None = None) -> int:
             from softgrpo.tools.plan import plan
 
             Console().print(plan(config))
-            return 0
-        if arguments.dry_run:
+        elif arguments.dry_run:
             from softgrpo.tools.dry_run import dry_run
 
             if (facts := dry_run(config)) is not None:
                 print(facts)
-            return 0
-        from softgrpo.trainer import Trainer
-
-        trainer = Trainer(config)
-        folder = trainer.train()
-        if trainer.world.is_first:
-            print(f"report  {folder / 'report.html'}")
-            if config.checkpoint.export_hf:
-                print(f"model   {folder / 'model'}")
+        else:
+            _train(config)
     return 0
+
+
+def _train(config: Config) -> None:
+    from softgrpo.trainer import Trainer
+
+    trainer = Trainer(config)
+    folder = trainer.train()
+    if trainer.world.is_first:
+        print(f"report  {folder / 'report.html'}")
+        if config.checkpoint.export_hf:
+            print(f"model   {folder / 'model'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="softgrpo-train",
+        description=DESCRIPTION,
+        epilog="example: softgrpo-train --config demo run.name=mine optim.lr=5e-6 run.seed=1",
+    )
+    add = parser.add_argument
+    add(
+        "--config",
+        default="demo",
+        metavar="RECIPE_OR_FILE",
+        help=f"packaged recipe ({', '.join(recipe_names())}) or YAML file (default: demo)",
+    )
+    add("--engine", help="native, hf or an installed engine (rollout.engine)")
+    add(
+        "--report-to",
+        metavar="SERVICE[,...]",
+        help="metrics also to tensorboard, wandb or trackio (log.report_to)",
+    )
+    add("--dry-run", action="store_true", help="check everything, try a tiny step, leave nothing")
+    add("--plan", action="store_true", help="memory and time on 1, 8 and 64 GPUs, by arithmetic")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    return parser
 
 
 if __name__ == "__main__":

@@ -77,14 +77,9 @@ def _facts(config: Config, trainer: Trainer, row: dict[str, Any]) -> list[tuple[
         len(prompt.token_ids) for prompt in data.prompts_of_round(1, rollout.prompts_per_step)
     )
     response_tokens = samples * rollout.max_new_tokens
-    seconds = (
-        row["time/rollout"] * rollout.max_new_tokens / _TOKENS
-        + row["time/train"]
-        * (prompt_tokens + response_tokens)
-        / (prompt_tokens + samples * _TOKENS)
-        + row["time/reward"]
-        + row["time/sync"]
-    )
+    longer = (prompt_tokens + response_tokens) / (prompt_tokens + samples * _TOKENS)
+    seconds = row["time/reward"] + row["time/sync"] + row["time/train"] * longer
+    seconds += row["time/rollout"] * rollout.max_new_tokens / _TOKENS
     left_out = f", {data.removed} more are held out or shown" if data.removed else ""
     left_out += f", {data.too_long} are too long" if data.too_long else ""
     weights = _training_bytes(trainer) / 2**30
