@@ -24,7 +24,6 @@ from softgrpo_kernels import (
     linear_token_logprob,
     soft_embedding,
     soft_token,
-    soft_token_from_hidden,
 )
 
 # Inputs rotate through this much memory (16 copies at most), as they would in a decode.
@@ -112,11 +111,11 @@ def from_hidden_case(device: torch.device, batch: int, vocabulary: int) -> Case:
     options: dict[str, Any] = {"top_k": 5, "top_p": 0.95, "gumbel_tau": 0.1}
     linear = torch.nn.functional.linear
     return Case(
-        "soft_token_from_hidden",
+        "soft_token",
         {"B": batch, "V": vocabulary, "k": 5, "H": width, "dtype": "bfloat16"},
         2 * width * (vocabulary + batch),
         {
-            "softgrpo": lambda i: soft_token_from_hidden(hidden, head, head, **options),
+            "softgrpo": lambda i: soft_token(None, head, hidden=hidden, lm_head=head, **options),
             "linear, then soft_token": lambda i: soft_token(
                 linear(hidden, head), head, hidden=hidden, lm_head=head, **options
             ),

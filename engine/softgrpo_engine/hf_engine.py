@@ -16,7 +16,8 @@ from softgrpo_engine.outputs import FinishReason, Output, Sample
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.requests.prompts import thinking_end_id
 from softgrpo_engine.soft_tokens import SoftTokens
-from softgrpo_kernels import reference, soft_token
+from softgrpo_kernels import soft_token, soft_weights
+from softgrpo_kernels.reference import soft_embedding as reference
 
 _DISCRETE, _SOFT = 1, 2  # modes of soft_token
 
@@ -145,7 +146,7 @@ class HFEngine:
                     finish[row], lengths[row] = "stop", index + 1
             if all(finish):
                 break
-            weights = reference.soft_weights(step.gprime, step.kind, soft.tau if soft else 1.0)
+            weights = soft_weights(step.gprime, step.kind, soft.tau if soft else 1.0)
             inputs_BTH = reference.soft_embedding(step.ids, weights, embed_VH)[:, None]
         return [
             self._sample(steps[: lengths[row]], row, finish[row] or "length", uid)

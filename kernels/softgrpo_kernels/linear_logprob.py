@@ -1,266 +1,370 @@
-"""One op for all rows of a training pass: dot products with candidates, and whole-vocabulary rows.
+"""Log-probabilities of recorded tokens from hidden states and LM-head weights.
 
-Soft rows need their candidates' dot products, discrete rows the softmax over all tokens. Both come
-from one op, so that the gradient of lm_head is made once, in one buffer.
+Nothing of the size of the vocabulary is kept per row for the backward pass. All arithmetic is fp32
+(fp64 for fp64 tensors) whatever the dtype of hidden and lm_head.
+
+What the functions share:
+    Logits are those of the model, a = softcap tanh(logit_scale (x . W + bias) / softcap) / T, each
+    part left out by default. bias: [V] or None, differentiable. softcap: > 0 or None (Gemma's
+    final_logit_softcapping). logit_scale: number (Cohere). temperature: number or [N], > 0.
+    grad_weight: what backward does for lm_head. "dense": an ordinary gradient. "rows": a coalesced
+    sparse gradient with the rows in use only; every row must be soft. "accumulate": adds straight
+    into lm_head.grad, without a temporary of its size, and autograd sees no gradient: hooks do not
+    run; lm_head must be a leaf. A leaf [V, H]: the same into the .grad of that tensor, of which
+    lm_head is a copy in another dtype (master weights). The last three are for eager mode.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.indexed_dot import (
-    LIBRARY,
-    differentiable_once,
-    indexed_dot,
-    indexed_dot_add_to_table,
-    indexed_dot_backward_hidden,
-    indexed_dot_backward_table,
-)
-from softgrpo_kernels.reference.indexed_dot import wide_dtype
-from softgrpo_kernels.token_logprob import (
-    LogitMap,
-    TokenGradients,
-    token_logprob,
-    token_logprob_backward,
-)
+from softgrpo_kernels.checks import check_divisor, check_head_map
+from softgrpo_kernels.linear_logprob_op import SpecialWeightGradient, check_ids
+from softgrpo_kernels.lm_head import scaled_and_capped
+from softgrpo_kernels.row_rules import LARGEST, SMALLEST
+from softgrpo_kernels.soft_density import soft_density
+from softgrpo_kernels.tensors import wide_dtype
+
+GradWeight = Literal["dense", "rows", "accumulate"] | Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
-class LinearRows(NamedTuple):
-    """Arguments of the op.
+def linear_candidate_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    grad_weight: GradWeight = "dense",
+) -> Tensor:
+    """Log-softmax over each row's candidates: log q_i = a_i - LSE_j(a_j), a the logit / T.
 
-    hidden [N, H]; lm_head [V, H], same dtype; bias [V] or None; ids int [N, K], < 0 unused, K may
-    be 0; label int [N], < 0 where the row needs no softmax over the vocabulary (with K = 0 every
-    row needs it), or None if no row does; temperature [N] in the dtype of the computation.
-    """
+    The softmax over the vocabulary, renormalised over the candidates, is the same number: K dot
+    products replace V.
 
-    hidden: Tensor
-    lm_head: Tensor
-    bias: Tensor | None
-    ids: Tensor
-    label: Tensor | None
-    temperature: Tensor
-    softcap: float | None
-    logit_scale: float
-    need_entropy: bool
-
-    def full_rows(self) -> Tensor:
-        """int64, the rows with a label."""
-        if self.label is None:
-            return torch.empty(0, dtype=torch.int64, device=self.ids.device)
-        if self.ids.shape[1] == 0:  # nothing but labels: a device need not be asked which
-            return torch.arange(len(self.label), device=self.ids.device)
-        return (self.label >= 0).nonzero()[:, 0]
-
-    def full_arguments(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, LogitMap]:
-        """What `token_logprob` takes, of these rows."""
-        assert self.label is not None
-        wide = self.temperature.dtype
-        bias = None if self.bias is None else self.bias.to(wide)
-        logit_map = LogitMap(bias, self.temperature[rows, None], self.softcap, self.logit_scale)
-        return self.hidden[rows], self.lm_head, self.label[rows], logit_map
-
-
-def linear_logprob(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op. Arguments: LinearRows.
+    Args:
+        hidden: [N, H]; lm_head: [V, H] in the same dtype.
+        ids: int [N, K], candidate token ids; unused slots < 0.
+        temperature, bias, softcap, logit_scale, grad_weight: see the module.
 
     Returns:
-        dots [N, K]: <hidden_i, lm_head[ids_ij]>, before bias, scale, softcap and temperature; logp,
-        lse, entropy [N]: of the label over the vocabulary, after all of them; 0 in rows without
-        a label (entropy also where it is not needed). fp32 (fp64 for fp64).
+        [N, K] float32 (float64 for float64), -inf in unused slots. Differentiable in hidden, bias
+        and lm_head (rows that are nobody's candidate get exactly 0).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an id outside the vocabulary.
     """
-    inputs = LinearRows(*arguments)
-    check_ids("ids", inputs.ids, inputs.lm_head)
-    dots = indexed_dot(inputs.hidden, inputs.lm_head, inputs.ids)
-    logp, lse, entropy = (dots.new_zeros(len(inputs.hidden)) for _ in range(3))
-    rows = inputs.full_rows()
-    if len(rows):
-        assert inputs.label is not None
-        check_ids("label", inputs.label, inputs.lm_head)
-        full = token_logprob(*inputs.full_arguments(rows), need_entropy=inputs.need_entropy)
-        for out, values in zip((logp, lse, entropy), full, strict=True):
-            out.index_copy_(0, rows, values)
-    return dots, logp, lse, entropy
+    head = _Head(hidden, lm_head, temperature, bias, softcap, logit_scale, grad_weight)
+    _check_integers("ids", ids, (hidden.shape[0], None), hidden)
+    dots, *_ = head.run(ids, None, need_entropy=False)
+    return head.candidate_logprob(dots, ids)
 
 
-def check_ids(name: str, ids: Tensor, lm_head: Tensor) -> None:
-    # On a device the comparison would wait for it.
-    if ids.is_cpu and ids.numel() and int(ids.max()) >= lm_head.shape[0]:
-        raise ValueError(
-            f"{name} must be token ids below {lm_head.shape[0]}, got {int(ids.min())} .. "
-            f"{int(ids.max())}"
-        )
-
-
-def differentiate(
-    inputs: LinearRows,
-    lse: Tensor,
-    entropy: Tensor,
-    grads: tuple[Tensor | None, ...],
-    d_weight: Tensor | None,
+@overload
+def linear_token_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    label: Tensor,
     *,
-    need_hidden: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(d hidden, d bias); adds the gradient of lm_head into d_weight [V, H].
+    temperature: float | Tensor = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    need_entropy: Literal[False] = ...,
+    grad_weight: GradWeight = ...,
+) -> Tensor: ...
+@overload
+def linear_token_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    label: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    need_entropy: Literal[True],
+    grad_weight: GradWeight = ...,
+) -> tuple[Tensor, Tensor]: ...
+def linear_token_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    label: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    need_entropy: bool = False,
+    grad_weight: GradWeight = "dense",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(a)[label] over the whole vocabulary, in slices of it.
 
-    grads: of the four results of `linear_logprob`. Every sum has a fixed order: rows over the
-    whole vocabulary first, then candidates by id and row.
+    Args:
+        hidden: [N, H]; lm_head: [V, H] in the same dtype.
+        label: int [N], token ids.
+        temperature, bias, softcap, logit_scale, grad_weight: see the module; not "rows".
+
+    Returns:
+        [N] float32 (float64 for float64); with need_entropy also the entropy [N] in nats. Both
+        differentiable in hidden, lm_head and bias; backward computes the logits again.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a label outside the vocabulary.
     """
-    d_dots, d_logp, d_lse, d_entropy = grads
-    d_hidden = d_bias = None
-    if need_hidden:
-        d_hidden = inputs.hidden.new_zeros(inputs.hidden.shape)
-        if d_dots is not None:
-            d_hidden = indexed_dot_backward_hidden(
-                d_dots, inputs.lm_head, inputs.ids, inputs.hidden.dtype
+    head = _Head(hidden, lm_head, temperature, bias, softcap, logit_scale, grad_weight)
+    _check_integers("label", label, (hidden.shape[0],), hidden)
+    if isinstance(grad_weight, str) and grad_weight == "rows":
+        raise ValueError('grad_weight="rows" needs soft rows; here every row of lm_head is used')
+    _check_labels(label, lm_head)
+    ids = label.new_empty((label.shape[0], 0))
+    _, logp, _, entropy = head.run(ids, label, need_entropy=need_entropy)
+    return (logp, entropy) if need_entropy else logp
+
+
+@overload
+def linear_soft_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    gprime: Tensor,
+    n: Tensor,
+    row_kind: Tensor,
+    label: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    objective: str = ...,
+    noise_scale: float = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    need_entropy: Literal[False] = ...,
+    grad_weight: GradWeight = ...,
+) -> Tensor: ...
+@overload
+def linear_soft_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    gprime: Tensor,
+    n: Tensor,
+    row_kind: Tensor,
+    label: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    objective: str = ...,
+    noise_scale: float = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    need_entropy: Literal[True],
+    grad_weight: GradWeight = ...,
+) -> tuple[Tensor, Tensor]: ...
+def linear_soft_logprob(
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    gprime: Tensor,
+    n: Tensor,
+    row_kind: Tensor,
+    label: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    objective: str = "exact",
+    noise_scale: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    need_entropy: bool = False,
+    grad_weight: GradWeight = "dense",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-density of every position: soft rows over their candidates, others over all tokens.
+
+    Args:
+        hidden: [N, H]; lm_head: [V, H] in the same dtype.
+        ids, gprime: [N, K], the record of soft rows; slots from n on are unused.
+        n: int [N], slots in use, at most K.
+        row_kind: uint8 [N], 1 soft, 0 discrete.
+        label: int [N], token ids, read in discrete rows.
+        objective, noise_scale: see `soft_density`; read in soft rows.
+        need_entropy: the whole vocabulary's entropy of every row, soft ones too; it makes all rows
+            as expensive as discrete ones.
+        temperature, bias, softcap, logit_scale, grad_weight: see the module.
+
+    Returns:
+        [N] float32 (float64 for float64); with need_entropy also the entropy [N] in nats. Both
+        differentiable in hidden, lm_head and bias.
+
+    Raises:
+        ValueError: see `linear_candidate_logprob`, `linear_token_logprob`, `soft_density`; on the
+            CPU also another row_kind, an n beyond K.
+    """
+    head = _Head(hidden, lm_head, temperature, bias, softcap, logit_scale, grad_weight)
+    _check_integers("ids", ids, (hidden.shape[0], None), hidden)
+    if gprime.shape != ids.shape or not gprime.is_floating_point():
+        raise ValueError(
+            f"gprime must be floating point {list(ids.shape)} like ids, not {gprime.dtype} "
+            f"{list(gprime.shape)}"
+        )
+    for name, value in (("n", n), ("row_kind", row_kind), ("label", label)):
+        _check_integers(name, value, (hidden.shape[0],), hidden)
+    _check_record(n, row_kind, ids.shape[1])
+    soft, ids, label = row_kind == 1, ids.long(), label.long()
+    by_rows = isinstance(grad_weight, str) and grad_weight == "rows"
+    if by_rows and (need_entropy or not bool(soft.all())):
+        raise ValueError(
+            'grad_weight="rows" needs every row to be soft (row_kind 1) and no entropy; use "dense"'
+        )
+    _check_labels(torch.where(soft, 0, label), lm_head)
+    live = (torch.arange(ids.shape[1], device=ids.device) < n[:, None]) & soft[:, None]
+    ids = ids.masked_fill(~live, -1)
+    gprime = gprime.masked_fill(~live, -torch.inf)
+    dots, token_logp, _, entropy = head.run(
+        ids, torch.where(soft, 0 if need_entropy else -1, label), need_entropy=need_entropy
+    )
+    density = soft_density(
+        head.candidate_logprob(dots, ids), gprime, objective=objective, noise_scale=noise_scale
+    )
+    logp = torch.where(soft, density, token_logp)
+    return (logp, entropy) if need_entropy else logp
+
+
+class _Head:
+    """The checked arguments that make logits of hidden states."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        lm_head: Tensor,
+        temperature: float | Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        grad_weight: GradWeight,
+    ) -> None:
+        _check(hidden, lm_head, bias)
+        check_head_map(softcap, logit_scale)
+        if isinstance(grad_weight, Tensor):
+            if grad_weight.shape != lm_head.shape or not grad_weight.is_leaf:
+                raise ValueError(
+                    f"grad_weight must be a leaf {list(lm_head.shape)} like lm_head, got "
+                    f"{list(grad_weight.shape)}"
+                )
+        elif grad_weight not in ("dense", "rows", "accumulate"):
+            raise ValueError(f"grad_weight must be dense, rows or accumulate, not {grad_weight!r}")
+        elif grad_weight == "accumulate" and not lm_head.is_leaf:
+            raise ValueError(
+                'grad_weight="accumulate" needs lm_head to be a leaf, it has a grad_fn'
             )
-    if need_bias and inputs.bias is not None:
-        d_bias = inputs.bias.new_zeros(inputs.bias.shape)
-    rows = inputs.full_rows()
-    if len(rows):
+        self.hidden, self.lm_head, self.bias = hidden, lm_head, bias
+        self.temperature_N = _temperature(temperature, hidden)
+        self.softcap, self.logit_scale, self.grad_weight = softcap, logit_scale, grad_weight
 
-        def of_rows(grad: Tensor | None) -> Tensor:
-            return torch.zeros_like(lse[rows]) if grad is None else grad[rows]
+    def run(
+        self, ids: Tensor, label: Tensor | None, *, need_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `linear_logprob_op.linear_logprob`."""
+        arguments = (
+            self.hidden, self.lm_head, self.bias, ids, label, self.temperature_N,
+            self.softcap, self.logit_scale, need_entropy,
+        )  # fmt: skip
+        if isinstance(self.grad_weight, str) and self.grad_weight == "dense":
+            return torch.ops.softgrpo_kernels.linear_logprob(*arguments)
+        return SpecialWeightGradient.apply(self.grad_weight, *arguments)
 
-        full = token_logprob_backward(
-            TokenGradients(
-                of_rows(d_logp), of_rows(d_lse), of_rows(d_entropy) if inputs.need_entropy else None
-            ),
-            *inputs.full_arguments(rows),
-            lse[rows],
-            entropy[rows],
-            need_hidden=need_hidden,
-            d_weight=d_weight,
-            d_bias=d_bias,
+    def candidate_logprob(self, dots_NK: Tensor, ids: Tensor) -> Tensor:
+        """log q [N, K] of the dot products, -inf in unused slots."""
+        logits = dots_NK
+        if self.bias is not None:
+            # Its backward adds in the order of the index, that of bias[ids] does not.
+            tokens = ids.long().clamp(min=0).flatten()
+            logits = logits + self.bias.to(logits.dtype).index_select(0, tokens).view(ids.shape)
+        logits = scaled_and_capped(logits, self.logit_scale, self.softcap)
+        live = ids >= 0
+        scaled = (logits / self.temperature_N[:, None]).masked_fill(~live, -torch.inf)
+        # Rows without candidates have no softmax.
+        scaled = scaled.masked_fill(~live.any(-1, keepdim=True), 0.0)
+        return scaled.log_softmax(-1).masked_fill(~live, -torch.inf)
+
+
+def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor:
+    """[N] in the dtype of the computation."""
+    if not isinstance(temperature, Tensor):
+        check_divisor("temperature", temperature)
+    value = torch.as_tensor(temperature, dtype=wide_dtype(hidden.dtype), device=hidden.device)
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != hidden.shape[0]):
+        raise ValueError(
+            f"temperature must be a number or [{hidden.shape[0]}], not {list(value.shape)}"
         )
-        if d_hidden is not None and full is not None:
-            # A row is soft or discrete: one of the two is zero unless it has an entropy.
-            d_hidden[rows] = (d_hidden[rows].to(full.dtype) + full).to(d_hidden.dtype)
-    if d_weight is not None and d_dots is not None:
-        indexed_dot_add_to_table(d_weight, d_dots, inputs.hidden, inputs.ids)
-    return d_hidden, d_bias
+    looks = isinstance(temperature, Tensor) and _may_look_at(value)
+    if looks and not bool(((value >= SMALLEST) & (value <= LARGEST)).all()):
+        raise ValueError("temperature must be > 0, not denormal and finite")
+    return value.detach().expand(hidden.shape[0])
 
 
-def linear_logprob_backward(
-    d_dots: Tensor | None,
-    d_logp: Tensor | None,
-    d_lse: Tensor | None,
-    d_entropy: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor,
-    needs: list[bool],
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense gradients of hidden, lm_head and bias; an empty tensor where not needed."""
-    inputs = LinearRows(*arguments)
-    d_weight = inputs.lm_head.new_zeros(inputs.lm_head.shape) if needs[1] else None
-    grads = (d_dots, d_logp, d_lse, d_entropy)
-    d_hidden, d_bias = differentiate(
-        inputs, lse, entropy, grads, d_weight, need_hidden=needs[0], need_bias=needs[2]
-    )
-    first, second, third = (
-        inputs.hidden.new_empty(0) if x is None else x for x in (d_hidden, d_weight, d_bias)
-    )
-    return first, second, third
-
-
-class SpecialWeightGradient(torch.autograd.Function):
-    """The op with another gradient of lm_head: "rows" (sparse), "accumulate" (into its .grad), or
-    into the .grad of a master copy."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_weight: str | Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        inputs = LinearRows(*arguments)
-        results = linear_logprob(*arguments)
-        ctx.sparse = isinstance(grad_weight, str) and grad_weight == "rows"
-        # The parameter itself, whose .grad receives the sum: a saved tensor may be another object.
-        ctx.parameter = grad_weight if isinstance(grad_weight, Tensor) else inputs.lm_head
-        _save(ctx, arguments, results)
-        return results
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, lse, entropy = _saved(ctx)
-        need_master, need_hidden, need_weight, need_bias = ctx.needs_input_grad[:4]
-        target = None
-        if (need_master or need_weight) and not ctx.sparse:
-            if ctx.parameter.grad is None:
-                ctx.parameter.grad = torch.zeros_like(ctx.parameter)
-            target = ctx.parameter.grad
-        d_hidden, d_bias = differentiate(
-            inputs, lse, entropy, grads, target, need_hidden=need_hidden, need_bias=need_bias
+def _check(hidden: Tensor, lm_head: Tensor, bias: Tensor | None) -> None:
+    if hidden.dim() != 2 or lm_head.dim() != 2 or hidden.shape[1] != lm_head.shape[1]:
+        raise ValueError(
+            f"need hidden [N, H] and lm_head [V, H], got {list(hidden.shape)} and "
+            f"{list(lm_head.shape)}"
         )
-        d_weight = None
-        if need_weight and ctx.sparse and grads[0] is not None:
-            rows, values = indexed_dot_backward_table(grads[0], inputs.hidden, inputs.ids)
-            d_weight = _sparse_rows(rows, values.to(inputs.lm_head.dtype), inputs.lm_head)
-        return None, d_hidden, d_weight, d_bias, *([None] * 6)
+    if hidden.dtype != lm_head.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, lm_head {lm_head.dtype}: cast one of them")
+    if hidden.dtype not in _DTYPES:
+        raise ValueError(f"hidden and lm_head must be floating point, not {hidden.dtype}")
+    if hidden.device != lm_head.device:
+        raise ValueError(f"hidden is on {hidden.device}, lm_head on {lm_head.device}")
+    if bias is not None and (bias.shape != lm_head.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(
+            f"bias must be floating point [{lm_head.shape[0]}], not {bias.dtype} {list(bias.shape)}"
+        )
+    if bias is not None and bias.device != lm_head.device:
+        raise ValueError(f"bias is on {bias.device}, lm_head on {lm_head.device}")
 
 
-def _sparse_rows(rows: Tensor, values: Tensor, like: Tensor) -> Tensor:
-    return torch.sparse_coo_tensor(
-        rows[None], values, like.shape, is_coalesced=True, check_invariants=False
-    )
+def _check_integers(
+    name: str, value: Tensor, shape: tuple[int | None, ...], hidden: Tensor
+) -> None:
+    wanted = [
+        have if want is None else want for have, want in zip(value.shape, shape, strict=False)
+    ]
+    if value.dim() != len(shape) or list(value.shape) != wanted:
+        text = ", ".join("K" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must be [{text}], not {list(value.shape)}")
+    if value.dtype not in _INTEGERS:
+        raise ValueError(f"{name} must be integers, not {value.dtype}")
+    if value.device != hidden.device:
+        raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows = LinearRows(*inputs)
-    _, _, lse, entropy = output
-    ctx.save_for_backward(*rows[:6], lse, entropy)
-    ctx.constants = rows[6:]
-    ctx.set_materialize_grads(False)
+def _check_record(n: Tensor, row_kind: Tensor, slots: int) -> None:
+    if not n.numel() or not (_may_look_at(n) and _may_look_at(row_kind)):
+        return
+    if int(n.min()) < 0 or int(n.max()) > slots:
+        raise ValueError(f"n must be 0 .. K = {slots}, not {int(n.min())} .. {int(n.max())}")
+    low, high = int(row_kind.min()), int(row_kind.max())
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"row_kind must be 0 (discrete) or 1 (soft), not {high if high > 1 else low}"
+        )
 
 
-def _saved(ctx: Any) -> tuple[LinearRows, Tensor, Tensor]:
-    *tensors, lse, entropy = ctx.saved_tensors
-    return LinearRows(*tensors, *ctx.constants), lse, entropy
+def _check_labels(label: Tensor, lm_head: Tensor) -> None:
+    if not _may_look_at(label) or not label.numel():
+        return
+    if int(label.min()) < 0:
+        raise ValueError(f"label must be token ids, not {int(label.min())}")
+    check_ids("label", label, lm_head)
 
 
-def _differentiate_op(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, lse, entropy = _saved(ctx)
-    needs = [bool(need) for need in ctx.needs_input_grad[:3]]
-    gradients = torch.ops.softgrpo_kernels.linear_logprob_backward(
-        *grads, lse, entropy, needs, *inputs
-    )
-    kept = (x if need else None for x, need in zip(gradients, needs, strict=True))
-    return *kept, *([None] * 6)
-
-
-_ARGUMENTS = (
-    "Tensor hidden, Tensor lm_head, Tensor? bias, Tensor ids, Tensor? label, Tensor temperature, "
-    "float? softcap, float logit_scale, bool need_entropy"
-)
-LIBRARY.define(f"linear_logprob({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-LIBRARY.define(
-    "linear_logprob_backward(Tensor? d_dots, Tensor? d_logp, Tensor? d_lse, Tensor? d_entropy, "
-    f"Tensor lse, Tensor entropy, bool[] needs, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
-)
-LIBRARY.impl("linear_logprob", linear_logprob, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_logprob_backward", linear_logprob_backward, "CompositeExplicitAutograd")
-
-
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, ids = arguments[0], arguments[3]
-    wide = wide_dtype(hidden.dtype)
-    per_row = (hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(3))
-    return hidden.new_empty(ids.shape, dtype=wide), *per_row
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    needs, (hidden, lm_head, bias) = arguments[6], arguments[7:10]
-    return tuple(
-        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
-        for x, need in zip((hidden, lm_head, bias), needs, strict=True)
-    )
-
-
-torch.library.register_fake("softgrpo_kernels::linear_logprob", _fake)
-torch.library.register_fake("softgrpo_kernels::linear_logprob_backward", _fake_backward)
-torch.library.register_autograd(
-    "softgrpo_kernels::linear_logprob", _differentiate_op, setup_context=_save
-)
-torch.library.register_autograd("softgrpo_kernels::linear_logprob_backward", differentiable_once)
+def _may_look_at(value: Tensor) -> bool:
+    """Whether a check of values costs nothing: not on a device, not while tracing."""
+    return value.is_cpu and not torch.compiler.is_compiling()

@@ -2,7 +2,7 @@
 
 One list of rules serves numbers on the host and whole tables alike. Tables on the CPU are refused;
 on a device nobody can look without waiting, so there a row that breaks a rule is marked as not
-valid (`gpu.row_rules` says the same to Triton, and a test holds the two together).
+valid (`gpu.soft_token.row_rules` says the same to Triton, and a test holds the two together).
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ LAST_WORD = 0xFFFFFFFF
 LAST_STREAM_OF_DRAWS = 0xFFFF
 
 
-class Values(NamedTuple):
-    """The parameters in the order of their tables: numbers of one row, or tensors [B]."""
+class RowValues(NamedTuple):
+    """The parameters of a row, or tensors [B], in the order of the tables of `RowParameters`: up to
+    eps the float columns, from top_k on the integer ones. C++ (csrc/soft_token_row.h) has the same
+    list."""
 
     temperature: Any = 1.0
     top_p: Any = 1.0
@@ -47,12 +49,19 @@ class Values(NamedTuple):
     mode: Any = SKIP
     noise: Any = GUMBEL
 
+    @property
+    def floats(self) -> tuple[Any, ...]:
+        return self[: len(FLOAT_COLUMNS)]
 
-# What callers call them.
-ARGUMENTS = (
-    "temperature", "top_p", "min_p", "gumbel_tau", "noise_scale", "noise_clamp", "noise_clamp",
-    "eps", "top_k", "seed", "position", "uid", "stream", "mode", "noise",
-)  # fmt: skip
+    @property
+    def ints(self) -> tuple[Any, ...]:
+        return self[len(FLOAT_COLUMNS) :]
+
+
+FLOAT_COLUMNS = RowValues._fields[: RowValues._fields.index("top_k")]
+INT_COLUMNS = RowValues._fields[len(FLOAT_COLUMNS) :]
+# What callers call a column, where they do not call it by its name.
+ARGUMENTS = {"tau": "gumbel_tau", "clamp_low": "noise_clamp", "clamp_high": "noise_clamp"}
 
 
 class Rule(NamedTuple):
@@ -73,7 +82,7 @@ class Rule(NamedTuple):
         return ValueError(f"{text}, not {self.name} = {value}{self.advice}")
 
 
-def surely_sound(low: Values, high: Values) -> bool:
+def surely_sound(low: RowValues, high: RowValues) -> bool:
     """Whether rows with parameters between these bounds keep to all rules, whatever their mode.
 
     False says nothing; it is what most calls need not ask further. top_k is left out.
@@ -87,8 +96,10 @@ def surely_sound(low: Values, high: Values) -> bool:
     fine &= low.eps >= 0.0 and high.eps <= LARGEST
     fine &= high.clamp_low <= low.clamp_high and high.clamp_low <= LARGEST
     fine &= low.clamp_high >= -LARGEST
-    fine &= min(low[10:]) >= 0 and max(high[10:13]) <= LAST_WORD
-    fine &= high.mode <= SKIP and high.noise < len(DRAWS)
+    fine &= min(low.position, low.uid, low.stream) >= 0
+    fine &= max(high.position, high.uid, high.stream) <= LAST_WORD
+    fine &= low.mode >= GREEDY and high.mode <= SKIP
+    fine &= low.noise >= GUMBEL and high.noise < len(DRAWS)
     if fine and high.noise >= DIRICHLET:
         scale, methods = low.noise_scale, DRAWS[int(low.noise) : int(high.noise) + 1]
         fine = high.stream <= LAST_STREAM_OF_DRAWS and scale == high.noise_scale
@@ -96,7 +107,7 @@ def surely_sound(low: Values, high: Values) -> bool:
     return fine
 
 
-def rules_of(v: Values, k_max: int) -> Iterator[Rule]:
+def rules_of(v: RowValues, k_max: int) -> Iterator[Rule]:
     """All rules. What a row does not read is not looked at: a greedy row may have temperature 0."""
     soft = v.mode == SOFT
     sampled = soft | (v.mode == DISCRETE)
@@ -144,7 +155,7 @@ def rules_of(v: Values, k_max: int) -> Iterator[Rule]:
     yield from _rules_of_noise(v, soft)
 
 
-def _rules_of_noise(v: Values, soft: Any) -> Iterator[Rule]:
+def _rules_of_noise(v: RowValues, soft: Any) -> Iterator[Rule]:
     yield Rule(
         soft & _outside(v.noise, 0, len(DRAWS) - 1), "noise", v.noise,
         f"noise must be 0 .. {len(DRAWS) - 1} ({', '.join(NOISES)})",
@@ -160,12 +171,12 @@ def _rules_of_noise(v: Values, soft: Any) -> Iterator[Rule]:
         )  # fmt: skip
 
 
-def check_numbers(v: Values, k_max: int) -> None:
+def check_numbers(v: RowValues, k_max: int) -> None:
     """Raises ValueError for numbers that no row may have; tensors among them are passed over.
 
     Where the mode is a tensor, only the device knows which numbers are read: a NaN is refused.
     """
-    numbers = Values(
+    numbers = RowValues(
         *(
             default if isinstance(value, Tensor) else value
             for default, value in zip(_NEUTRAL, v, strict=True)
@@ -174,15 +185,15 @@ def check_numbers(v: Values, k_max: int) -> None:
     listed = numbers.mode != SOFT or 1 <= numbers.top_k <= k_max
     if listed and surely_sound(numbers, numbers):
         return
-    for name, value in zip(ARGUMENTS, numbers, strict=True):
+    for name, value in zip(RowValues._fields, numbers, strict=True):
         if value != value:
-            raise ValueError(f"{name} must be a number, not NaN")
+            raise ValueError(f"{ARGUMENTS.get(name, name)} must be a number, not NaN")
     for rule in rules_of(numbers, k_max):
         if rule.broken:
             raise rule.error(k_max)
 
 
-_NEUTRAL = Values()
+_NEUTRAL = RowValues()
 
 
 def _outside(x: Any, low: float, high: float) -> Any:

@@ -22,7 +22,8 @@ from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.engines import make_engine
 from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
 from softgrpo_engine.model.weights import load_decoder
-from softgrpo_kernels import reference
+from softgrpo_kernels import soft_weights
+from softgrpo_kernels.reference import soft_embedding as reference
 
 # Largest mean |difference| of a log-probability, nats. float32: rounding of sums of a few hundred
 # terms; bfloat16: SmolLM2 has 0.03, and the runs that collapsed had left 0.1 behind.
@@ -153,7 +154,7 @@ def _transformers_logq(
     head_VH = model.get_output_embeddings().weight.float()
     device, phase = head_VH.device, positions.classes.soft_phase
     prompts = batch.prompt_ids.long().to(device).split(batch.prompt_lens.tolist())
-    weights_TK = reference.soft_weights(positions.gprime, positions.kind, settings.tau)
+    weights_TK = soft_weights(positions.gprime, positions.kind, settings.tau)
     logq, token_logp, start = [], [], 0
     for group, length in zip(batch.group.tolist(), batch.response_lens.tolist(), strict=True):
         rows = slice(start, start + length)

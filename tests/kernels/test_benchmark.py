@@ -24,7 +24,6 @@ def test_every_op_is_measured_against_its_floor(tmp_path):
     assert {"hardware", "versions", "settings", "rows"} == set(document)
     assert {row["op"] for row in document["rows"]} == {
         "soft_token",
-        "soft_token_from_hidden",
         "soft_embedding",
         "gumbel_noise",
         "linear_soft_logprob",

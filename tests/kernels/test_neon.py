@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from softgrpo_kernels import SoftToken, reference, soft_token
-from softgrpo_kernels.cpu import DTYPES
+from softgrpo_kernels import SoftToken, soft_token
+from softgrpo_kernels import noise as plain
 from softgrpo_kernels.methods import NOISES
-from softgrpo_kernels.rows import RowParameters
+from softgrpo_kernels.row_parameters import RowParameters
+from softgrpo_kernels.tensors import DTYPES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -109,7 +110,7 @@ def test_noise_bits(run):
     keys = [torch.randint(-(2**62), 2**62, (50,)) * 2]
     keys += [torch.randint(2**32, (50,)) for _ in range(3)]
     (noise,) = tensors(run("gumbel_noise", [*ids.shape, ids, *keys]), [(torch.float32, ids.shape)])
-    assert torch.equal(noise, reference.gumbel_noise(ids, *keys))
+    assert torch.equal(noise, plain.gumbel_noise(ids, *keys))
 
 
 def mixed_rows(vocabulary, dtype):
@@ -203,7 +204,7 @@ def assembly(objects):
     """Instructions of every function of the noise and of the passes over the vocabulary."""
     code = {}
     for file in objects:
-        if file.stem not in ("noise", "perturb", "soft_token"):
+        if file.stem not in ("gumbel_noise", "soft_token_perturb", "soft_token"):
             continue
         text = shell(PREFIX + "objdump", "-dC", "--no-show-raw-insn", file)
         for block in text.split("\n\n"):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from softgrpo_kernels import reference, soft_embedding, soft_weights
+from softgrpo_kernels import soft_embedding, soft_weights
 from softgrpo_kernels.extension import cpu_extension
+from softgrpo_kernels.reference import soft_embedding as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_extension = pytest.mark.skipif(cpu_extension() is None, reason="no C++ extension")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +14,40 @@ from softgrpo_engine.soft_tokens import SoftTokens
 from softgrpo_engine.transfer import ToHost, to_device
 from softgrpo_kernels import RowParameters, SoftToken, soft_weights
 from softgrpo_kernels.methods import method_of
+from softgrpo_kernels.row_rules import (
+    DISCRETE,
+    FLOAT_COLUMNS,
+    GREEDY,
+    INT_COLUMNS,
+    SKIP,
+    SOFT,
+    RowValues,
+)
 
-GREEDY, DISCRETE, SOFT, SKIP = range(4)
+
+class Drawn(NamedTuple):
+    """What was drawn at the positions of the rows: [rows, capacity], ids and gprime [rows,
+    capacity, candidates], as in SoftTokens; logprob: float32, log p of the token."""
+
+    ids: Tensor
+    gprime: Tensor
+    kind: Tensor
+    forced: Tensor
+    token: Tensor
+    logprob: Tensor
+
+    @staticmethod
+    def empty(rows: int, capacity: int, candidates: int, device: torch.device) -> Drawn:
+        """Room in which nothing is drawn yet."""
+        shape = (rows, capacity)
+        return Drawn(
+            ids=torch.full((*shape, candidates), -1, dtype=torch.int32, device=device),
+            gprime=torch.full((*shape, candidates), -torch.inf, device=device),
+            kind=torch.zeros(shape, dtype=torch.uint8, device=device),
+            forced=torch.zeros(shape, dtype=torch.bool, device=device),
+            token=torch.zeros(shape, dtype=torch.int32, device=device),
+            logprob=torch.zeros(shape, device=device),
+        )
 
 
 class Record:
@@ -23,44 +56,35 @@ class Record:
     A sample keeps its row while it is preempted; its inputs are rebuilt from here alone. Tables
     grow with the longest answer and the most candidates that were asked for.
 
-    floats [8, 2 rows], ints [7, 2 rows]: RowParameters of every row, first as it draws discretely,
-    then softly; the position is that of its first new token. soft: uint8 [rows], 1 where the next
+    draws: RowParameters of 2 rows columns, first of every row as it draws discretely, then softly;
+    the position is that of its first new token. soft: uint8 [rows], 1 where the next
     position is drawn softly.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows, self.device = rows, device
         self.capacity = self.candidates = 0
-        self.floats = torch.zeros(8, 2 * rows, device=device)
-        self.ints = torch.zeros(7, 2 * rows, dtype=torch.int64, device=device)
+        self.drawn = Drawn.empty(rows, 0, 0, device)
+        self.draws = RowParameters(
+            torch.zeros(len(FLOAT_COLUMNS), 2 * rows, device=device),
+            torch.zeros(len(INT_COLUMNS), 2 * rows, dtype=torch.int64, device=device),
+            k_max=0,
+        )
         self.soft = torch.zeros(rows, dtype=torch.uint8, device=device)
         self.terminal_ids = torch.empty(rows, 0, dtype=torch.int32, device=device)
         # A number from the host would be copied, and waited for, at each use.
         self._false = torch.zeros((), dtype=torch.bool, device=device)
         self._reader = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._changed: torch.cuda.Event | None = None  # outside of a step
-        self._allocate(0, 0)
-
-    def _allocate(self, capacity: int, candidates: int) -> None:
-        shape = (self.rows, capacity)
-        device = self.device
-        self.capacity, self.candidates = capacity, candidates
-        self.ids = torch.full((*shape, candidates), -1, dtype=torch.int32, device=device)
-        self.gprime = torch.full((*shape, candidates), -torch.inf, device=device)
-        self.kind = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self.forced = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.token = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.logprob = torch.zeros(shape, device=device)
 
     def reserve(self, capacity: int, candidates: int) -> None:
         """Makes room for ``capacity`` positions of ``candidates`` slots, keeping what is there."""
         if capacity <= self.capacity and candidates <= self.candidates:
             return
-        old = (self.ids, self.gprime, self.kind, self.forced, self.token, self.logprob)
-        length, slots = self.capacity, self.candidates
-        self._allocate(max(capacity, length), max(candidates, slots))
-        new = (self.ids, self.gprime, self.kind, self.forced, self.token, self.logprob)
-        for target, source in zip(new, old, strict=True):
+        old, length, slots = self.drawn, self.capacity, self.candidates
+        self.capacity, self.candidates = max(capacity, length), max(candidates, slots)
+        self.drawn = Drawn.empty(self.rows, self.capacity, self.candidates, self.device)
+        for target, source in zip(self.drawn, old, strict=True):
             if source.dim() == 3:
                 target[:, :length, :slots] = source
             else:
@@ -70,14 +94,13 @@ class Record:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of it."""
-        drawn = (self.ids, self.gprime, self.kind, self.forced, self.token, self.logprob)
-        return (*drawn, self.floats, self.ints, self.soft, self.terminal_ids)
+        return (*self.drawn, self.draws.floats, self.draws.ints, self.soft, self.terminal_ids)
 
     def skip(self, row: int) -> None:
         """Nothing is drawn in this row: it pads batches."""
         for column in (row, self.rows + row):
-            self.floats[:, column] = 1.0
-            self.ints[5, column] = SKIP
+            self.draws.floats[:, column] = 1.0
+            self.draws.mode[column] = SKIP
 
     def start(self, sequences: Seq[Sequence]) -> None:
         """Writes the parameters of samples that just got their rows."""
@@ -91,9 +114,8 @@ class Record:
                 columns.append(self.rows + row)
                 settings.append(_soft(sequence))
         at = self._to_device(columns)
-        floats, ints = zip(*settings, strict=True)
-        self.floats[:, at] = self._to_device(floats, np.float32).T
-        self.ints[:, at] = self._to_device(ints).T
+        self.draws.floats[:, at] = self._to_device([v.floats for v in settings], np.float32).T
+        self.draws.ints[:, at] = self._to_device([v.ints for v in settings]).T
         at = self._to_device(rows)
         self.soft[at] = self._to_device([s.soft is not None for s in sequences], np.uint8)
         self._set_terminal_ids(at, [s.terminal_ids for s in sequences])
@@ -114,30 +136,33 @@ class Record:
     def parameters(self, rows_B: Tensor, index_B: Tensor) -> RowParameters:
         """How to draw generated position index_B of these rows, each in its phase."""
         column_B = self.soft[rows_B].long() * self.rows + rows_B
-        ints = self.ints.index_select(1, column_B)
-        ints[2] += index_B
-        return RowParameters(self.floats.index_select(1, column_B), ints, self.candidates)
+        floats, ints = (x.index_select(1, column_B) for x in (self.draws.floats, self.draws.ints))
+        rows = RowParameters(floats, ints, self.candidates)
+        rows.position.add_(index_B)
+        return rows
 
     def write(self, rows_B: Tensor, index_B: Tensor, drawn: SoftToken) -> None:
         """Keeps what was drawn at these positions, and the phase that follows."""
-        self.ids[rows_B, index_B] = drawn.ids
-        self.gprime[rows_B, index_B] = drawn.gprime
-        self.kind[rows_B, index_B] = drawn.kind
-        self.forced[rows_B, index_B] = self._false
-        self.token[rows_B, index_B] = drawn.token
-        self.logprob[rows_B, index_B] = drawn.token_logp
+        places = rows_B, index_B
+        self.drawn.ids[places] = drawn.ids
+        self.drawn.gprime[places] = drawn.gprime
+        self.drawn.kind[places] = drawn.kind
+        self.drawn.forced[places] = self._false
+        self.drawn.token[places] = drawn.token
+        self.drawn.logprob[places] = drawn.token_logp
         self.soft[rows_B] = drawn.kind
 
     def force(self, row: int, index: int, token: int) -> None:
         """Puts ``token`` at a position already drawn; the phase is discrete from here."""
-        self.ids[row, index].fill_(-1)
-        self.ids[row, index, 0].fill_(token)
-        self.gprime[row, index].fill_(-torch.inf)
-        self.gprime[row, index, 0].fill_(0.0)
-        self.kind[row, index].fill_(0)
-        self.forced[row, index].fill_(True)
-        self.token[row, index].fill_(token)
-        self.logprob[row, index].fill_(0.0)
+        drawn = self.drawn
+        drawn.ids[row, index].fill_(-1)
+        drawn.ids[row, index, 0].fill_(token)
+        drawn.gprime[row, index].fill_(-torch.inf)
+        drawn.gprime[row, index, 0].fill_(0.0)
+        drawn.kind[row, index].fill_(0)
+        drawn.forced[row, index].fill_(True)
+        drawn.token[row, index].fill_(token)
+        drawn.logprob[row, index].fill_(0.0)
         self.end_soft_phase(row)
         self._mark_changed()
 
@@ -152,9 +177,10 @@ class Record:
 
     def inputs(self, rows_T: Tensor, index_T: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates [T, K] int32 and weights [T, K] float32 of generated positions."""
-        gprime, kind = self.gprime[rows_T, index_T], self.kind[rows_T, index_T]
-        tau = self.floats[3].index_select(0, self.rows + rows_T)
-        return self.ids[rows_T, index_T], soft_weights(gprime, kind, tau)
+        drawn, places = self.drawn, (rows_T, index_T)
+        tau = self.draws.tau.index_select(0, self.rows + rows_T)
+        weights = soft_weights(drawn.gprime[places], drawn.kind[places], tau)
+        return drawn.ids[places], weights
 
     def soft_tokens(self, sequences: Seq[Sequence]) -> list[tuple[SoftTokens, Tensor]]:
         """The records of samples so far [T, slots] and their log-probabilities [T], copied.
@@ -183,9 +209,8 @@ class Record:
     def _words(self, places: np.ndarray) -> Tensor:
         """What is recorded at flat places, as one table int32 [T, 2 K + 4]."""
         at = to_device(places, self.device)
-        bits = (self.gprime.view(torch.int32), self.logprob.view(torch.int32))
-        parts = (self.ids, bits[0], self.kind, self.forced, self.token, bits[1])
-        columns = [part.flatten(0, 1).index_select(0, at) for part in parts]
+        columns = [part.flatten(0, 1).index_select(0, at) for part in self.drawn]
+        columns = [c.view(torch.int32) if c.is_floating_point() else c for c in columns]
         return torch.cat(
             [c.int().view(len(at), c.shape[1] if c.dim() > 1 else 1) for c in columns], dim=1
         )
@@ -207,25 +232,45 @@ def _unpacked(words: Tensor, candidates: int, slots: int) -> tuple[SoftTokens, T
     )
 
 
-def _key(sequence: Sequence) -> list[int]:
-    # The 64 bits of an unsigned seed in a signed word.
-    seed = sequence.seed - 2**64 if sequence.seed >= 2**63 else sequence.seed
-    return [seed, len(sequence.prompt), sequence.uid, sequence.stream]
+def _key(sequence: Sequence) -> dict[str, int]:
+    """What the noise of a sample depends on beside the token, at its first new position."""
+    return {
+        # The 64 bits of an unsigned seed in a signed word.
+        "seed": sequence.seed - 2**64 if sequence.seed >= 2**63 else sequence.seed,
+        "position": len(sequence.prompt),
+        "uid": sequence.uid,
+        "stream": sequence.stream,
+    }
 
 
-def _discrete(sequence: Sequence) -> tuple[list[float], list[int]]:
-    """Columns of `RowParameters` with which a sample draws discretely."""
+def _discrete(sequence: Sequence) -> RowValues:
+    """How a sample draws discretely."""
     params = sequence.params
-    floats = [params.temperature or 1.0, params.top_p, params.min_p]
-    floats += [1.0, 1.0, -np.inf, np.inf, 0.0]
-    mode = GREEDY if params.temperature == 0 else DISCRETE
-    return floats, [params.top_k, *_key(sequence), mode, 0]
+    return RowValues(
+        temperature=params.temperature or 1.0,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        top_k=params.top_k,
+        mode=GREEDY if params.temperature == 0 else DISCRETE,
+        **_key(sequence),
+    )
 
 
-def _soft(sequence: Sequence) -> tuple[list[float], list[int]]:
-    """The same for its soft phase."""
+def _soft(sequence: Sequence) -> RowValues:
+    """How it draws in its soft phase."""
     soft = sequence.soft
     assert soft is not None
-    clip = soft.noise_clip or (-np.inf, np.inf)
-    floats = [soft.temperature, soft.top_p, 0.0, soft.tau, soft.noise_scale, *clip, soft.eps]
-    return floats, [soft.top_k, *_key(sequence), SOFT, method_of(soft.noise).code]
+    clamp_low, clamp_high = soft.noise_clip or (-np.inf, np.inf)
+    return RowValues(
+        temperature=soft.temperature,
+        top_p=soft.top_p,
+        tau=soft.tau,
+        noise_scale=soft.noise_scale,
+        clamp_low=clamp_low,
+        clamp_high=clamp_high,
+        eps=soft.eps,
+        top_k=soft.top_k,
+        mode=SOFT,
+        noise=method_of(soft.noise).code,
+        **_key(sequence),
+    )

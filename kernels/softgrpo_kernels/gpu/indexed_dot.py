@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from softgrpo_kernels.gpu.rounding import rounded
-from softgrpo_kernels.gpu.soft_embedding import soft_embedding, unit_stride
+from softgrpo_kernels.gpu.soft_embedding import soft_embedding
+from softgrpo_kernels.tensors import int32, unit_stride
 
 BLOCK_H = 256
 BLOCK_K = 8
@@ -116,7 +117,7 @@ def join_pieces_kernel(
 def indexed_dot(hidden: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """z_ij = <hidden_i, table[ids_ij]>: [N, K] fp32, 0 where ids < 0."""
     hidden, table = unit_stride(hidden), unit_stride(table)
-    ids = ids.to(torch.int32).contiguous()
+    ids = int32(ids)
     out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     if out.numel():
         rows, slots = ids.shape

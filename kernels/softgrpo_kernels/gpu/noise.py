@@ -6,25 +6,33 @@ two roundings.
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from softgrpo_kernels.noise import GAMMA_ATTEMPTS
 
-BLOCK = 256
 _GAMMA_ATTEMPTS = tl.constexpr(GAMMA_ATTEMPTS)
 
 
+class NoiseKey(NamedTuple):
+    """What the noise of a row depends on beside the token: integers."""
+
+    seed: tl.tensor
+    position: tl.tensor
+    uid: tl.tensor
+    stream: tl.tensor
+
+
 @triton.jit
-def _philox(ids, seed, position, uid, stream):
-    """The words of every id, a block; the others are integers of one row."""
+def _philox(ids, key, draw):
+    """The words of a block of ids. Draws after the first take the upper half of the stream."""
     c0 = ids.to(tl.uint32)
     zero = c0 * 0
     return tl.philox(
-        seed, c0, zero + position.to(tl.uint32), zero + uid.to(tl.uint32),
-        zero + stream.to(tl.uint32),
+        key.seed, c0, zero + key.position.to(tl.uint32), zero + key.uid.to(tl.uint32),
+        zero + (key.stream + (draw << 16)).to(tl.uint32),
     )  # fmt: skip
 
 
@@ -64,9 +72,9 @@ def _exponential(r0, r1):
 
 
 @triton.jit
-def gumbel(ids, seed, position, uid, stream):
+def gumbel(ids, key, draw=0):
     """Standard Gumbel noise of a block of ids."""
-    r0, r1, _, _ = _philox(ids, seed, position, uid, stream)
+    r0, r1, _, _ = _philox(ids, key, draw)
     return 0.0 - _portable_log(_exponential(r0, r1))
 
 
@@ -84,21 +92,21 @@ def _normal_of(r0, r1, r2):
 
 
 @triton.jit
-def normal(ids, seed, position, uid, stream):
+def normal(ids, key):
     """Standard normal noise of a block of ids."""
-    r0, r1, r2, _ = _philox(ids, seed, position, uid, stream)
+    r0, r1, r2, _ = _philox(ids, key, 0)
     return _normal_of(r0, r1, r2)
 
 
 @triton.jit
-def log_gamma(ids, shape, seed, position, uid, stream):
+def log_gamma(ids, shape, key):
     """Logarithms of Gamma(shape, 1) numbers of a block of ids."""
     d = shape + 0.6666666865348816
     c = tl.div_rn(d * 0.0 + 1.0, tl.sqrt_rn(9.0 * d))
     log_v = d * 0.0
     accepted = d < 0.0
     for attempt in range(_GAMMA_ATTEMPTS):
-        r0, r1, r2, r3 = _philox(ids, seed, position, uid, stream + (attempt << 16))
+        r0, r1, r2, r3 = _philox(ids, key, attempt)
         x = _normal_of(r0, r1, r2)
         root = 1.0 + c * x
         v = root * root * root
@@ -108,33 +116,5 @@ def log_gamma(ids, shape, seed, position, uid, stream):
         good = positive & (_portable_log(_open_unit(r3)) < bound) & (accepted == 0)
         log_v = tl.where(good, new_log_v, log_v)
         accepted = accepted | good
-    r0, r1, _, _ = _philox(ids, seed, position, uid, stream + (_GAMMA_ATTEMPTS << 16))
+    r0, r1, _, _ = _philox(ids, key, _GAMMA_ATTEMPTS)
     return _portable_log(d) + log_v - tl.div_rn(_exponential(r0, r1), shape)
-
-
-@triton.jit(do_not_specialize=["slots"])
-def gumbel_noise_kernel(out, ids, seed, position, uid, stream, slots, BLOCK: tl.constexpr):
-    """Program (i, b): block b of row i."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(ids + row * slots + slot, mask=slot < slots, other=-1)
-    words = (tl.load(position + row), tl.load(uid + row), tl.load(stream + row))
-    noise = gumbel(token, tl.load(seed + row), words[0], words[1], words[2])
-    # A word that does not fit would alias another sample's noise.
-    fits = (words[0] | words[1] | words[2]) >> 32 == 0
-    noise = tl.where(token >= 0, tl.where(fits, noise, float("nan")), 0.0)
-    tl.store(out + row * slots + slot, noise, mask=slot < slots)
-
-
-def gumbel_noise(
-    ids: Tensor, seed: Tensor, position: Tensor, uid: Tensor, stream: Tensor
-) -> Tensor:
-    """Noise fp32 of ids [..., K]; the keys, int64, broadcast against ids[..., 0]."""
-    ids = ids.to(torch.int32).contiguous()
-    keys = [key.expand(ids.shape[:-1]).contiguous() for key in (seed, position, uid, stream)]
-    out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
-    if out.numel():
-        slots = ids.shape[-1]
-        grid = (ids.numel() // slots, triton.cdiv(slots, BLOCK))
-        gumbel_noise_kernel[grid](out, ids, *keys, slots, BLOCK=BLOCK, enable_fp_fusion=False)
-    return out

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softgrpo_kernels.gpu.rounding import rounded
+from softgrpo_kernels.tensors import int32, unit_stride
 
 BLOCK_H = 512
 
@@ -48,15 +49,10 @@ def mix_into(out: Tensor, ids: Tensor, weights: Tensor, embed: Tensor) -> None:
     if not out.numel():
         return
     table = unit_stride(embed)
-    ids, weights = ids.to(torch.int32).contiguous(), weights.float().contiguous()
+    ids, weights = int32(ids), weights.float().contiguous()
     slots, width = ids.shape[-1], table.shape[1]
     grid = (out.numel() // width, triton.cdiv(width, BLOCK_H))
     soft_embedding_kernel[grid](
         out, ids, weights, table, table.stride(0), slots, width, BLOCK_H=BLOCK_H,
         enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """x itself when its last axis is contiguous (rows may lie apart), else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()

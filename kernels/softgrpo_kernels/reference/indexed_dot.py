@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from softgrpo_kernels.tensors import wide_dtype
+
 # Elements of the largest temporary (fp32: 64 MiB).
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -54,11 +56,6 @@ def indexed_dot_backward_table(grad: Tensor, hidden: Tensor, ids: Tensor) -> tup
         terms = hidden[at // max(1, ids.shape[1])].to(wide) * grad.flatten()[at, None].to(wide)
         _add_rows(values, segment[part], terms)
     return rows, values
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over tensors of this dtype are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _row_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:

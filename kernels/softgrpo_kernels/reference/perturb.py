@@ -8,8 +8,8 @@ from torch import Tensor
 from softgrpo_kernels.methods import DRAWS
 from softgrpo_kernels.methods.method import Noise
 from softgrpo_kernels.noise import gumbel_noise
+from softgrpo_kernels.row_parameters import RowParameters
 from softgrpo_kernels.row_rules import SOFT
-from softgrpo_kernels.rows import RowParameters
 
 
 def perturb(logp: Tensor, ids: Tensor, used: Tensor, rows: RowParameters) -> Tensor:

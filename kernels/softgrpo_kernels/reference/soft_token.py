@@ -5,27 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.noise import gumbel_noise
 from softgrpo_kernels.reference.perturb import perturb
-from softgrpo_kernels.reference.soft_embedding import soft_embedding, soft_weights
+from softgrpo_kernels.reference.soft_embedding import soft_embedding
+from softgrpo_kernels.row_parameters import RowParameters
 from softgrpo_kernels.row_rules import GREEDY, SKIP, SOFT
-from softgrpo_kernels.rows import RowParameters
-from softgrpo_kernels.step import LMHead, SoftToken
+from softgrpo_kernels.soft_token_tensors import SoftToken, SoftTokenInputs
+from softgrpo_kernels.soft_weights import soft_weights
+from softgrpo_kernels.tensors import wide_dtype
 
 
-def soft_token(
-    logits: Tensor,
-    embed: Tensor | None,
-    rows: RowParameters,
-    out: SoftToken,
-    *,
-    terminal_ids: Tensor | None = None,
-    head: LMHead | None = None,
-    joint: bool = False,
-) -> None:
+def soft_token(inputs: SoftTokenInputs, rows: RowParameters, out: SoftToken) -> None:
     """Fills `out`; meaning: `softgrpo_kernels.soft_token`, with the row parameters packed."""
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    z_BV = logits.to(wide)
+    logits, embed, terminal_ids, head, joint = inputs
+    assert logits is not None
+    z_BV = logits.to(wide_dtype(logits.dtype))
     skipped = rows.mode == SKIP
     finite = (z_BV < torch.inf).all(-1) & (z_BV > -torch.inf).any(-1)
     good = finite & rows.sound

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from softgrpo_kernels import reference
 from softgrpo_kernels.gpu import indexed_dot as gpu
 from softgrpo_kernels.gpu.soft_embedding import soft_embedding
+from softgrpo_kernels.reference import soft_embedding as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from softgrpo_kernels import reference
-from softgrpo_kernels.gpu import noise as gpu
+from softgrpo_kernels import noise as plain
+from softgrpo_kernels.gpu.gumbel_noise import gumbel_noise
+from softgrpo_kernels.gpu.noise import NoiseKey, log_gamma, normal
 from softgrpo_kernels.noise import log_gamma_noise, normal_noise
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden_noise.json").read_text())
@@ -19,12 +20,10 @@ KEYS = ("seed", "position", "uid", "stream")
 @triton.jit
 def draw_kernel(out, ids, shapes, seed, position, uid, stream, KIND: tl.constexpr):
     i = tl.arange(0, 8)
-    keys = (tl.load(seed), tl.load(position), tl.load(uid), tl.load(stream))
+    key = NoiseKey(tl.load(seed), tl.load(position), tl.load(uid), tl.load(stream))
     token = tl.load(ids + i)
-    if KIND == "normal":
-        value = gpu.normal(token, keys[0], keys[1], keys[2], keys[3])
-    else:
-        value = gpu.log_gamma(token, tl.load(shapes + i), keys[0], keys[1], keys[2], keys[3])
+    shape = tl.load(shapes + i)
+    value = normal(token, key) if KIND == "normal" else log_gamma(token, shape, key)
     tl.store(out + i, value)
 
 
@@ -40,15 +39,15 @@ def test_golden_bits(device, row):
     ids = torch.tensor(GOLDEN["ids"], dtype=torch.int32, device=device)
     keys = [torch.tensor(row[name], device=device) for name in KEYS]
     expected = torch.tensor([float.fromhex(x) for x in row["gumbel"]])
-    assert torch.equal(gpu.gumbel_noise(ids, *keys).cpu(), expected)
+    assert torch.equal(gumbel_noise(ids, *keys).cpu(), expected)
 
 
 def test_gumbel_has_the_bits_of_the_reference(device):
     ids = torch.randint(-3, 300_000, (6, 700), dtype=torch.int32, device=device)
     keys = torch.randint(0, 2**32, (4, 6), device=device)
     keys[0] -= 2**31
-    out = gpu.gumbel_noise(ids, *keys)
-    assert torch.equal(out, reference.gumbel_noise(ids, *keys))
+    out = gumbel_noise(ids, *keys)
+    assert torch.equal(out, plain.gumbel_noise(ids, *keys))
 
 
 def test_words_outside_32_bits_give_nan(device):
@@ -57,7 +56,7 @@ def test_words_outside_32_bits_give_nan(device):
     words = [zero.clone().to(device) for _ in range(3)]
     for i, value in enumerate((-1, 2**32, -(2**63))):
         words[i][i] = value
-    out = gpu.gumbel_noise(ids, seed, *words)
+    out = gumbel_noise(ids, seed, *words)
     assert out[:, 0].isnan().tolist() == [True, True, True, False]
     assert not out[:, 1].any()
 

@@ -11,23 +11,24 @@ from collections.abc import Callable
 from types import ModuleType
 
 from . import (
+    draw,
     full_vocabulary,
+    gumbel_noise,
     indexed_dot,
+    linear_logprob,
     lm_head,
-    noise,
     paged_attention,
     rms_norm,
     rope_store_kv,
+    select,
     silu_mul,
     soft_embedding,
-    soft_token,
     statistics,
-    token_logprob,
 )
 
 MODULES: tuple[ModuleType, ...] = (
-    full_vocabulary, indexed_dot, lm_head, noise, paged_attention, rms_norm, rope_store_kv,
-    silu_mul, soft_embedding, soft_token, statistics, token_logprob,
+    draw, full_vocabulary, gumbel_noise, indexed_dot, linear_logprob, lm_head, paged_attention,
+    rms_norm, rope_store_kv, select, silu_mul, soft_embedding, statistics,
 )  # fmt: skip
 
 STAND_INS: dict[str, Callable[..., None]] = {

@@ -1,4 +1,4 @@
-"""Stand-ins for the kernels of `softgrpo_kernels.gpu.full_vocabulary`."""
+"""Stand-ins for the kernels of `softgrpo_kernels.gpu.soft_token.full_vocabulary`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softgrpo_kernels.gpu import full_vocabulary as kernels
-from softgrpo_kernels.gpu.statistics import CHUNK
+from softgrpo_kernels.gpu.soft_token import full_vocabulary as kernels
+from softgrpo_kernels.gpu.soft_token.statistics import CHUNK
+from softgrpo_kernels.row_parameters import RowParameters
 from softgrpo_kernels.row_rules import DISCRETE
-from softgrpo_kernels.rows import RowParameters
 
-from .candidates import LAST_ID, LOWEST, NOTHING, key_of, order_of, token_of, value_of
+from .gumbel_noise import gumbel_noise
 from .kept_prefix import kept_prefix
+from .keys import LAST_ID, LOWEST, NOTHING, key_of, order_of, token_of, value_of
 from .memory import first, parameters, rows_of
-from .noise import gumbel_noise
 
 Grid = tuple[int, ...]
 

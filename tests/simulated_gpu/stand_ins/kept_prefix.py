@@ -1,13 +1,13 @@
-"""Which prefix of a row `gpu.full_vocabulary.cut_kernel` keeps."""
+"""Which prefix of a row `gpu.soft_token.full_vocabulary.cut_kernel` keeps."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.rows import RowParameters
+from softgrpo_kernels.row_parameters import RowParameters
 
-from .candidates import LAST_ID, LOWEST, key_of, number_of, order_of, token_of
+from .keys import LAST_ID, LOWEST, key_of, number_of, order_of, token_of
 
 
 def _unit_of(total: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stand-ins for the kernels of `softgrpo_kernels.gpu.lm_head`."""
+"""Stand-ins for the kernels of `softgrpo_kernels.gpu.soft_token.lm_head`."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.rows import RowParameters
+from softgrpo_kernels.row_parameters import RowParameters
+from softgrpo_kernels.row_rules import FLOAT_COLUMNS, INT_COLUMNS
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -44,7 +45,11 @@ def write(target: Tensor, value: Tensor, where: Tensor) -> None:
 
 def parameters(floats: Tensor, ints: Tensor, batch: int, k_max: int) -> RowParameters:
     """The tables of the rows' parameters."""
-    return RowParameters(rows_of(floats, 8, batch, batch), rows_of(ints, 7, batch, batch), k_max)
+    return RowParameters(
+        rows_of(floats, len(FLOAT_COLUMNS), batch, batch),
+        rows_of(ints, len(INT_COLUMNS), batch, batch),
+        k_max,
+    )
 
 
 def largest(x: Tensor, dim: int = -1) -> Tensor:

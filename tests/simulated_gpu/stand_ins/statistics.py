@@ -1,4 +1,4 @@
-"""Stand-in for the kernel of `softgrpo_kernels.gpu.statistics`, and what others share with it."""
+"""Stand-in for the kernel of `gpu.soft_token.statistics`, and what others share with it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softgrpo_kernels.gpu.statistics import CHUNK, TILE
+from softgrpo_kernels.gpu.soft_token.statistics import CHUNK, TILE
+from softgrpo_kernels.row_parameters import RowParameters
 from softgrpo_kernels.row_rules import GREEDY, SKIP
-from softgrpo_kernels.rows import RowParameters
 
 from .memory import largest, parameters, rows_of, write
 

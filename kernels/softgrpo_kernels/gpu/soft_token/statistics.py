@@ -1,0 +1,98 @@
+"""Stage 1 of the soft step: one read of the logits, from which stage 2 needs only a few tiles.
+
+The kernel leaves the maximum of every tile of 128 tokens, and of every chunk of 4096 the sums of a
+log-sum-exp. Both sizes are constants: a row's result must not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softgrpo_kernels.gpu.soft_token.row import GREEDY, MODE, SKIP, TEMPERATURE
+from softgrpo_kernels.row_parameters import RowParameters
+
+TILE = 128
+CHUNK = 4096
+_TILE, _CHUNK = tl.constexpr(TILE), tl.constexpr(CHUNK)
+# What is left of a chunk: of a = z / T the maximum m, sum exp(a - m), sum exp(a - m) (a - m) if
+# asked for, and 1 where a logit is NaN or +inf.
+MAXIMUM, MASS, WEIGHTED, BAD = (tl.constexpr(column) for column in range(4))
+COLUMNS = tl.constexpr(4)
+
+
+@triton.jit(do_not_specialize=["chunks", "batch"])
+def statistics_kernel(
+    tile_max, chunk_sums, logits, floats, ints, stride, vocabulary, chunks, batch,
+    ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Program (c, b): chunk c of row b."""
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    mode = tl.load(ints + batch * MODE + row)
+    if mode != SKIP:
+        temperature = tl.load(floats + batch * TEMPERATURE + row)
+        temperature = tl.where(mode == GREEDY, 1.0, temperature)
+        TILES: tl.constexpr = _CHUNK // _TILE
+        tile = tl.arange(0, TILES)
+        token = chunk * _CHUNK + tile[:, None] * _TILE + tl.arange(0, _TILE)[None, :]
+        z = tl.load(logits + row * stride + token, mask=token < vocabulary, other=-float("inf")).to(
+            tl.float32
+        )
+        best = tl.max(z, axis=1)
+        tl.store(tile_max + row * chunks * TILES + chunk * TILES + tile, best)
+        bad = tl.max(tl.max(((z != z) | (z == float("inf"))).to(tl.int32), axis=1), axis=0)
+
+        a = tl.div_rn(z, temperature)
+        top = tl.div_rn(tl.max(best, axis=0), temperature)
+        # Without a finite logit there is nothing to subtract.
+        anchor = tl.where(top > -float("inf"), top, 0.0)
+        d = a - anchor
+        ratio = tl.exp(d)
+        place = chunk_sums + (row * chunks + chunk) * COLUMNS
+        tl.store(place + MAXIMUM, top)
+        tl.store(place + MASS, tl.sum(tl.sum(ratio, axis=1), axis=0))
+        if ENTROPY:
+            weighted = tl.where(ratio > 0.0, ratio * d, 0.0)
+            tl.store(place + WEIGHTED, tl.sum(tl.sum(weighted, axis=1), axis=0))
+        tl.store(place + BAD, bad.to(tl.float32))
+
+
+@triton.jit
+def load_chunks(
+    chunk_sums, chunks, COLUMN: tl.constexpr, OTHER: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """A column of all chunks of the row that begins here."""
+    chunk = tl.arange(0, CHUNKS)
+    return tl.load(chunk_sums + chunk * COLUMNS + COLUMN, mask=chunk < chunks, other=OTHER)
+
+
+@triton.jit
+def load_masses(chunk_sums, chunks, CHUNKS: tl.constexpr):
+    """(maximum of the row; of every chunk its maximum minus that, and its mass)."""
+    m = load_chunks(chunk_sums, chunks, MAXIMUM, -float("inf"), CHUNKS)
+    top = tl.max(m, axis=0)
+    distance = tl.where(m > -float("inf"), m - top, -1000.0)
+    return top, distance, load_chunks(chunk_sums, chunks, MASS, 0.0, CHUNKS)
+
+
+def vocabulary_statistics(
+    logits: Tensor, rows: RowParameters, *, need_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Statistics of logits [B, V], unit stride in V.
+
+    Returns:
+        tile_max: fp32 [B, tiles], maxima of 128 tokens, -inf past the end.
+        chunk_sums: fp32 [B, chunks, COLUMNS], with T = 1 in greedy rows. Skipped rows hold
+            anything.
+    """
+    batch, vocabulary = logits.shape
+    chunks = triton.cdiv(vocabulary, CHUNK)
+    tile_max = torch.empty((batch, chunks * (CHUNK // TILE)), device=logits.device)
+    chunk_sums = torch.empty((batch, chunks, COLUMNS.value), device=logits.device)
+    statistics_kernel[(chunks, batch)](
+        tile_max, chunk_sums, logits, rows.floats, rows.ints, logits.stride(0), vocabulary,
+        chunks, batch, ENTROPY=need_entropy, num_warps=8,
+    )  # fmt: skip
+    return tile_max, chunk_sums

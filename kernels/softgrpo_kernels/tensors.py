@@ -1,0 +1,24 @@
+"""What every op asks of its tensors before a back end gets their addresses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Numbers of the dtypes in C++ (csrc/dtype.h). Triton has kernels for the same.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tensors of this dtype are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x itself when its last axis is contiguous (rows may lie apart), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def int32(ids: Tensor) -> Tensor:
+    """Ids as the back ends read them; x itself where it is like that."""
+    return ids.to(torch.int32).contiguous()
