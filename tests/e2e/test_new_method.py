@@ -1,0 +1,51 @@
+"""A new soft-thinking method is one class in one file: kernels, engine, configuration and trainer
+ask it for the rest."""
+
+import json
+
+import pytest
+import torch
+
+from softgrpo import Config, Trainer
+from softgrpo.config import ConfigError
+from softgrpo_kernels import methods
+from softgrpo_kernels.methods.gumbel import Gumbel
+
+
+class FirstChoice(Gumbel):
+    """The token alone: log q of the argmax of g', whatever the weights."""
+
+    objective = "first_choice"
+    noise_clip = (-3.0, 5.0)
+
+    def density(self, logq, gprime, scale):
+        return torch.where(gprime[:, 0] > -torch.inf, logq[:, 0], 0.0)
+
+    def rollout_logp(self, gprime, gumbel, scale):
+        return gprime - scale * gumbel.clamp(*self.noise_clip)
+
+
+@pytest.fixture
+def first_choice(monkeypatch):
+    """What an entry of METHODS does."""
+    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, FirstChoice()))
+    monkeypatch.setattr(methods, "OBJECTIVES", (*methods.OBJECTIVES, "first_choice"))
+
+
+def test_it_trains(tiny_config, first_choice):
+    overrides = ["algorithm.objective=first_choice", "run.max_steps=2", "checkpoint.every=0"]
+    trainer = Trainer(Config.load(tiny_config, overrides))
+    folder = trainer.train()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["grad_norm"] > 0 for row in rows)
+    # The rollout clipped its noise as the method says, and took it off again.
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
+    assert json.loads((folder / "model" / "softgrpo.json").read_text())["soft"]["noise_clip"] == [
+        -3.0,
+        5.0,
+    ]
+
+
+def test_without_an_entry_it_is_unknown(tiny_config):
+    with pytest.raises(ConfigError, match=r"'first_choice' is not allowed: must be one of exact"):
+        Config.load(tiny_config, ["algorithm.objective=first_choice"])

@@ -1,0 +1,53 @@
+"""What the methods say of themselves: names, numbers, densities."""
+
+import pytest
+import torch
+
+from softgrpo_kernels import soft_density
+from softgrpo_kernels.methods import DRAWS, METHODS, NOISES, OBJECTIVES, method_of, objectives_of
+
+
+def test_every_noise_has_the_number_of_its_place():
+    assert [method.code for method in DRAWS] == list(range(len(DRAWS)))
+    assert NOISES == ("gumbel", "none", "dirichlet", "gaussian", "multiplex")  # C++ and Triton
+    assert OBJECTIVES == ("exact", "official", "concrete")
+
+
+def test_noise_and_objective_name_one_method():
+    names = [(method.noise, method.objective) for method in METHODS]
+    assert sorted(set(names), key=str) == sorted(names, key=str)
+    for method in METHODS:
+        assert method_of(method.noise, method.objective) is method
+    assert method_of("gumbel") is METHODS[0]
+    assert objectives_of("dirichlet") == ["exact"]
+    assert objectives_of("none") == []
+
+
+def test_a_method_that_does_not_exist_is_named_with_those_that_do():
+    with pytest.raises(ValueError, match=r"noise must be one of gumbel, .*, not 'uniform'"):
+        method_of("uniform")
+    with pytest.raises(ValueError, match=r"exact, official, concrete with gumbel .* 'official2'"):
+        method_of("gumbel", "official2")
+    with pytest.raises(ValueError, match=r"one of exact with dirichlet noise, not 'concrete'"):
+        method_of("dirichlet", "concrete")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.noise}-{m.objective}")
+def test_a_method_has_a_density_or_says_why_not(method):
+    logq = torch.randn(4, 3).log_softmax(-1)
+    gprime = logq.clone().sort(descending=True).values
+    gprime[0, 2] = -torch.inf
+    if method.objective is None:
+        assert method.why_untrained
+        with pytest.raises(NotImplementedError):
+            method.density(logq, gprime, 1.0)
+    else:
+        assert not method.why_untrained
+        assert method.density(logq, gprime, 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("objective", objectives_of("gumbel"))
+def test_the_public_density_is_the_method_s(objective):
+    logq = torch.randn(4, 3).log_softmax(-1)
+    ours = soft_density(logq, logq + 0.3, objective=objective, noise_scale=0.7)
+    assert torch.equal(ours, method_of("gumbel", objective).density(logq, logq + 0.3, 0.7))
