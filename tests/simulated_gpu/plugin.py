@@ -11,9 +11,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from simulated_gpu import flash
+from simulated_gpu import flash, quick_interpreter
 from simulated_gpu.device import Device
 from simulated_gpu.found import REAL, SIMULATED, WHY_NOT
+
+if not REAL:
+    quick_interpreter.install()
 
 # A test that starts processes of its own, which see no simulated device.
 ON_THE_CPU = pytest.mark.parametrize("device", ["cpu"], indirect=True)
