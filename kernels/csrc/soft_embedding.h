@@ -1,4 +1,4 @@
-// Mixtures of embeddings; arguments are described in softgrpo_kernels/sampling.py.
+// Mixtures of embeddings; described in softgrpo_kernels/soft_embedding.py.
 #pragma once
 #include <cstdint>
 

@@ -9,7 +9,7 @@
 #include <limits>
 
 #include "shared/half.h"
-#include "perturb.h"
+#include "soft_token_perturb.h"
 #include "soft_token_row.h"
 
 #define SOFTGRPO_KERNEL "soft_token.inc"
@@ -173,13 +173,13 @@ class RowSampler {
     Candidate winner;
     if (whole_vocabulary && row_.top_p >= 1.0f && row_.min_p <= 0.0f) {
       lse = top + std::log(sums(row_.temperature).mass);
-      winner = SOFTGRPO_BEST(gumbel_argmax<T>)(z_, args_.vocabulary, row_.temperature, row_.key);
+      winner = SOFTGRPO_BEST(gumbel_argmax<T>)(z_, args_.vocabulary, row_.temperature, row_.key());
     } else {
       lse = whole_vocabulary ? cut_vocabulary() : cut_top_k();
       winner = argmax_of_kept();
     }
     float noise;
-    SOFTGRPO_BEST(gumbel_of_ids)(&noise, &winner.id, 1, row_.key);
+    SOFTGRPO_BEST(gumbel_of_ids)(&noise, &winner.id, 1, row_.key());
     float z;
     SOFTGRPO_BEST(convert_logits<T>)(&z, z_ + winner.id, 1);
     const auto logp = static_cast<float>(z / row_.temperature - lse);
@@ -264,7 +264,7 @@ class RowSampler {
     scratch_.ids.resize(kept_);
     scratch_.noise.resize(kept_);
     for (int64_t j = 0; j < kept_; ++j) scratch_.ids[j] = list[j].id;
-    SOFTGRPO_BEST(gumbel_of_ids)(scratch_.noise.data(), scratch_.ids.data(), kept_, row_.key);
+    SOFTGRPO_BEST(gumbel_of_ids)(scratch_.noise.data(), scratch_.ids.data(), kept_, row_.key());
     Candidate best = {list[0].value + scratch_.noise[0], list[0].id};
     for (int64_t j = 1; j < kept_; ++j) {
       const Candidate other = {list[j].value + scratch_.noise[j], list[j].id};

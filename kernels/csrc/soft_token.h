@@ -1,4 +1,4 @@
-// The soft step of a decode; arguments are described in softgrpo_kernels/sampling.py.
+// The soft step of a decode; arguments are described in softgrpo_kernels/soft_token.py.
 #pragma once
 #include <cstdint>
 
@@ -8,14 +8,28 @@ namespace softgrpo {
 
 constexpr int64_t kMaxCandidates = 64;
 
+// The parameters of a row, a column of a table for each: RowValues of softgrpo_kernels/row_rules.py
+// in its order. A test holds the two lists together.
+#define SOFTGRPO_FLOAT_COLUMNS(COLUMN)                                       \
+  COLUMN(temperature) COLUMN(top_p) COLUMN(min_p) COLUMN(tau)                \
+  COLUMN(noise_scale) COLUMN(clamp_low) COLUMN(clamp_high) COLUMN(eps)
+#define SOFTGRPO_INT_COLUMNS(COLUMN)                                         \
+  COLUMN(top_k) COLUMN(seed) COLUMN(position) COLUMN(uid) COLUMN(stream)     \
+  COLUMN(mode) COLUMN(noise)
+
+#define SOFTGRPO_COUNT(name) +1
+constexpr int64_t kFloatColumns = 0 SOFTGRPO_FLOAT_COLUMNS(SOFTGRPO_COUNT);
+constexpr int64_t kIntColumns = 0 SOFTGRPO_INT_COLUMNS(SOFTGRPO_COUNT);
+#undef SOFTGRPO_COUNT
+
 struct SoftTokenArgs {
   const void* logits;  // [rows, vocabulary]
   Dtype logits_dtype;
   int64_t rows, vocabulary, logits_stride;
   int64_t k_max;
 
-  const float* floats;  // [8, rows]: temperature, top_p, min_p, tau, noise scale, clamp, clamp, eps
-  const int64_t* ints;  // [7, rows]: top_k, seed, position, uid, stream, mode, noise
+  const float* floats;  // [kFloatColumns, rows]
+  const int64_t* ints;  // [kIntColumns, rows]
   bool joint;           // top-p is a share of the whole vocabulary
 
   const int32_t* terminal_ids;  // [rows, terminal_width] or null

@@ -31,18 +31,32 @@ struct Sums {
 
 enum Mode { kGreedy = 0, kDiscrete = 1, kSoft = 2, kSkip = 3 };
 
+// The parameters of a row by their names.
 struct Row {
-  float temperature, top_p, min_p, tau, noise_scale, clamp_low, clamp_high, eps;
-  int64_t top_k, mode, noise;
-  NoiseKey key;
+#define COLUMN(name) float name;
+  SOFTGRPO_FLOAT_COLUMNS(COLUMN)
+#undef COLUMN
+#define COLUMN(name) int64_t name;
+  SOFTGRPO_INT_COLUMNS(COLUMN)
+#undef COLUMN
+
+  NoiseKey key() const {
+    return {seed, static_cast<uint32_t>(position), static_cast<uint32_t>(uid),
+            static_cast<uint32_t>(stream)};
+  }
 };
 
 inline Row row_parameters(const SoftTokenArgs& a, int64_t b) {
-  const auto f = [&](int64_t i) { return a.floats[i * a.rows + b]; };
-  const auto i = [&](int64_t j) { return a.ints[j * a.rows + b]; };
-  const NoiseKey key = {i(1), static_cast<uint32_t>(i(2)), static_cast<uint32_t>(i(3)),
-                        static_cast<uint32_t>(i(4))};
-  return {f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), i(0), i(5), i(6), key};
+  Row row;
+  int64_t column = 0;
+#define COLUMN(name) row.name = a.floats[column++ * a.rows + b];
+  SOFTGRPO_FLOAT_COLUMNS(COLUMN)
+#undef COLUMN
+  column = 0;
+#define COLUMN(name) row.name = a.ints[column++ * a.rows + b];
+  SOFTGRPO_INT_COLUMNS(COLUMN)
+#undef COLUMN
+  return row;
 }
 
 // Buffers of a thread.

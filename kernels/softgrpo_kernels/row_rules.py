@@ -30,7 +30,7 @@ LAST_STREAM_OF_DRAWS = 0xFFFF
 
 class RowValues(NamedTuple):
     """The parameters of a row, or tensors [B], in the order of the tables of `RowParameters`: up to
-    eps the float columns, from top_k on the integer ones. C++ (csrc/soft_token_row.h) has the same
+    eps the float columns, from top_k on the integer ones. C++ (csrc/soft_token.h) has the same
     list."""
 
     temperature: Any = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Numbers of the dtypes in C++ (csrc/dtype.h). Triton has kernels for the same.
+# Numbers of the dtypes in C++ (csrc/soft_embedding.h). Triton has kernels for the same.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -2,7 +2,7 @@
 
 A new one is a subclass of `Method` in a new file and an entry of METHODS. One that draws as another
 does needs no more; a draw of its own has a number of its own, and a case in C++
-(csrc/perturb.cpp) and Triton, without which those back ends do not know it.
+(csrc/soft_token_perturb.cpp) and Triton, without which those back ends do not know it.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
 #include <cstring>
 #include <vector>
 
+#include "gumbel_noise.h"
 #include "indexed_dot.h"
-#include "noise.h"
 #include "soft_token.h"
 
 namespace {
@@ -109,8 +109,8 @@ void run_soft_token(Input& in, Output& out) {
   const int64_t bytes = bytes_of(args.logits_dtype);
   args.logits = in.array<void>(rows * vocabulary * bytes);
   args.embed = {in.array<void>(vocabulary * width * bytes), width, width, args.logits_dtype};
-  args.floats = in.array<float>(8 * rows * 4);
-  args.ints = in.array<int64_t>(7 * rows * 8);
+  args.floats = in.array<float>(kFloatColumns * rows * 4);
+  args.ints = in.array<int64_t>(kIntColumns * rows * 8);
   args.terminal_ids = in.array<int32_t>(rows * args.terminal_width * 4);
   args.logit_scale = 1.0f;
   args.ids = out.array<int32_t>(rows * slots * 4);

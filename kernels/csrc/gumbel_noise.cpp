@@ -1,4 +1,4 @@
-#include "noise.h"
+#include "gumbel_noise.h"
 
 #define SOFTGRPO_KERNEL "noise.inc"
 #include "shared/each_isa.h"

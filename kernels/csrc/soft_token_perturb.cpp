@@ -1,9 +1,9 @@
-#include "perturb.h"
+#include "soft_token_perturb.h"
 
 #include <algorithm>
 #include <cmath>
 
-#define SOFTGRPO_KERNEL "perturb.inc"
+#define SOFTGRPO_KERNEL "soft_token_perturb.inc"
 #include "shared/each_isa.h"
 
 namespace softgrpo {
@@ -26,7 +26,7 @@ double probability(const Slot& slot) { return std::exp(static_cast<double>(slot.
 void gumbel_slots(Slot* slots, int64_t count, const Row& row) {
   const SlotIds tokens(slots, count);
   float noise[kMaxCandidates];
-  SOFTGRPO_BEST(gumbel_of_ids)(noise, tokens.ids, count, row.key);
+  SOFTGRPO_BEST(gumbel_of_ids)(noise, tokens.ids, count, row.key());
   for (int64_t j = 0; j < count; ++j) {
     if (row.mode == kSoft)
       noise[j] = row.noise_scale * std::min(std::max(noise[j], row.clamp_low), row.clamp_high);
@@ -39,7 +39,7 @@ void dirichlet_slots(Slot* slots, int64_t count, const Row& row) {
   float shapes[kMaxCandidates], log_gammas[kMaxCandidates];
   for (int64_t j = 0; j < count; ++j)
     shapes[j] = std::max(row.noise_scale * static_cast<float>(probability(slots[j])), kMinShape);
-  SOFTGRPO_BEST(log_gamma_of_ids)(log_gammas, tokens.ids, shapes, count, row.key);
+  SOFTGRPO_BEST(log_gamma_of_ids)(log_gammas, tokens.ids, shapes, count, row.key());
   const double top = *std::max_element(log_gammas, log_gammas + count);
   double mass = 0.0;
   for (int64_t j = 0; j < count; ++j) mass += std::exp(log_gammas[j] - top);
@@ -51,7 +51,7 @@ void dirichlet_slots(Slot* slots, int64_t count, const Row& row) {
 void gaussian_slots(Slot* slots, int64_t count, const Row& row) {
   const SlotIds tokens(slots, count);
   float noise[kMaxCandidates];
-  SOFTGRPO_BEST(normal_of_ids)(noise, tokens.ids, count, row.key);
+  SOFTGRPO_BEST(normal_of_ids)(noise, tokens.ids, count, row.key());
   for (int64_t j = 0; j < count; ++j) {
     const double noisy = probability(slots[j]) + row.noise_scale * noise[j];
     slots[j].perturbed.value = static_cast<float>(std::log(std::max(noisy, kMinWeight)));
@@ -65,7 +65,7 @@ int64_t multiplex_slots(Slot* slots, int64_t count, const Row& row) {
   int64_t drawn[kMaxCandidates] = {};
   const auto draws = static_cast<int64_t>(row.noise_scale);
   for (int64_t draw = 0; draw < draws; ++draw) {
-    NoiseKey key = row.key;
+    NoiseKey key = row.key();
     key.stream += static_cast<uint32_t>(draw) << 16;
     SOFTGRPO_BEST(gumbel_of_ids)(noise, tokens.ids, count, key);
     int64_t best = 0;
