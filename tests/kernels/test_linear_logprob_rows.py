@@ -8,9 +8,9 @@ from softgrpo_kernels import (
     linear_candidate_logprob,
     linear_soft_logprob,
     linear_token_logprob,
-    soft_density,
     soft_token,
 )
+from softgrpo_kernels.reference import linear_logprob as dense
 
 N, V, H, K = 7, 40, 6, 5
 OBJECTIVES = ["exact", "official", "concrete"]
@@ -36,33 +36,9 @@ def problem(dtype=torch.double, rows=N):
     ids = torch.stack([torch.randperm(V)[:K] for _ in range(rows)]).int()
     n = 1 + torch.arange(rows) % K
     ids = torch.where(torch.arange(K) < n[:, None], ids, -1)
-    logq = dense_candidate_logprob(hidden.double(), head.double(), ids).detach()
+    logq = dense.linear_candidate_logprob(hidden.double(), head.double(), ids).detach()
     noise = gumbel_noise(ids, 1, torch.arange(rows), 2).double()
     return hidden, head, bias, ids, n, logq + noise
-
-
-def model_logits(hidden, head, bias=None, softcap=None, logit_scale=1.0, temperature=1.0):
-    """As Phi (bias), Cohere (scale) and Gemma 2 (softcap) write them down."""
-    logits = torch.nn.functional.linear(hidden, head, bias) * logit_scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return logits / temperature
-
-
-def dense_candidate_logprob(hidden, head, ids, **options):
-    """Full softmax, gathered and renormalised: what the candidates' softmax must equal."""
-    full = torch.log_softmax(model_logits(hidden, head, **options), -1)
-    picked = full.gather(1, ids.clamp(min=0).long()).masked_fill(ids < 0, -torch.inf)
-    return picked - picked.logsumexp(-1, keepdim=True)
-
-
-def dense_logprob(hidden, head, ids, gprime, kind, label, objective="exact", **options):
-    """(log-density, entropy) with [N, V] logits."""
-    full = torch.log_softmax(model_logits(hidden, head, **options), -1)
-    logq = dense_candidate_logprob(hidden, head, ids, **options)
-    soft = soft_density(logq, gprime, objective=objective)
-    hard = full.gather(1, label[:, None].long())[:, 0]
-    return torch.where(kind == 1, soft, hard), -(full.exp() * full).sum(-1)
 
 
 def gradients(value, *inputs, **options):
@@ -93,7 +69,7 @@ def test_official_is_the_released_formula():
     hidden, head, *_ = problem(rows=200)
     ids = torch.stack([torch.randperm(V)[:K] for _ in range(200)]).int()
     noise = torch.randn(200, K).double() * 3  # a good part of it outside of the clamp
-    logq = dense_candidate_logprob(hidden, head, ids)
+    logq = dense.linear_candidate_logprob(hidden, head, ids)
     gprime = logq.detach() + noise
     expected = authors_density(torch.softmax(hidden @ head.T, -1), ids, gprime)
     soft, n = torch.ones(200, dtype=torch.uint8), torch.full((200,), K)
@@ -146,8 +122,9 @@ def test_soft_logprob_is_that_of_the_dense_logits(objective, options):
     alone = linear_soft_logprob(
         hidden, head, garbage, gprime, n, kind, label, objective=objective, **options
     )
-    column = dict(options, temperature=options["temperature"][:, None])
-    expected = dense_logprob(hidden, head, ids, gprime, kind, label, objective, **column)
+    expected = dense.linear_soft_logprob(
+        hidden, head, ids, gprime, kind, label, objective, **options
+    )
     for ours, true in ((torch.stack(out), torch.stack(expected)), (alone, expected[0])):
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-13)
         theirs = gradients(true, *inputs, retain_graph=True)
@@ -173,7 +150,7 @@ def test_rows_that_share_ids_add_up_and_others_stay_zero():
     ids = torch.where(ids >= 0, ids % 6, -1)  # the same few tokens, twice in a row too
     kind, label = torch.ones(40, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64)
     out = linear_soft_logprob(hidden, head, ids, gprime, n, kind, label)
-    expected, _ = dense_logprob(hidden, head, ids, gprime, kind, label)
+    expected, _ = dense.linear_soft_logprob(hidden, head, ids, gprime, kind, label)
     ours, theirs = (gradients(x, hidden, head) for x in (out, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
@@ -209,15 +186,15 @@ def test_accumulate_adds_to_the_gradient_that_is_there(dtype):
         hidden.grad = None
         return result
 
-    dense = run("dense")
+    plain = run("dense")
     head.grad = None
     added = run("accumulate")
-    assert all(torch.equal(a, b) for a, b in zip(dense, added, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, added, strict=True))
     buffer = head.grad
     twice = run("accumulate")[2]
     assert twice is buffer
     tolerance = torch.finfo(dtype).eps * 4
-    torch.testing.assert_close(twice, 2 * dense[2], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(twice, 2 * plain[2], rtol=tolerance, atol=tolerance)
 
 
 def test_accumulate_works_with_a_constant_hidden():
@@ -233,7 +210,7 @@ def test_accumulate_works_with_a_constant_hidden():
 def test_rows_is_the_dense_gradient_without_its_zeros(dtype):
     hidden, head, _, ids, n, gprime = problem(dtype)
     kind, label = torch.ones(N, dtype=torch.uint8), torch.zeros(N, dtype=torch.int64)
-    dense, sparse = (
+    plain, sparse = (
         gradients(
             linear_soft_logprob(hidden, head, ids, gprime, n, kind, label, grad_weight=way),
             hidden, head,
@@ -243,8 +220,8 @@ def test_rows_is_the_dense_gradient_without_its_zeros(dtype):
     assert sparse[1].is_sparse
     assert sparse[1].is_coalesced()
     assert torch.equal(sparse[1].indices()[0], ids[ids >= 0].unique().long())
-    assert torch.equal(sparse[1].to_dense(), dense[1])
-    assert torch.equal(sparse[0], dense[0])
+    assert torch.equal(sparse[1].to_dense(), plain[1])
+    assert torch.equal(sparse[0], plain[0])
 
 
 def test_bf16_error_is_no_more_than_that_of_plain_bf16():
@@ -252,8 +229,8 @@ def test_bf16_error_is_no_more_than_that_of_plain_bf16():
     hidden, head, _, ids, n, gprime = problem(torch.bfloat16, rows=300)
     kind, label = mixed(300)
     wide = [x.detach().double().requires_grad_() for x in (hidden, head)]
-    true, _ = dense_logprob(*wide, ids, gprime, kind, label)
-    plain, _ = dense_logprob(hidden, head, ids, gprime, kind, label)
+    true, _ = dense.linear_soft_logprob(*wide, ids, gprime, kind, label)
+    plain, _ = dense.linear_soft_logprob(hidden, head, ids, gprime, kind, label)
     ours = linear_soft_logprob(hidden, head, ids, gprime, n, kind, label)
     cotangent = torch.linspace(-1, 2, 300)
     results = []
