@@ -1,4 +1,5 @@
-"""The device functions of the noise: the bits of the reference and of the golden file."""
+"""The device functions of the other kinds of noise: the bits of the plain ones and of the golden
+file."""
 
 import json
 from pathlib import Path
@@ -8,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from softgrpo_kernels import noise as plain
-from softgrpo_kernels.gpu.gumbel_noise import gumbel_noise
 from softgrpo_kernels.gpu.noise import NoiseKey, log_gamma, normal
 from softgrpo_kernels.noise import log_gamma_noise, normal_noise
 
@@ -32,33 +31,6 @@ def draw(kind, ids, shapes, keys):
     keys = [torch.tensor([key], device=ids.device) for key in keys]
     draw_kernel[(1,)](out, ids, shapes, *keys, KIND=kind, enable_fp_fusion=False)
     return out
-
-
-@pytest.mark.parametrize("row", GOLDEN["rows"])
-def test_golden_bits(device, row):
-    ids = torch.tensor(GOLDEN["ids"], dtype=torch.int32, device=device)
-    keys = [torch.tensor(row[name], device=device) for name in KEYS]
-    expected = torch.tensor([float.fromhex(x) for x in row["gumbel"]])
-    assert torch.equal(gumbel_noise(ids, *keys).cpu(), expected)
-
-
-def test_gumbel_has_the_bits_of_the_reference(device):
-    ids = torch.randint(-3, 300_000, (6, 700), dtype=torch.int32, device=device)
-    keys = torch.randint(0, 2**32, (4, 6), device=device)
-    keys[0] -= 2**31
-    out = gumbel_noise(ids, *keys)
-    assert torch.equal(out, plain.gumbel_noise(ids, *keys))
-
-
-def test_words_outside_32_bits_give_nan(device):
-    ids = torch.tensor([[3, -1]] * 4, dtype=torch.int32, device=device)
-    seed, zero = torch.full((4,), -1, device=device), torch.zeros(4, dtype=torch.int64)
-    words = [zero.clone().to(device) for _ in range(3)]
-    for i, value in enumerate((-1, 2**32, -(2**63))):
-        words[i][i] = value
-    out = gumbel_noise(ids, seed, *words)
-    assert out[:, 0].isnan().tolist() == [True, True, True, False]
-    assert not out[:, 1].any()
 
 
 @pytest.mark.parametrize("row", GOLDEN["rows"])
