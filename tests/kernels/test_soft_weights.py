@@ -1,0 +1,41 @@
+"""Mixture weights."""
+
+import pytest
+import torch
+
+from softgrpo_kernels import soft_weights
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_bad_input_is_named():
+    gprime, kind = torch.zeros(2, 3), torch.ones(2, dtype=torch.uint8)
+    for tau in (0.0, -1.0, 1e-40, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="tau must be > 0"):
+            soft_weights(gprime, kind, tau)
+    with pytest.raises(ValueError, match=r"tau must be a number or \[2\], not \[3\]"):
+        soft_weights(gprime, kind, torch.ones(3))
+    with pytest.raises(ValueError, match="kind"):
+        soft_weights(gprime, kind[:1], 1.0)
+
+
+def test_weights_of_every_kind():
+    gprime = torch.tensor([[1.0, 0.5, -torch.inf], [1.0, 0.5, 0.2], [-torch.inf] * 3])
+    out = soft_weights(gprime, torch.tensor([1, 0, 1], dtype=torch.uint8), 0.5)
+    first = 1 / (1 + torch.exp(torch.tensor(-1.0)))
+    expected = torch.tensor([[first, 1 - first, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(out, expected, atol=1e-7, rtol=0)
+
+
+def test_weights_do_not_depend_on_the_padding_or_the_batch():
+    gprime = torch.randn(1000, 30).sort(descending=True).values
+    kind, tau = torch.ones(1000, dtype=torch.uint8), torch.rand(1000) + 0.05
+    alone = torch.cat([soft_weights(gprime[i, :5], kind[i], tau[i])[None] for i in range(1000)])
+    padded = gprime.clone()
+    padded[:, 5:] = -torch.inf
+    together = soft_weights(padded, kind, tau)
+    assert torch.equal(together[:, :5], alone)
+    assert not together[:, 5:].any()
