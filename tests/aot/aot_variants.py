@@ -3,12 +3,13 @@
 For an integer argument the JIT compiles anew where it is 1, which becomes a constant (and has no
 methods: `batch.to(tl.int64)` fails), where it is a multiple of 16, and otherwise; unless the kernel
 lists it under `do_not_specialize`. A spec is one of these combinations; its variants follow from
-the kernel and the spec, each with one argument changed. With the arguments that are not specialised
-(batch, tiles, KV heads, slots) a batch of 1 or one KV head is the spec itself.
+the kernel and the spec: each argument equal to 1, and once every argument aligned where the spec
+has it unaligned and the other way round. With the arguments that are not specialised (batch, tiles,
+KV heads, slots) a batch of 1 or one KV head is the spec itself.
 
 Machine code is read for the specs alone, which every target compiles. A variant goes as far as it
-can fail by what it changes, so that 120 of them cost a minute of one core: a constant through the
-front end, which knows no architecture, an alignment through the layouts of Triton's GPU dialect.
+can fail by what it changes: a constant through the front end, which knows no architecture, the
+alignments through the layouts of Triton's GPU dialect.
 """
 
 from __future__ import annotations
@@ -28,24 +29,22 @@ def variants(spec: Spec) -> Iterator[tuple[str, Spec, str]]:
     kernel = kernel_of(spec)
     # A name that is no argument's is not noticed by Triton.
     assert set(kernel.do_not_specialize) <= set(kernel.arg_names), spec.kernel
-    for parameter in kernel.params:
-        name = parameter.name
-        if spec.signature.get(name) not in ("i32", "i64") or parameter.do_not_specialize:
-            continue
-        signature = {arg: kind for arg, kind in spec.signature.items() if arg != name}
-        others = tuple(arg for arg in spec.divisible if arg != name)
+    specialised = [
+        parameter.name
+        for parameter in kernel.params
+        if spec.signature.get(parameter.name) in ("i32", "i64") and not parameter.do_not_specialize
+    ]
+    for name in specialised:
         one = replace(
             spec,
-            signature=signature,
+            signature={arg: kind for arg, kind in spec.signature.items() if arg != name},
             constexprs=spec.constexprs | {name: 1},
-            divisible=others,
+            divisible=tuple(arg for arg in spec.divisible if arg != name),
         )
         yield f"{name} = 1", one, "front end"
-        if name in spec.divisible:
-            yield f"{name} not aligned", replace(spec, divisible=others), "ttgir"
-        else:
-            aligned = replace(spec, divisible=(*spec.divisible, name))
-            yield f"{name} aligned", aligned, "ttgir"
+    if specialised:
+        others = tuple(name for name in specialised if name not in spec.divisible)
+        yield "other alignments", replace(spec, divisible=others), "ttgir"
 
 
 def failures(spec: Spec) -> dict[str, str | None]:

@@ -73,7 +73,7 @@ SPECS = [
     select("bf16", 2, tiles=32),
     draw(2, chunks=1),
     *(select("bf16", k) for k in (8, 64)),
-    select("fp32", 32),
+    select("fp32", 16),
     draw(8),
     draw(32, head=True),
     draw(64, every=True),
