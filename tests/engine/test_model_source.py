@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file, save_file
 
-from softgrpo_engine.model.decoder import source as model_source
+from softgrpo_engine.model import source as model_source
 from softgrpo_engine.model.source import resolve_model
 
 
