@@ -31,9 +31,11 @@ from softgrpo_kernels.gpu.soft_token.row_rules import row_is_sound
 from softgrpo_kernels.gpu.soft_token.statistics import (
     BAD,
     COLUMNS,
+    MASS,
+    MAXIMUM,
     WEIGHTED,
+    below_top,
     load_chunks,
-    load_masses,
 )
 from softgrpo_kernels.gpu.softcap import scaled_and_capped
 from softgrpo_kernels.lm_head import LMHead
@@ -57,14 +59,17 @@ class Head(NamedTuple):
 @triton.jit
 def vocabulary_sums(chunk_sums, chunks, CHUNKS: tl.constexpr, ENTROPY: tl.constexpr):
     """(maximum, mass, sum of exp(d) d, whether a logit is NaN or +inf) of the row."""
-    top, d, s = load_masses(chunk_sums, chunks, CHUNKS)
+    # All loads before the first reduction: in another order ptxas spills for 64 slots.
+    maxima = load_chunks(chunk_sums, chunks, MAXIMUM, -float("inf"), CHUNKS)
+    masses = load_chunks(chunk_sums, chunks, MASS, 0.0, CHUNKS)
+    bad = tl.max(load_chunks(chunk_sums, chunks, BAD, 0.0, CHUNKS), axis=0) > 0.0
+    top, d = below_top(maxima)
     factor = tl.exp(d)
-    mass = tl.sum(factor * s, axis=0)
+    mass = tl.sum(factor * masses, axis=0)
     weighted = mass * 0.0
     if ENTROPY:
         t = load_chunks(chunk_sums, chunks, WEIGHTED, 0.0, CHUNKS)
-        weighted = tl.sum(factor * (t + s * d), axis=0)
-    bad = tl.max(load_chunks(chunk_sums, chunks, BAD, 0.0, CHUNKS), axis=0) > 0.0
+        weighted = tl.sum(factor * (t + masses * d), axis=0)
     return top, mass, weighted, bad
 
 

@@ -69,12 +69,10 @@ def load_chunks(
 
 
 @triton.jit
-def load_masses(chunk_sums, chunks, CHUNKS: tl.constexpr):
-    """(maximum of the row; of every chunk its maximum minus that, and its mass)."""
-    m = load_chunks(chunk_sums, chunks, MAXIMUM, -float("inf"), CHUNKS)
-    top = tl.max(m, axis=0)
-    distance = tl.where(m > -float("inf"), m - top, -1000.0)
-    return top, distance, load_chunks(chunk_sums, chunks, MASS, 0.0, CHUNKS)
+def below_top(maxima):
+    """(maximum of the row, those of its chunks minus that)."""
+    top = tl.max(maxima, axis=0)
+    return top, tl.where(maxima > -float("inf"), maxima - top, -1000.0)
 
 
 def vocabulary_statistics(

@@ -27,7 +27,13 @@ from softgrpo_kernels.gpu.soft_token.row import (
     has_listed_size,
     int_of,
 )
-from softgrpo_kernels.gpu.soft_token.statistics import COLUMNS, load_masses
+from softgrpo_kernels.gpu.soft_token.statistics import (
+    COLUMNS,
+    MASS,
+    MAXIMUM,
+    below_top,
+    load_chunks,
+)
 
 CHUNK = tl.constexpr(statistics.CHUNK)
 
@@ -80,8 +86,10 @@ def limits_of(row, vocabulary):
 @triton.jit
 def row_mass(chunk_sums, chunks, PADDED: tl.constexpr):
     """Maximum fp32 and sum exp(a - maximum) fp64 of the row."""
-    top, d, s = load_masses(chunk_sums, chunks, PADDED)
-    return top, tl.sum(s.to(tl.float64) * tl.exp(d).to(tl.float64), 0)
+    maxima = load_chunks(chunk_sums, chunks, MAXIMUM, -float("inf"), PADDED)
+    masses = load_chunks(chunk_sums, chunks, MASS, 0.0, PADDED)
+    top, d = below_top(maxima)
+    return top, tl.sum(masses.to(tl.float64) * tl.exp(d).to(tl.float64), 0)
 
 
 @triton.jit
