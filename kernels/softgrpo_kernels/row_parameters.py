@@ -23,8 +23,6 @@ from softgrpo_kernels.row_rules import (
     surely_sound,
 )
 
-ORDERS = ("top_k_first", "joint")
-
 Number = float | Tensor
 Clamp = tuple[float, float] | Tensor | None
 
