@@ -132,7 +132,7 @@ class RowParameters:
 
     def check(self) -> None:
         """Raises ValueError for a parameter out of its range; reads the tables: CPU only."""
-        if not self.mode.numel() or self._surely_sound() or bool(self.sound.all()):
+        if not self.ints.numel() or self._surely_sound() or bool(self.sound.all()):
             return
         for rule in rules_of(self._values(), self.k_max):
             if bool(rule.broken.any()):
@@ -149,12 +149,19 @@ class RowParameters:
     def _values(self) -> RowValues:
         return RowValues(*self.floats, *self.ints)
 
-    def _surely_sound(self) -> bool:
-        """True where one pass over the tables shows it, as it mostly does."""
+    def _bounds(self) -> tuple[RowValues, RowValues]:
+        """The smallest and the largest number of every column."""
+        if self.ints.shape[1] == 1:  # nothing to reduce, an eighth of a small step
+            values = RowValues(*self.floats[:, 0].tolist(), *self.ints[:, 0].tolist())
+            return values, values
         low_floats, high_floats = torch.aminmax(self.floats, dim=1)
         low_ints, high_ints = torch.aminmax(self.ints, dim=1)
         low = RowValues(*low_floats.tolist(), *low_ints.tolist())
-        high = RowValues(*high_floats.tolist(), *high_ints.tolist())
+        return low, RowValues(*high_floats.tolist(), *high_ints.tolist())
+
+    def _surely_sound(self) -> bool:
+        """True where one pass over the tables shows it, as it mostly does."""
+        low, high = self._bounds()
         if not surely_sound(low, high):
             return False
         if low.top_k >= 1 and high.top_k <= self.k_max:
