@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for GPUs this machine does not have and reads the machine code.
 
-`python tests/aot/aot.py [part of a name ...]` compiles every spec of the files specs_*.py
-and aot_controls.py beside it for every target and prints one JSON object: "code" {name: {target:
-facts}} and "variants" {name: {variant: failure or null}}, see aot_variants.py. It runs in a process
-of its own, because the tests import Triton as an interpreter.
+`python tests/aot/aot.py [part of a name ...]` compiles specs of the files specs_*.py and
+aot_controls.py beside it, those that are named for every target, and prints one JSON object: "code"
+{name: {target: facts}} and "variants" {name: {variant: failure or null}}, see aot_variants.py. It
+runs in a process of its own, because the tests import Triton as an interpreter.
 
 A module of specs needs no Triton:
 
@@ -89,15 +89,13 @@ class Spec:
         }
 
 
-def specs() -> list[Spec]:
+def specs(*, thorough: bool = False) -> list[Spec]:
     """The specs of all files specs_*.py, by name of file. The first of a kernel is compiled for all
-    of its targets, the others for the two that differ most: the rest took minutes."""
+    of its targets; the others, unless thorough, for one: the rest took minutes."""
     found = [s for path in sorted(FOLDER.glob("specs_*.py")) for s in _load(path.stem).SPECS]
     first = {spec.kernel: spec for spec in reversed(found)}
     return [
-        spec
-        if spec is first[spec.kernel]
-        else replace(spec, targets=tuple(t for t in spec.targets if t in ("sm_90", "gfx942")))
+        spec if thorough or spec is first[spec.kernel] else replace(spec, targets=("sm_90",))
         for spec in found
     ]
 
@@ -249,7 +247,7 @@ def main(names: list[str]) -> None:
     # Before the pool starts: its processes inherit both.
     os.environ.pop("TRITON_INTERPRET", None)
     controls = _load("aot_controls")
-    chosen = specs() + [spec for spec, _ in controls.CONTROLS]
+    chosen = specs(thorough=bool(names)) + [spec for spec, _ in controls.CONTROLS]
     chosen = [s for s in chosen if not names or any(part in s.name for part in names)]
     code: dict[str, dict[str, Facts]] = {}
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
