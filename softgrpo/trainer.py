@@ -109,9 +109,9 @@ class Trainer:
         self.state.step = step
         self.state.num_tokens += drawn.num_tokens
         if self.state.is_due(config.log.samples_every):
-            tau, tokenizer = config.rollout.soft.tau, self.llm.tokenizer
+            mixture, tokenizer = config.rollout.soft.mixture, self.llm.tokenizer
             self.journal.samples(
-                chosen, advantages_S, step=step, phase="train", tau=tau, tokenizer=tokenizer
+                chosen, advantages_S, step=step, phase="train", mixture=mixture, tokenizer=tokenizer
             )
         return {
             "step": step,

@@ -146,7 +146,9 @@ class HFEngine:
                     finish[row], lengths[row] = "stop", index + 1
             if all(finish):
                 break
-            weights = soft_weights(step.gprime, step.kind, soft.tau if soft else 1.0)
+            weights = soft_weights(
+                step.gprime, step.kind, *((soft.tau, soft.weight_floor) if soft else (1.0,))
+            )
             inputs_BTH = reference.soft_embedding(step.ids, weights, embed_VH)[:, None]
         return [
             self._sample(steps[: lengths[row]], row, finish[row] or "length", uid)
@@ -222,6 +224,7 @@ def _parameters(params: SamplingParams, soft: SoftParams | None, soft_B: Tensor)
     return {
         **{name: torch.where(soft_B, of_soft[name], discrete[name]) for name in discrete},
         "gumbel_tau": soft.tau,
+        "weight_floor": soft.weight_floor,
         "noise": soft.noise,
         "noise_scale": soft.noise_scale,
         "noise_clamp": soft.noise_clip,

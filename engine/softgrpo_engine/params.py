@@ -64,7 +64,8 @@ class SamplingParams:
 class SoftParams:
     """How soft positions are drawn (ALGORITHM.md section 1).
 
-    tau: temperature of the Gumbel-Softmax. noise, noise_scale: the method, as in
+    tau: temperature of the Gumbel-Softmax. weight_floor: a weight below so much of the largest is
+    0. noise, noise_scale: the method, as in
     `softgrpo_kernels.soft_token`; dirichlet, gaussian and multiplex go with tau 1. noise_clip:
     bounds of the Gumbel noise, and eps: floor added to the probabilities, which keeps all top_k
     slots live; both are of the `official` objective. end_of_thinking: "auto" is the tokenizer's
@@ -76,6 +77,7 @@ class SoftParams:
     top_p: float = 0.95
     temperature: float = 1.0
     tau: float = 0.1
+    weight_floor: float = 0.0
     noise: str = "gumbel"
     noise_scale: float = 1.0
     noise_clip: tuple[float, float] | None = None
@@ -90,6 +92,7 @@ class SoftParams:
             0 < self.temperature < math.inf, "soft temperature", self.temperature, "finite and > 0"
         )
         _require(0 < self.tau < math.inf, "tau", self.tau, "finite and > 0")
+        _require(0 <= self.weight_floor <= 1, "weight_floor", self.weight_floor, ">= 0 and <= 1")
         # Not at the top: the scheduler, which knows these parameters, knows no torch.
         from softgrpo_kernels.methods import NOISES, method_of
 

@@ -313,7 +313,10 @@ class RowSampler {
     double powers[kMaxCandidates];
     double total = 0.0;
     const double top = gprime[0] / row_.tau;
-    for (int64_t j = 0; j < slots_; ++j) total += powers[j] = std::exp(gprime[j] / row_.tau - top);
+    for (int64_t j = 0; j < slots_; ++j) {
+      const bool counts = static_cast<double>(gprime[0]) - gprime[j] <= row_.reach;
+      total += powers[j] = counts ? std::exp(gprime[j] / row_.tau - top) : 0.0;
+    }
     for (int64_t j = 0; j < slots_; ++j) weights[j] = static_cast<float>(powers[j] / total);
   }
 

@@ -11,7 +11,7 @@ constexpr int64_t kMaxCandidates = 64;
 // The parameters of a row, a column of a table for each: RowValues of softgrpo_kernels/row_rules.py
 // in its order. A test holds the two lists together.
 #define SOFTGRPO_FLOAT_COLUMNS(COLUMN)                                       \
-  COLUMN(temperature) COLUMN(top_p) COLUMN(min_p) COLUMN(tau)                \
+  COLUMN(temperature) COLUMN(top_p) COLUMN(min_p) COLUMN(tau) COLUMN(reach)  \
   COLUMN(noise_scale) COLUMN(clamp_low) COLUMN(clamp_high) COLUMN(eps)
 #define SOFTGRPO_INT_COLUMNS(COLUMN)                                         \
   COLUMN(top_k) COLUMN(seed) COLUMN(position) COLUMN(uid) COLUMN(stream)     \

@@ -7,7 +7,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.row_rules import LARGEST, LAST_WORD, MAX_CANDIDATES, SMALLEST
+from softgrpo_kernels.limits import LARGEST, LAST_WORD, MAX_CANDIDATES, SMALLEST
 
 
 def check_integers(name: str, tensor: Tensor) -> None:

@@ -9,7 +9,7 @@ from softgrpo_kernels import noise
 from softgrpo_kernels.backends import LIBRARY, backend_of
 from softgrpo_kernels.checks import check_counter_words, check_integers, check_word
 from softgrpo_kernels.cpu import gumbel_noise as cpu
-from softgrpo_kernels.row_rules import LAST_WORD
+from softgrpo_kernels.limits import LAST_WORD
 
 
 def gumbel_noise(

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels.checks import check_divisor, check_head_map
+from softgrpo_kernels.limits import LARGEST, SMALLEST
 from softgrpo_kernels.linear_logprob_op import SpecialWeightGradient, check_ids
 from softgrpo_kernels.lm_head import scaled_and_capped
-from softgrpo_kernels.row_rules import LARGEST, SMALLEST
 from softgrpo_kernels.soft_density import soft_density
 from softgrpo_kernels.tensors import wide_dtype
 
@@ -143,6 +143,8 @@ def linear_soft_logprob(
     temperature: float | Tensor = ...,
     objective: str = ...,
     noise_scale: float = ...,
+    tau: float = ...,
+    weight_floor: float = ...,
     bias: Tensor | None = ...,
     softcap: float | None = ...,
     logit_scale: float = ...,
@@ -162,6 +164,8 @@ def linear_soft_logprob(
     temperature: float | Tensor = ...,
     objective: str = ...,
     noise_scale: float = ...,
+    tau: float = ...,
+    weight_floor: float = ...,
     bias: Tensor | None = ...,
     softcap: float | None = ...,
     logit_scale: float = ...,
@@ -180,6 +184,8 @@ def linear_soft_logprob(
     temperature: float | Tensor = 1.0,
     objective: str = "exact",
     noise_scale: float = 1.0,
+    tau: float = 0.1,
+    weight_floor: float = 0.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -194,7 +200,7 @@ def linear_soft_logprob(
         n: int [N], slots in use, at most K.
         row_kind: uint8 [N], 1 soft, 0 discrete.
         label: int [N], token ids, read in discrete rows.
-        objective, noise_scale: see `soft_density`; read in soft rows.
+        objective, noise_scale, tau, weight_floor: see `soft_density`; read in soft rows.
         need_entropy: the whole vocabulary's entropy of every row, soft ones too; it makes all rows
             as expensive as discrete ones.
         temperature, bias, softcap, logit_scale, grad_weight: see the module.
@@ -231,7 +237,12 @@ def linear_soft_logprob(
         ids, torch.where(soft, 0 if need_entropy else -1, label), need_entropy=need_entropy
     )
     density = soft_density(
-        head.candidate_logprob(dots, ids), gprime, objective=objective, noise_scale=noise_scale
+        head.candidate_logprob(dots, ids),
+        gprime,
+        objective=objective,
+        noise_scale=noise_scale,
+        tau=tau,
+        weight_floor=weight_floor,
     )
     logp = torch.where(soft, density, token_logp)
     return (logp, entropy) if need_entropy else logp

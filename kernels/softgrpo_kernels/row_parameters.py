@@ -22,6 +22,7 @@ from softgrpo_kernels.row_rules import (
     rules_of,
     surely_sound,
 )
+from softgrpo_kernels.soft_weights import weight_reach
 
 Number = float | Tensor
 Clamp = tuple[float, float] | Tensor | None
@@ -38,7 +39,7 @@ def _column(name: str) -> property:
 class RowParameters:
     """The parameters of every row, a table of floats and one of integers: a column for each.
 
-    floats: float32 [8, B], FLOAT_COLUMNS; ints: int64 [7, B], INT_COLUMNS; k_max: slots.
+    floats: float32 [9, B], FLOAT_COLUMNS; ints: int64 [7, B], INT_COLUMNS; k_max: slots.
     """
 
     floats: Tensor
@@ -49,6 +50,7 @@ class RowParameters:
     top_p = _column("top_p")
     min_p = _column("min_p")
     tau = _column("tau")
+    reach = _column("reach")
     noise_scale = _column("noise_scale")
     clamp_low = _column("clamp_low")
     clamp_high = _column("clamp_high")
@@ -83,6 +85,7 @@ class RowParameters:
         top_p: Number,
         min_p: Number,
         gumbel_tau: Number,
+        weight_floor: Number,
         noise_scale: Number,
         noise_clamp: Clamp,
         eps: Number,
@@ -103,8 +106,11 @@ class RowParameters:
         if isinstance(noise, str) and noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, not {noise!r}")
         code = NOISES.index(noise) if isinstance(noise, str) else noise
+        for name, value in (("gumbel_tau", gumbel_tau), ("weight_floor", weight_floor)):
+            _check_value(name, value, rows, integer=False)
         values = RowValues(
-            temperature, top_p, min_p, gumbel_tau, noise_scale, low, high, eps,
+            temperature, top_p, min_p, gumbel_tau, weight_reach(gumbel_tau, weight_floor),
+            noise_scale, low, high, eps,
             top_k, seed, position, uid, stream, mode, code,
         )  # fmt: skip
         for name, value in zip(RowValues._fields, values, strict=True):

@@ -13,19 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from softgrpo_kernels.limits import LARGEST, LAST_STREAM_OF_DRAWS, LAST_WORD, SMALLEST
 from softgrpo_kernels.methods import DIRICHLET, DRAWS, GUMBEL, NOISES
 
 # Values of `mode`.
 GREEDY, DISCRETE, SOFT, SKIP = range(4)
-
-MAX_CANDIDATES = 64
-
-# Divisors. A denormal one overflows its reciprocal, and some hardware takes it for 0.
-SMALLEST = torch.finfo(torch.float32).smallest_normal
-LARGEST = torch.finfo(torch.float32).max
-LAST_WORD = 0xFFFFFFFF
-# Draws after the first count in the upper half of the word of the stream.
-LAST_STREAM_OF_DRAWS = 0xFFFF
 
 
 class RowValues(NamedTuple):
@@ -37,6 +29,7 @@ class RowValues(NamedTuple):
     top_p: Any = 1.0
     min_p: Any = 0.0
     tau: Any = 1.0
+    reach: Any = torch.inf
     noise_scale: Any = 1.0
     clamp_low: Any = -torch.inf
     clamp_high: Any = torch.inf
@@ -61,7 +54,12 @@ class RowValues(NamedTuple):
 FLOAT_COLUMNS = RowValues._fields[: RowValues._fields.index("top_k")]
 INT_COLUMNS = RowValues._fields[len(FLOAT_COLUMNS) :]
 # What callers call a column, where they do not call it by its name.
-ARGUMENTS = {"tau": "gumbel_tau", "clamp_low": "noise_clamp", "clamp_high": "noise_clamp"}
+ARGUMENTS = {
+    "tau": "gumbel_tau",
+    "reach": "weight_floor",
+    "clamp_low": "noise_clamp",
+    "clamp_high": "noise_clamp",
+}
 
 
 class Rule(NamedTuple):
@@ -90,6 +88,7 @@ def surely_sound(low: RowValues, high: RowValues) -> bool:
     # A NaN is both bounds, and no comparison holds for it.
     fine = low.temperature >= SMALLEST and high.temperature <= LARGEST
     fine &= low.tau >= SMALLEST and high.tau <= LARGEST
+    fine &= low.reach >= 0.0
     fine &= low.top_p >= 0.0 and high.top_p <= LARGEST
     fine &= low.min_p >= 0.0 and high.min_p <= 1.0
     fine &= low.noise_scale >= 0.0 and high.noise_scale <= LARGEST
@@ -127,6 +126,10 @@ def rules_of(v: RowValues, k_max: int) -> Iterator[Rule]:
     yield Rule(
         soft & _outside(v.tau, SMALLEST, LARGEST), "gumbel_tau", v.tau,
         "gumbel_tau must be > 0, not denormal and finite in soft rows",
+    )  # fmt: skip
+    yield Rule(
+        soft & _outside(v.reach, 0.0, torch.inf), "tau ln(1 / weight_floor)", v.reach,
+        "weight_floor must be in 0 .. 1",
     )  # fmt: skip
     yield Rule(
         sampled & _outside(v.top_p, 0.0, LARGEST), "top_p", v.top_p,

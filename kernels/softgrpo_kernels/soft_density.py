@@ -7,10 +7,17 @@ import math
 from torch import Tensor
 
 from softgrpo_kernels.methods import method_of
+from softgrpo_kernels.methods.method import Rollout
 
 
 def soft_density(
-    logq: Tensor, gprime: Tensor, *, objective: str = "exact", noise_scale: float = 1.0
+    logq: Tensor,
+    gprime: Tensor,
+    *,
+    objective: str = "exact",
+    noise_scale: float = 1.0,
+    tau: float = 0.1,
+    weight_floor: float = 0.0,
 ) -> Tensor:
     """Log-density of the recorded g' given the current log q, differentiable in logq.
 
@@ -19,6 +26,8 @@ def soft_density(
     - ``exact``: sum_i (-u_i - exp(-u_i)) - n log c, the density of g';
     - ``concrete``: lgamma(n) - sum_i u_i - n LSE_i(-u_i) - (n - 1) log c, the density of g' modulo
       a common shift, which the mixture does not see (Maddison et al. 2017, ExpConcrete);
+    - ``censored``: of g' as far as a mixture shows it whose weights below `weight_floor` times the
+      largest are 0 (`methods.censored`); floor 1 is log q of slot 0, floor 0 is ``concrete``;
     - ``official``: log(q + 1e-6) for log q, u clamped to [-1.5, 3] (no gradient outside, nor within
       1e-3 of a bound, where clipped noise comes back), mean over the slots with log q > -3, 0 where
       there is none.
@@ -26,7 +35,7 @@ def soft_density(
     Args:
         logq: [N, K], log q over the row's candidates (dead slots: anything).
         gprime: [N, K], as recorded; dead slots -inf.
-        noise_scale: c > 0.
+        noise_scale: c > 0. tau, weight_floor: of the mixture, read by ``censored``.
 
     Returns:
         [N] in logq's dtype; 0 in rows without live slots; NaN, and so is the gradient, where a live
@@ -43,4 +52,4 @@ def soft_density(
             f"need logq and gprime of one shape [N, K], got {list(logq.shape)} and "
             f"{list(gprime.shape)}"
         )
-    return method.density(logq, gprime, noise_scale)
+    return method.density(logq, gprime, Rollout(noise_scale, tau, weight_floor))

@@ -29,6 +29,7 @@ def soft_token(
     top_p: Number = 1.0,
     min_p: Number = 0.0,
     gumbel_tau: Number = 0.1,
+    weight_floor: Number = 0.0,
     noise: str | Tensor = "gumbel",
     noise_scale: Number = 1.0,
     noise_clamp: Clamp = None,
@@ -77,7 +78,8 @@ def soft_token(
         top_k: 1 .. k_max in soft rows, which must give it. Discrete rows: any, <= 0 is the whole
             vocabulary.
         top_p: >= 0, >= 1 keeps everything. min_p: relative to the most probable candidate.
-        gumbel_tau: tau > 0, not denormal, of the mixture weights.
+        gumbel_tau: tau > 0, not denormal, of the mixture weights. weight_floor: 0 .. 1; a weight
+            below so much of the largest is 0, and the others add up to 1. Soft rows only.
         noise: of soft rows; a name or a tensor of their indices in `NOISES`:
             "gumbel": as above;
             "none": g' = log p (Soft Thinking, 2505.15778);
@@ -120,6 +122,7 @@ def soft_token(
         top_p=top_p,
         min_p=min_p,
         gumbel_tau=gumbel_tau,
+        weight_floor=weight_floor,
         noise_scale=noise_scale,
         noise_clamp=noise_clamp,
         eps=eps,
@@ -154,7 +157,7 @@ def soft_token_of_rows(
     """`soft_token` with the parameters of its rows already in two tables, as an engine keeps them.
 
     Args:
-        rows: on the device of the logits, [8, B] and [7, B]; see `RowParameters`.
+        rows: on the device of the logits, [9, B] and [7, B]; see `RowParameters`.
         The others are those of `soft_token`.
 
     Raises:

@@ -28,7 +28,7 @@ def log_densities(
     classes, rows = positions.classes, positions.classes.rows
     gprime = positions.gprime.index_select(0, rows.soft).to(logq_TK.dtype)
     soft_logq = logq_TK.index_select(0, rows.soft)
-    soft = settings.method.density(soft_logq, gprime, settings.noise_scale)
+    soft = settings.method.density(soft_logq, gprime, settings.rollout)
     result = torch.where(classes.full, token_logp_T, 0.0).to(logq_TK.dtype)
     # The argmax of log p + c g is a sample from p^(1/c).
     scale = torch.where(classes.soft_phase, settings.noise_scale, 1.0)

@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels.methods import METHODS
-from softgrpo_kernels.methods.method import Method
+from softgrpo_kernels.methods.method import Method, Rollout
 
 
 @dataclass(frozen=True)
 class DensitySettings:
     """How positions were sampled and how they are scored; the same on both sides by construction.
 
-    noise_scale: as in SoftParams. discrete_full: discrete positions are scored over the whole
-    vocabulary instead of over their recorded candidates. discrete_listed: those candidates are on
-    the record. max_soft_tokens: budget of the soft phase, None = unlimited.
+    tau, weight_floor, noise_scale: as in SoftParams. discrete_full: discrete positions are scored
+    over the whole vocabulary instead of over their recorded candidates. discrete_listed: those
+    candidates are on the record. max_soft_tokens: budget of the soft phase, None = unlimited.
     """
 
     method: Method = METHODS[0]
     tau: float = 0.1
+    weight_floor: float = 0.0
     noise_scale: float = 1.0
     soft_temperature: float = 1.0
     discrete_temperature: float = 1.0
@@ -29,6 +30,11 @@ class DensitySettings:
     discrete_listed: bool = True
     soft_enabled: bool = True
     max_soft_tokens: int | None = None
+
+    @property
+    def rollout(self) -> Rollout:
+        """What a density reads of them."""
+        return Rollout(self.noise_scale, self.tau, self.weight_floor)
 
 
 @dataclass(frozen=True)

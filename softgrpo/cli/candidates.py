@@ -17,12 +17,12 @@ _SHOWN, _TOKEN_CELLS, _CANDIDATE_CELLS = 8, 10, 17
 
 
 def candidate_lines(
-    sample: Sample, tokenizer: Any, tau: float, width: int, start: int = 0
+    sample: Sample, tokenizer: Any, mixture: tuple[float, float], width: int, start: int = 0
 ) -> list[Text]:
     """Positions from ``start`` on, one a line of ``width`` cells: its number, then candidates and
-    weights, best first. A discrete position is its token alone."""
+    weights, best first. mixture: tau and weight_floor. A discrete position is its token alone."""
     record = sample.soft
-    weights = soft_weights(record.gprime[start:], record.kind[start:], tau).tolist()
+    weights = soft_weights(record.gprime[start:], record.kind[start:], *mixture).tolist()
     ids, kinds = record.ids[start:].tolist(), record.kind[start:].tolist()
     shown = max(1, min(_SHOWN, (width - 4) // _CANDIDATE_CELLS))
     lines = []

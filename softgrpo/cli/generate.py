@@ -138,7 +138,7 @@ class _Session:
     ) -> None:
         self.llm, self.params, self.soft = llm, params, soft
         self.show_candidates = show_candidates
-        self.tau = soft.tau if soft else 1.0
+        self.mixture = (soft.tau, soft.weight_floor) if soft else (1.0, 0.0)
         self.console = Console(highlight=False)
         self.last: Sample | None = None
         self.interrupted = False
@@ -185,7 +185,7 @@ class _Session:
         from softgrpo.cli.candidates import candidate_lines
 
         width = self.console.width if self.console.is_terminal else 1000
-        for line in candidate_lines(sample, self.llm.tokenizer, self.tau, width, start):
+        for line in candidate_lines(sample, self.llm.tokenizer, self.mixture, width, start):
             self.console.print(line, no_wrap=True, overflow="ignore", crop=False)
 
 
@@ -193,7 +193,7 @@ def _chat(session: _Session, name: str) -> None:
     """Reads turns until Ctrl-D; commands start with a slash."""
     import readline  # noqa: F401 - gives input() its history and line editing
 
-    kind = f"soft tokens, tau {session.tau:g}" if session.soft else "discrete tokens"
+    kind = f"soft tokens, tau {session.mixture[0]:g}" if session.soft else "discrete tokens"
     session.console.print(f"{name}, {kind}. /help lists the commands.", style="dim")
     turns: list[dict[str, str]] = []
     while True:

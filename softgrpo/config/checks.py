@@ -95,6 +95,11 @@ def _check_method(config: Sections) -> None:
         )
     if method.refuses_scale(soft.noise_scale):
         raise ConfigError(f"rollout.soft.noise_scale: {method.scale_rule}")
+    if method.needs_floor and not soft.weight_floor:
+        raise ConfigError(
+            f"algorithm.objective: {objective!r} is the density of a mixture with a weight floor: "
+            "set rollout.soft.weight_floor, such as 0.1 (without one it would be 'concrete')"
+        )
     if not method.keeps_logp and config.algorithm.correction.mode != "none":
         raise ConfigError(
             f"algorithm.correction.mode: the record of {soft.noise!r} noise does not give the "

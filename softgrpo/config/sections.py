@@ -126,6 +126,7 @@ class SoftConfig:
     top_p: the nucleus among them
     temperature: of the logits
     tau: temperature of the Gumbel-Softmax; small means nearly one token
+    weight_floor: a weight below so much of the largest is 0; 0: none
     noise: `gumbel`, `dirichlet`, `gaussian`; `multiplex` and `none` have no density to train with
     noise_scale: factor of Gumbel noise, concentration of Dirichlet, sigma of Gaussian noise
     noise_clip: bounds of the noise; the objective `official` sets its own
@@ -138,11 +139,17 @@ class SoftConfig:
     top_p: Fraction = 0.95
     temperature: Positive = 1.0
     tau: Positive = 0.1
+    weight_floor: Annotated[float, Range(0, 1)] = 0.0
     noise: str = "gumbel"
     noise_scale: Positive = 1.0
     noise_clip: tuple[float, float] | None = None
     end_of_thinking: int | str | None = "auto"
     max_soft_tokens: Size | None = None
+
+    @property
+    def mixture(self) -> tuple[float, float]:
+        """What `soft_weights` makes the weights of."""
+        return self.tau, self.weight_floor
 
 
 @dataclass(frozen=True)
@@ -218,7 +225,7 @@ class CorrectionConfig:
 class AlgorithmConfig:
     """What is maximised.
 
-    objective: density of a soft position: `exact`, `official` or `concrete`
+    objective: density of a soft position: `exact`, `official`, `concrete` or `censored`
     discrete_logprob: a discrete position is scored over its recorded `candidates` or the `full`
         vocabulary; `auto`: its candidates where `rollout.top_k` leaves at most 64
     advantage: `grpo` (R - mean) / std, `dr_grpo` R - mean, `loo` R - mean of the others

@@ -16,7 +16,7 @@ from softgrpo.data.sources import DataError
 from softgrpo.evaluation.folder import EvalFolder, Settings
 from softgrpo.evaluation.graders import Grade, Grader
 from softgrpo.evaluation.tasks import Task
-from softgrpo.log.samples import position_rows
+from softgrpo.log.samples import Mixture, position_rows
 from softgrpo.rollout.sampling import EVALUATION_STREAM
 from softgrpo_engine import LLM, Output, Sample, SamplingParams, SoftParams
 from softgrpo_engine.requests.prompts import default_uids
@@ -145,10 +145,10 @@ def _finish(
     """Grades one question and writes its line."""
     example = cell.task.examples[index]
     grades = grader.grade(example, [sample.text for sample in output.samples])
-    tau = float(settings.soft["tau"])
+    mixture = settings.soft["tau"], settings.soft.get("weight_floor", 0.0)
     pairs = zip(output.samples, grades, strict=True)
     shown = [
-        {"sample": i, "positions": position_rows(output.samples[i].soft, tau, llm.tokenizer)}
+        {"sample": i, "positions": position_rows(output.samples[i].soft, mixture, llm.tokenizer)}
         for i in shown_samples(grades)
     ]
     folder.append(
@@ -160,7 +160,7 @@ def _finish(
             "prompt": example.text,
             "gold": example.answer,
             "seconds": round(seconds, 4),
-            "samples": [_sample_row(sample, grade, tau) for sample, grade in pairs],
+            "samples": [_sample_row(sample, grade, mixture) for sample, grade in pairs],
             "shown": shown,
         }
     )
@@ -172,10 +172,10 @@ def shown_samples(grades: Sequence[Grade]) -> list[int]:
     return sorted(correct.index(value) for value in (True, False) if value in correct)
 
 
-def _sample_row(sample: Sample, grade: Grade, tau: float) -> dict[str, Any]:
+def _sample_row(sample: Sample, grade: Grade, mixture: Mixture) -> dict[str, Any]:
     record = sample.soft
     soft = record.kind == 1
-    weights = soft_weights(record.gprime, record.kind, tau)[soft]
+    weights = soft_weights(record.gprime, record.kind, *mixture)[soft]
     effective = float((1 / weights.square().sum(-1)).mean()) if bool(soft.any()) else None
     return {
         "text": sample.text,

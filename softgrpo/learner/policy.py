@@ -83,7 +83,7 @@ class Policy(nn.Module):
             part.index_select(0, packed.mixed_from)
             for part in (positions.ids, positions.gprime, positions.kind)
         )
-        weights = soft_weights(gprime, kind, self.settings.tau)
+        weights = soft_weights(gprime, kind, self.settings.tau, self.settings.weight_floor)
         mixture = soft_embedding(ids, weights, master_VH.detach().to(self.dtype))
         return embeds.index_copy(0, packed.mixed, mixture)
 

@@ -77,7 +77,9 @@ def soft_metrics(batch: RolloutBatch, settings: DensitySettings) -> dict[str, fl
     soft = batch.soft.kind.bool()
     if not settings.soft_enabled:
         return {}
-    weights = soft_weights(batch.soft.gprime[soft], batch.soft.kind[soft], settings.tau)
+    weights = soft_weights(
+        batch.soft.gprime[soft], batch.soft.kind[soft], settings.tau, settings.weight_floor
+    )
     kept = rollout_logq(batch.positions(settings), settings)[soft] != -torch.inf
     return {
         "soft/effective_candidates": _mean(1.0 / weights.square().sum(-1)),

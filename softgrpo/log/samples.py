@@ -11,6 +11,8 @@ from softgrpo.rollout.scored import ScoredRollout
 from softgrpo_engine import SoftTokens
 from softgrpo_kernels import soft_weights
 
+# tau and weight_floor, of which `soft_weights` makes the weights.
+Mixture = tuple[float, float]
 # A candidate under this weight contributes nothing that anyone could see.
 _VISIBLE_WEIGHT = 5e-4
 
@@ -22,7 +24,7 @@ def sample_rows(
     *,
     step: int,
     phase: str,
-    tau: float,
+    mixture: Mixture,
     tokenizer: Any,
 ) -> list[dict[str, Any]]:
     """The first sample of each of the first `count` prompts, with the candidates and weights of
@@ -42,16 +44,16 @@ def sample_rows(
                 "advantage": None if advantages_S is None else float(advantages_S[first]),
                 "finish_reason": sample.finish_reason,
                 "uid": sample.uid,
-                "positions": position_rows(sample.soft, tau, tokenizer),
+                "positions": position_rows(sample.soft, mixture, tokenizer),
             }
         )
         first += len(output.samples)
     return rows
 
 
-def position_rows(record: SoftTokens, tau: float, tokenizer: Any) -> list[dict[str, Any]]:
+def position_rows(record: SoftTokens, mixture: Mixture, tokenizer: Any) -> list[dict[str, Any]]:
     """Token, kind, forced and the visible candidates with their weights, for every position."""
-    weights = soft_weights(record.gprime, record.kind, tau)
+    weights = soft_weights(record.gprime, record.kind, *mixture)
     return [
         {
             "token": tokenizer.decode([token]),

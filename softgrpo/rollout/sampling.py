@@ -26,6 +26,7 @@ def soft_params(rollout: RolloutConfig, objective: str) -> SoftParams | None:
         top_p=soft.top_p,
         temperature=soft.temperature,
         tau=soft.tau,
+        weight_floor=soft.weight_floor,
         noise=soft.noise,
         noise_scale=soft.noise_scale,
         noise_clip=method.noise_clip or soft.noise_clip,
@@ -47,6 +48,7 @@ def density_settings(config: Config) -> DensitySettings:
     return DensitySettings(
         method=method_of(soft.noise, algorithm.objective) if soft.enabled else METHODS[0],
         tau=soft.tau,
+        weight_floor=soft.weight_floor,
         noise_scale=soft.noise_scale,
         soft_temperature=soft.temperature,
         discrete_temperature=rollout.temperature,

@@ -13,7 +13,7 @@ from softgrpo.config import Config
 from softgrpo.distributed import World
 from softgrpo.log.health import HealthWatch
 from softgrpo.log.progress import TrainProgress
-from softgrpo.log.samples import sample_rows
+from softgrpo.log.samples import Mixture, sample_rows
 from softgrpo.log.tracking import Tracking
 from softgrpo.report import build_report
 from softgrpo.rollout.scored import ScoredRollout
@@ -69,7 +69,7 @@ class Journal:
         *,
         step: int,
         phase: str,
-        tau: float,
+        mixture: Mixture,
         tokenizer: Any,
     ) -> None:
         """Keeps `log.samples_per_step` samples for the report; shows those of phase `train`."""
@@ -79,7 +79,7 @@ class Journal:
             self.config.log.samples_per_step,
             step=step,
             phase=phase,
-            tau=tau,
+            mixture=mixture,
             tokenizer=tokenizer,
         )
         self.folder.append_samples(rows)

@@ -156,8 +156,10 @@ class Session:
         self.journal.evaluation(
             evaluation_row(step, scored.outputs, scored.rewards_S, config.eval.k)
         )
-        tau, tokenizer = evaluation_rollout(config).soft.tau, self.llm.tokenizer
-        self.journal.samples(scored, None, step=step, phase="eval", tau=tau, tokenizer=tokenizer)
+        mixture, tokenizer = evaluation_rollout(config).soft.mixture, self.llm.tokenizer
+        self.journal.samples(
+            scored, None, step=step, phase="eval", mixture=mixture, tokenizer=tokenizer
+        )
 
     def _export(self) -> None:
         """The model, and with adapters what peft loads."""

@@ -154,7 +154,7 @@ def _transformers_logq(
     head_VH = model.get_output_embeddings().weight.float()
     device, phase = head_VH.device, positions.classes.soft_phase
     prompts = batch.prompt_ids.long().to(device).split(batch.prompt_lens.tolist())
-    weights_TK = soft_weights(positions.gprime, positions.kind, settings.tau)
+    weights_TK = soft_weights(positions.gprime, positions.kind, settings.tau, settings.weight_floor)
     logq, token_logp, start = [], [], 0
     for group, length in zip(batch.group.tolist(), batch.response_lens.tolist(), strict=True):
         rows = slice(start, start + length)

@@ -18,7 +18,7 @@ class FirstChoice(Gumbel):
     objective = "first_choice"
     noise_clip = (-3.0, 5.0)
 
-    def density(self, logq, gprime, scale):
+    def density(self, logq, gprime, rollout):
         return torch.where(gprime[:, 0] > -torch.inf, logq[:, 0], 0.0)
 
     def rollout_logp(self, gprime, gumbel, scale):

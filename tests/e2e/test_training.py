@@ -104,17 +104,22 @@ def _check_export(path):
     assert soft[0].samples[0].soft.kind[0] == 1
 
 
-NOISES = {
-    "gumbel": (),
-    "dirichlet": ("rollout.soft.noise_scale=5", "rollout.soft.tau=1"),
-    "gaussian": ("rollout.soft.noise_scale=0.2", "rollout.soft.tau=1"),
-}
+METHODS = {
+    "exact": (),
+    "censored": ("algorithm.objective=censored", "rollout.soft.weight_floor=0.1"),
+    "dirichlet": (
+        "rollout.soft.noise=dirichlet", "rollout.soft.noise_scale=5", "rollout.soft.tau=1",
+    ),
+    "gaussian": (
+        "rollout.soft.noise=gaussian", "rollout.soft.noise_scale=0.2", "rollout.soft.tau=1",
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("noise", NOISES)
-def test_it_learns(noise, tiny_config, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns(method, tiny_config, tmp_path):
     quick = ("run.max_steps=25", "checkpoint.every=0", "checkpoint.export_hf=false")
-    train(tiny_config, f"rollout.soft.noise={noise}", *quick, *NOISES[noise])
+    train(tiny_config, *quick, *METHODS[method])
     rewards = [row["reward"] for row in rows_of(tmp_path / "runs" / "tiny")]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 

@@ -18,6 +18,7 @@ CASES = {
     "budget": (SoftParams(top_k=5, max_soft_tokens=3, **THINKING), {}),
     "budget-no-end": (SoftParams(top_k=5, max_soft_tokens=3, end_of_thinking=None), {}),
     "official": (SoftParams(top_k=5, noise_clip=(-1.5, 3.0), eps=1e-6), {}),
+    "floor": (SoftParams(top_k=5, tau=1.0, weight_floor=0.3), {}),
     "dirichlet": (SoftParams(top_k=5, noise="dirichlet", tau=1.0, noise_scale=5.0), {}),
     "candidates": (False, {"top_k": 6}),
     "vocabulary": (False, {"top_k": -1, "top_p": 0.9}),

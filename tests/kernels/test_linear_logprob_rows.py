@@ -269,7 +269,7 @@ def test_bad_input_is_named():
         ({"temperature": torch.nan}, "temperature must be > 0"),
         ({"temperature": torch.zeros(N)}, "temperature must be > 0"),
         ({"temperature": torch.ones(3)}, r"temperature must be a number or \[7\]"),
-        ({"objective": "gumbel"}, "objective must be one of exact, official, concrete"),
+        ({"objective": "gumbel"}, "objective must be one of exact, official, concrete, censored"),
         ({"grad_weight": "sparse"}, "grad_weight must be dense, rows or accumulate"),
         ({"grad_weight": "rows"}, "needs every row to be soft"),
         ({"grad_weight": "accumulate", "lm_head": head * 1}, "lm_head to be a leaf"),

@@ -5,12 +5,13 @@ import torch
 
 from softgrpo_kernels import soft_density
 from softgrpo_kernels.methods import DRAWS, METHODS, NOISES, OBJECTIVES, method_of, objectives_of
+from softgrpo_kernels.methods.method import Rollout
 
 
 def test_every_noise_has_the_number_of_its_place():
     assert [method.code for method in DRAWS] == list(range(len(DRAWS)))
     assert NOISES == ("gumbel", "none", "dirichlet", "gaussian", "multiplex")  # C++ and Triton
-    assert OBJECTIVES == ("exact", "official", "concrete")
+    assert OBJECTIVES == ("exact", "official", "concrete", "censored")
 
 
 def test_noise_and_objective_name_one_method():
@@ -26,7 +27,9 @@ def test_noise_and_objective_name_one_method():
 def test_a_method_that_does_not_exist_is_named_with_those_that_do():
     with pytest.raises(ValueError, match=r"noise must be one of gumbel, .*, not 'uniform'"):
         method_of("uniform")
-    with pytest.raises(ValueError, match=r"exact, official, concrete with gumbel .* 'official2'"):
+    with pytest.raises(
+        ValueError, match=r"exact, official, concrete, censored with gumbel .* 'official2'"
+    ):
         method_of("gumbel", "official2")
     with pytest.raises(ValueError, match=r"one of exact with dirichlet noise, not 'concrete'"):
         method_of("dirichlet", "concrete")
@@ -40,14 +43,18 @@ def test_a_method_has_a_density_or_says_why_not(method):
     if method.objective is None:
         assert method.why_untrained
         with pytest.raises(NotImplementedError):
-            method.density(logq, gprime, 1.0)
+            method.density(logq, gprime, Rollout())
     else:
         assert not method.why_untrained
-        assert method.density(logq, gprime, 1.0).isfinite().all()
+        assert method.density(logq, gprime, Rollout()).isfinite().all()
 
 
 @pytest.mark.parametrize("objective", objectives_of("gumbel"))
 def test_the_public_density_is_the_method_s(objective):
     logq = torch.randn(4, 3).log_softmax(-1)
-    ours = soft_density(logq, logq + 0.3, objective=objective, noise_scale=0.7)
-    assert torch.equal(ours, method_of("gumbel", objective).density(logq, logq + 0.3, 0.7))
+    ours = soft_density(
+        logq, logq + 0.3, objective=objective, noise_scale=0.7, tau=0.2, weight_floor=0.1
+    )
+    assert torch.equal(
+        ours, method_of("gumbel", objective).density(logq, logq + 0.3, Rollout(0.7, 0.2, 0.1))
+    )

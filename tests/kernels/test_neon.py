@@ -141,6 +141,7 @@ def mixed_rows(vocabulary, dtype):
         "top_p": top_p,
         "min_p": torch.where(torch.arange(rows) % 3 == 0, 0.02, 0.0),
         "gumbel_tau": 0.2,
+        "weight_floor": torch.where(torch.arange(rows) % 2 == 0, 0.05, 0.0),
         "noise_scale": scales[noise],
         "noise_clamp": None,
         "eps": torch.where(torch.arange(rows) % 7 == 1, 1e-6, 0.0),

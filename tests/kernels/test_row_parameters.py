@@ -1,6 +1,7 @@
 """The columns of the rows' parameters: one list, the same in Python, C++ and Triton."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -22,12 +23,15 @@ def test_the_tables_hold_all_parameters_in_order():
 
 def test_pack_puts_every_argument_into_its_column():
     arguments = {
-        "temperature": 1.0, "top_p": 2.0, "min_p": 0.3, "gumbel_tau": 4.0, "noise_scale": 5.0,
+        "temperature": 1.0, "top_p": 2.0, "min_p": 0.3, "gumbel_tau": 4.0,
+        "weight_floor": 0.5, "noise_scale": 5.0,
         "noise_clamp": (-6.0, 7.0), "eps": 8.0, "top_k": 9, "seed": 10, "position": 11, "uid": 12,
         "stream": 13, "mode": 1, "noise": "none",
     }  # fmt: skip
     rows = RowParameters.pack(2, torch.device("cpu"), 16, **arguments)
-    values = RowValues(1.0, 2.0, 0.3, 4.0, 5.0, -6.0, 7.0, 8.0, 9, 10, 11, 12, 13, 1, 1)
+    values = RowValues(
+        1.0, 2.0, 0.3, 4.0, 4.0 * math.log(2.0), 5.0, -6.0, 7.0, 8.0, 9, 10, 11, 12, 13, 1, 1
+    )
     assert torch.equal(rows.floats, torch.tensor(values.floats)[:, None].expand(-1, 2))
     assert torch.equal(rows.ints, torch.tensor(values.ints)[:, None].expand(-1, 2))
 

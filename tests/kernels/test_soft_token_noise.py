@@ -95,7 +95,8 @@ def test_cpp_equals_the_reference(isa, eps):
     kinds = torch.arange(rows) % len(NOISES)
     scales = torch.tensor([0.7, 1.0, 3.0, 0.1, 7.0])
     settings = {
-        "top_k": 17, "top_p": 0.97, "gumbel_tau": 1.0, "noise": kinds, "noise_scale": scales[kinds],
+        "top_k": 17, "top_p": 0.97, "gumbel_tau": 1.0, "weight_floor": 0.3,
+        "noise": kinds, "noise_scale": scales[kinds],
         "mode": torch.where(torch.arange(rows) % 11 == 0, 1, 2), "eps": eps,
         "position": torch.arange(rows), "uid": 77, "stream": 1,
     }  # fmt: skip

@@ -36,7 +36,8 @@ def test_opcheck():
     opcheck(OPS.gumbel_noise.default, (ids, *(torch.arange(6) for _ in range(4))))
     rows = RowParameters.pack(
         6, torch.device("cpu"), 8, temperature=1.0, top_k=5, top_p=0.9, min_p=0.0, gumbel_tau=0.1,
-        noise_scale=1.0, noise_clamp=None, eps=0.0, seed=0, position=torch.arange(6), uid=0,
+        noise_scale=1.0, noise_clamp=None, weight_floor=0.0,
+        eps=0.0, seed=0, position=torch.arange(6), uid=0,
         stream=0, mode=2, noise="gumbel",
     )  # fmt: skip
     out = room(6, 8, embed)

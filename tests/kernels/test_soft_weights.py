@@ -30,6 +30,23 @@ def test_weights_of_every_kind():
     torch.testing.assert_close(out, expected, atol=1e-7, rtol=0)
 
 
+def test_a_floor_leaves_out_what_is_below_it_and_the_rest_adds_up_to_1():
+    tau, floor = 0.5, 0.1
+    # Weights 1, 0.5, 0.1 + , 0.1 - , 0.01 of the largest; an unused slot.
+    shares = torch.tensor([1.0, 0.5, 0.1001, 0.0999, 0.01])
+    gprime = torch.cat([tau * shares.log(), torch.tensor([-torch.inf])])[None]
+    kind = torch.ones(1, dtype=torch.uint8)
+    out = soft_weights(gprime, kind, tau, floor)
+    expected = torch.tensor([[1.0, 0.5, 0.1001, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(out, expected / expected.sum(), rtol=1e-6, atol=0)
+    per_row = soft_weights(gprime, kind, torch.tensor([tau]), torch.tensor([floor]))
+    assert torch.equal(per_row, out)
+    assert torch.equal(soft_weights(gprime, kind, tau, 0.0), soft_weights(gprime, kind, tau))
+    assert soft_weights(gprime, kind, tau, 1.0).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+    with pytest.raises(ValueError, match=r"weight_floor must be in 0 \.\. 1, not 1.5"):
+        soft_weights(gprime, kind, tau, 1.5)
+
+
 def test_weights_do_not_depend_on_the_padding_or_the_batch():
     gprime = torch.randn(1000, 30).sort(descending=True).values
     kind, tau = torch.ones(1000, dtype=torch.uint8), torch.rand(1000) + 0.05

@@ -108,6 +108,7 @@ def every_mode():
         "min_p": torch.tensor([0, 0, 0, 0, 0.01, 0, 0]),
         "temperature": torch.tensor([0, 0.7, 1, 0, 1.3, 1, 0.9]),
         "gumbel_tau": torch.tensor([0.1, 0.1, 0.1, 0.1, 1, 1, 1]),
+        "weight_floor": torch.tensor([0, 0, 0.1, 0, 0.01, 1, 1]),
         "eps": torch.tensor([0, 0, 1e-6, 0, 0, 0, 0]),
         "noise_scale": torch.tensor([1, 1, 0.5, 1, 2, 1, 1]),
         "noise_clamp": torch.tensor([[-1.5, 3.0]]).expand(7, 2),
@@ -178,23 +179,23 @@ def test_rows_that_break_a_rule(launches):
     faults = {
         "temperature": (1, 0.0), "gumbel_tau": (2, 0.0), "top_k": (3, 5), "min_p": (4, 1.5),
         "noise": (5, 9), "uid": (6, -1), "mode": (7, 9), "top_p": (8, torch.nan),
-        "noise_scale": (9, torch.inf),
+        "noise_scale": (9, torch.inf), "weight_floor": (10, 1.5),
     }  # fmt: skip
-    settings = {name: torch.tensor([x] * 10) for name, x in SOUND.items()}
+    settings = {name: torch.tensor([x] * 11) for name, x in SOUND.items()}
     for name, (row, value) in faults.items():
         settings[name][row] = value
     settings["mode"][8] = DISCRETE
-    rows = RowParameters.pack(10, torch.device("cpu"), 2, noise_clamp=None, **settings)
-    logits, embed = logits_of("plain", 10, 100), torch.randn(100, 9)
+    rows = RowParameters.pack(11, torch.device("cpu"), 2, noise_clamp=None, **settings)
+    logits, embed = logits_of("plain", 11, 100), torch.randn(100, 9)
     out = poisoned(logits, embed, 2, True)
     gpu_step.soft_token(SoftTokenInputs(logits, embed), rows, out)
-    assert out.valid.tolist() == [True] + [False] * 9
+    assert out.valid.tolist() == [True] + [False] * 10
 
 
 SOUND = {
     "temperature": 0.7, "top_p": 1.0, "min_p": 0.0, "gumbel_tau": 0.1, "noise_scale": 1.0,
-    "eps": 0.0, "top_k": 2, "seed": 1, "position": 2, "uid": 3, "stream": 0, "mode": SOFT,
-    "noise": 0,
+    "weight_floor": 0.0, "eps": 0.0, "top_k": 2, "seed": 1, "position": 2, "uid": 3, "stream": 0,
+    "mode": SOFT, "noise": 0,
 }  # fmt: skip
 
 

@@ -234,6 +234,8 @@ def test_noise_and_objective_must_fit(tmp_path):
             ["rollout.soft.noise=dirichlet", "algorithm.objective=official"],
             "'official' is a density of Gumbel noise; rollout.soft.noise 'dirichlet' needs",
         ),
+        (["algorithm.objective=censored"], "set rollout.soft.weight_floor, such as 0.1"),
+        (["rollout.soft.weight_floor=2"], "rollout.soft.weight_floor: 2 is not allowed"),
         (["rollout.soft.noise=gaussian"], "draws the weights themselves; set tau=1"),
         (
             [

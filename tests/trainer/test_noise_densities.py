@@ -11,6 +11,7 @@ from softgrpo.algorithm.density import log_densities
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo_kernels import gumbel_noise, soft_token
 from softgrpo_kernels.methods import method_of
+from softgrpo_kernels.methods.method import Rollout
 
 LOGITS = torch.tensor([0.9, 0.2, -0.4, -1.5], dtype=torch.float64)
 DRAWS = 200_000
@@ -39,7 +40,7 @@ def weights_of(ids, gprime):
 @pytest.mark.parametrize("concentration", [1.0, 7.0])
 def test_dirichlet_density_equals_scipy(concentration):
     ids, gprime = draw("dirichlet", concentration, n=50)
-    ours = DIRICHLET.density(log_q(ids), gprime, concentration)
+    ours = DIRICHLET.density(log_q(ids), gprime, Rollout(concentration))
     law = stats.dirichlet(concentration * LOGITS.softmax(-1).numpy())
     for row, x in enumerate(weights_of(ids, gprime).numpy()):
         if x.min() < 1e-12:  # scipy insists on weights that add up to 1 in their last bit
@@ -57,10 +58,10 @@ def test_dirichlet_ratios_survive_fp32_where_a_candidate_is_improbable():
         noise="dirichlet", position=torch.arange(500),
     )  # fmt: skip
     ids = out.ids.long()
-    exact = DIRICHLET.density(new[ids], out.gprime.double(), 1.0)
-    exact -= DIRICHLET.density(old[ids], out.gprime.double(), 1.0)
-    ours = DIRICHLET.density(new[ids].float(), out.gprime, 1.0)
-    ours -= DIRICHLET.density(old[ids].float(), out.gprime, 1.0)
+    exact = DIRICHLET.density(new[ids], out.gprime.double(), Rollout(1.0))
+    exact -= DIRICHLET.density(old[ids], out.gprime.double(), Rollout(1.0))
+    ours = DIRICHLET.density(new[ids].float(), out.gprime, Rollout(1.0))
+    ours -= DIRICHLET.density(old[ids].float(), out.gprime, Rollout(1.0))
     assert out.gprime.min() < -1e10
     torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-3)
     assert exact.abs().max() > 0.01
@@ -69,7 +70,7 @@ def test_dirichlet_ratios_survive_fp32_where_a_candidate_is_improbable():
 @pytest.mark.parametrize("sigma", [0.05, 0.3])
 def test_gaussian_density_equals_scipy(sigma):
     ids, gprime = draw("gaussian", sigma, n=50)
-    ours = GAUSSIAN.density(log_q(ids), gprime, sigma)
+    ours = GAUSSIAN.density(log_q(ids), gprime, Rollout(sigma))
     p, censored = LOGITS.softmax(-1).numpy(), 0
     for row, x in enumerate(weights_of(ids, gprime).numpy()):
         terms = np.where(
@@ -87,7 +88,7 @@ def test_score_has_mean_0_and_gives_the_gradient_of_an_expectation(noise, scale)
     leaf = LOGITS.expand(DRAWS, 4).clone().requires_grad_()
     logq = leaf.log_softmax(-1).gather(1, ids.clamp(min=0))
     logq = torch.where(ids >= 0, logq, -math.inf)
-    method_of(noise).density(logq, gprime, scale).sum().backward()
+    method_of(noise).density(logq, gprime, Rollout(scale)).sum().backward()
     score = leaf.grad
     error = score.std(0) / math.sqrt(DRAWS)
     assert (score.mean(0).abs() < 4.5 * error).all()
@@ -110,7 +111,7 @@ def test_one_candidate_and_dead_rows_have_no_gradient(method):
     gprime = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf], [0.0, math.log(1e-6)]])
     live = gprime > -math.inf
     logq = torch.where(live, logits.masked_fill(~live, -1e30).log_softmax(-1), -math.inf)
-    out = method.density(logq, gprime, 0.5)
+    out = method.density(logq, gprime, Rollout(0.5))
     assert out.isfinite().all()
     out.sum().backward()
     assert logits.grad.isfinite().all()

@@ -48,6 +48,10 @@ CASES = {
     "exact": Case(),
     "official": Case(DensitySettings(method_of("gumbel", "official")), OFFICIAL),
     "concrete": Case(DensitySettings(method_of("gumbel", "concrete"))),
+    "censored": Case(
+        DensitySettings(method_of("gumbel", "censored"), tau=0.5, weight_floor=0.2),
+        SoftParams(top_k=5, tau=0.5, weight_floor=0.2),
+    ),
     "budget": Case(DensitySettings(max_soft_tokens=4), BUDGET),
     "dirichlet": Case(
         DensitySettings(method_of("dirichlet"), tau=1.0, noise_scale=2.0),

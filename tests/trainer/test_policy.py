@@ -36,6 +36,7 @@ CASES = {
     "budget": ("exact", {"max_soft_tokens": 3, **THINKING}, {}),
     "budget-no-end": ("exact", {"max_soft_tokens": 3}, {}),
     "concrete": ("concrete", {"tau": 0.7}, {}),
+    "censored": ("censored", {"tau": 0.7, "weight_floor": 0.2, **THINKING}, {}),
     "official": (
         "official",
         {"noise_clip": (-1.5, 3.0), "eps": 1e-6, **THINKING},
@@ -53,6 +54,7 @@ def settings_of(objective, soft, params):
     return DensitySettings(
         method_of(soft.noise if soft else "gumbel", objective),
         tau=soft.tau if soft else 0.1,
+        weight_floor=soft.weight_floor if soft else 0.0,
         noise_scale=soft.noise_scale if soft else 1.0,
         soft_temperature=soft.temperature if soft else 1.0,
         discrete_temperature=params.temperature,

@@ -12,7 +12,7 @@ from torch import Tensor
 from softgrpo_engine.scheduling.sequence import Sequence
 from softgrpo_engine.soft_tokens import SoftTokens
 from softgrpo_engine.transfer import ToHost, to_device
-from softgrpo_kernels import RowParameters, SoftToken, soft_weights
+from softgrpo_kernels import RowParameters, SoftToken
 from softgrpo_kernels.methods import method_of
 from softgrpo_kernels.row_rules import (
     DISCRETE,
@@ -23,6 +23,7 @@ from softgrpo_kernels.row_rules import (
     SOFT,
     RowValues,
 )
+from softgrpo_kernels.soft_weights import weight_reach, weights_within
 
 
 class Drawn(NamedTuple):
@@ -178,8 +179,9 @@ class Record:
     def inputs(self, rows_T: Tensor, index_T: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates [T, K] int32 and weights [T, K] float32 of generated positions."""
         drawn, places = self.drawn, (rows_T, index_T)
-        tau = self.draws.tau.index_select(0, self.rows + rows_T)
-        weights = soft_weights(drawn.gprime[places], drawn.kind[places], tau)
+        columns = self.rows + rows_T
+        tau, reach = (x.index_select(0, columns) for x in (self.draws.tau, self.draws.reach))
+        weights = weights_within(drawn.gprime[places], drawn.kind[places], tau, reach)
         return drawn.ids[places], weights
 
     def soft_tokens(self, sequences: Seq[Sequence]) -> list[tuple[SoftTokens, Tensor]]:
@@ -265,6 +267,7 @@ def _soft(sequence: Sequence) -> RowValues:
         temperature=soft.temperature,
         top_p=soft.top_p,
         tau=soft.tau,
+        reach=weight_reach(soft.tau, soft.weight_floor),
         noise_scale=soft.noise_scale,
         clamp_low=clamp_low,
         clamp_high=clamp_high,

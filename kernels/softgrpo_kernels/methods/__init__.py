@@ -7,6 +7,7 @@ does needs no more; a draw of its own has a number of its own, and a case in C++
 
 from __future__ import annotations
 
+from softgrpo_kernels.methods.censored import Censored
 from softgrpo_kernels.methods.concrete import Concrete
 from softgrpo_kernels.methods.dirichlet import Dirichlet
 from softgrpo_kernels.methods.gaussian import Gaussian
@@ -18,7 +19,7 @@ from softgrpo_kernels.methods.plain import Plain
 
 # Of methods with one noise the first is the one that stands for it where no density is asked for.
 METHODS: tuple[Method, ...] = (
-    Gumbel(), Official(), Concrete(), Plain(), Dirichlet(), Gaussian(), Multiplex(),
+    Gumbel(), Official(), Concrete(), Censored(), Plain(), Dirichlet(), Gaussian(), Multiplex(),
 )  # fmt: skip
 # The methods that draw differently, in the order of their numbers.
 DRAWS = tuple(sorted({m.noise: m for m in reversed(METHODS)}.values(), key=lambda m: m.code))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels.methods.gumbel import Gumbel
-from softgrpo_kernels.methods.method import live_slots
+from softgrpo_kernels.methods.method import Rollout, live_slots
 
 
 class Concrete(Gumbel):
@@ -17,7 +17,8 @@ class Concrete(Gumbel):
 
     objective = "concrete"
 
-    def density(self, logq: Tensor, gprime: Tensor, scale: float) -> Tensor:
+    def density(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> Tensor:
+        scale = rollout.noise_scale
         logq, gprime, live = live_slots(logq, gprime)
         u = (gprime - logq) / scale
         n = live.sum(-1).to(logq.dtype)

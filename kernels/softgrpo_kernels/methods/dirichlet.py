@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.methods.method import Method, Noise
+from softgrpo_kernels.methods.method import Method, Noise, Rollout
 from softgrpo_kernels.noise import log_gamma_noise
 
 # Of a Gamma number, so that its logarithm is finite.
@@ -40,7 +40,8 @@ class Dirichlet(Method):
         log_gamma = log_gamma.masked_fill(~used, -torch.inf)
         return (log_gamma - log_gamma.logsumexp(-1, keepdim=True)).to(logp.dtype)
 
-    def density(self, logq: Tensor, gprime: Tensor, scale: float) -> Tensor:
+    def density(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> Tensor:
+        scale = rollout.noise_scale
         live = gprime > -math.inf
         shape = (scale * torch.where(live, logq, 0.0).exp()).clamp(min=MIN_SHAPE)
         log_x = torch.where(live, gprime, 0.0)

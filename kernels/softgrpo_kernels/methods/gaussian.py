@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.methods.method import Method, Noise
+from softgrpo_kernels.methods.method import Method, Noise, Rollout
 from softgrpo_kernels.noise import normal_noise
 
 # Of a weight, so that its logarithm is finite.
@@ -32,7 +32,8 @@ class Gaussian(Method):
         noisy = logp.double().exp() + (noise.scale * normal_noise(ids, *noise.keys)).double()
         return noisy.clamp(min=MIN_WEIGHT).log().to(logp.dtype)
 
-    def density(self, logq: Tensor, gprime: Tensor, scale: float) -> Tensor:
+    def density(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> Tensor:
+        scale = rollout.noise_scale
         live = gprime > -math.inf
         q = torch.where(live, logq, 0.0).exp()
         # The bound as every back end rounds its logarithm.

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from softgrpo_kernels.methods.method import Method, Noise, live_slots
+from softgrpo_kernels.methods.method import Method, Noise, Rollout, live_slots
 from softgrpo_kernels.noise import gumbel_noise
 
 
@@ -26,7 +26,8 @@ class Gumbel(Method):
         gumbel = gumbel_noise(ids, *noise.keys).to(logp.dtype)
         return logp + noise.scale * gumbel.clamp(noise.clamp_low, noise.clamp_high)
 
-    def density(self, logq: Tensor, gprime: Tensor, scale: float) -> Tensor:
+    def density(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> Tensor:
+        scale = rollout.noise_scale
         logq, gprime, live = live_slots(logq, gprime)
         u = (gprime - logq) / scale
         n = live.sum(-1).to(logq.dtype)

@@ -20,19 +20,29 @@ class Noise(NamedTuple):
     keys: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+class Rollout(NamedTuple):
+    """What a density reads of the settings that a rollout was drawn with, as `soft_token` has
+    them."""
+
+    noise_scale: float = 1.0
+    tau: float = 0.1
+    weight_floor: float = 0.0
+
+
 class Method:
     """One way of soft thinking: how a position is drawn, what is fed, and how it is scored.
 
     A method is a subclass in a file of its own and an entry of `methods.METHODS`; the kernels, the
     engine, the configuration and the trainer ask it for all that differs between methods. What it
     records is the same for all: ids and g' of the candidates, best first, of which the weights are
-    softmax(g' / tau).
+    softmax(g' / tau) where they are above the floor.
 
     Attributes:
         noise: name of its noise: `noise` of `soft_token`, `rollout.soft.noise`.
         code: number of that noise in the tables of the rows, the same in C++ and Triton.
         objective: name of its density: `algorithm.objective`. None: it has none.
         why_untrained: why it has none, and what to take instead.
+        needs_floor: its density is that of a mixture with a weight floor.
         draws_weights: g' is the logarithm of a weight that was drawn itself: it goes with tau 1.
         keeps_logp: log p of the candidates comes back from the record (`rollout_logp`).
         ending: how the token that ends a soft phase is scored: over its recorded "candidates", over
@@ -44,6 +54,7 @@ class Method:
     code: ClassVar[int]
     objective: ClassVar[str | None] = None
     why_untrained: ClassVar[str] = ""
+    needs_floor: ClassVar[bool] = False
     draws_weights: ClassVar[bool] = False
     keeps_logp: ClassVar[bool] = True
     ending: ClassVar[Literal["candidates", "vocabulary", "density"]] = "candidates"
@@ -65,7 +76,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def density(self, logq: Tensor, gprime: Tensor, scale: float) -> Tensor:
+    def density(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> Tensor:
         """Log-density [N] of recorded g' under the current log q, differentiable in log q.
 
         logq, gprime: [N, K], dead slots -inf in g'; 0 where no slot is live, NaN where a live slot

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softgrpo_kernels.limits import MAX_CANDIDATES
 from softgrpo_kernels.methods.method import Method, Noise
 from softgrpo_kernels.noise import gumbel_noise
-
-MAX_DRAWS = 64
 
 
 class Multiplex(Method):
@@ -25,11 +24,13 @@ class Multiplex(Method):
     )
     draws_weights = True
     keeps_logp = False
-    scale_rule = f"noise_scale, the number of draws of multiplex noise, must be 1, 2 .. {MAX_DRAWS}"
+    scale_rule = (
+        f"noise_scale, the number of draws of multiplex noise, must be 1, 2 .. {MAX_CANDIDATES}"
+    )
 
     @classmethod
     def refuses_scale(cls, scale: Any) -> Any:
-        return ((scale >= 1.0) & (scale <= MAX_DRAWS) & (scale % 1.0 == 0.0)) ^ True
+        return ((scale >= 1.0) & (scale <= MAX_CANDIDATES) & (scale % 1.0 == 0.0)) ^ True
 
     def perturb(self, logp: Tensor, ids: Tensor, used: Tensor, noise: Noise) -> Tensor:
         count = torch.zeros_like(logp, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels.methods.gumbel import Gumbel
-from softgrpo_kernels.methods.method import live_slots
+from softgrpo_kernels.methods.method import Rollout, live_slots
 
 # Only candidates with log q above it count.
 FLOOR = -3.0
@@ -32,7 +32,8 @@ class Official(Gumbel):
     noise_clip = (-1.5, 3.0)
     eps = 1e-6
 
-    def density(self, logq: Tensor, gprime: Tensor, scale: float) -> Tensor:
+    def density(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> Tensor:
+        scale = rollout.noise_scale
         logq, gprime, live = live_slots(logq, gprime)
         logq = torch.log(logq.exp() + self.eps)
         u = (gprime - logq) / scale

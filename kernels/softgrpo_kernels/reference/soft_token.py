@@ -12,7 +12,7 @@ from softgrpo_kernels.reference.soft_embedding import soft_embedding
 from softgrpo_kernels.row_parameters import RowParameters
 from softgrpo_kernels.row_rules import GREEDY, SKIP, SOFT
 from softgrpo_kernels.soft_token_tensors import SoftToken, SoftTokenInputs
-from softgrpo_kernels.soft_weights import soft_weights
+from softgrpo_kernels.soft_weights import weights_within
 from softgrpo_kernels.tensors import wide_dtype
 
 
@@ -42,7 +42,7 @@ def soft_token(inputs: SoftTokenInputs, rows: RowParameters, out: SoftToken) -> 
     if terminal_ids is not None:
         ended = ((terminal_ids == out.token[:, None]) & (terminal_ids >= 0)).any(-1)
         out.kind.masked_fill_(ended, 0)
-    out.weights.copy_(soft_weights(out.gprime, out.kind, rows.tau))
+    out.weights.copy_(weights_within(out.gprime, out.kind, rows.tau, rows.reach))
     if embed is not None and out.embed is not None:
         out.embed.copy_(soft_embedding(out.ids, out.weights, embed))
     if out.lse is not None or out.entropy is not None:

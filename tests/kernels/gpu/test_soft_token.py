@@ -35,6 +35,7 @@ def every_mode():
         "min_p": torch.tensor([0, 0, 0, 0, 0.01, 0]),
         "temperature": torch.tensor([0, 0.7, 1, 0, 1.3, 1]),
         "gumbel_tau": torch.tensor([0.1, 0.1, 0.1, 0.1, 1, 1]),
+        "weight_floor": torch.tensor([0, 0, 0.1, 0, 0.01, 1]),
         "eps": torch.tensor([0, 0, 1e-6, 0, 0, 0]),
         "noise_scale": torch.tensor([1, 1, 0.5, 1, 2, 1]),
         "noise_clamp": torch.tensor([[-1.5, 3.0]]).expand(6, 2),

@@ -90,7 +90,8 @@ def test_a_vocabulary_whose_masses_did_not_fit(device):
     vocabulary = 132 * 4096
     rows = RowParameters.pack(
         1, device, 4, temperature=1.0, top_k=-1, top_p=0.5, min_p=0.0, gumbel_tau=0.1,
-        noise_scale=1.0, noise_clamp=None, eps=0.0, seed=0, position=0, uid=0, stream=0, mode=1,
+        noise_scale=1.0, noise_clamp=None, weight_floor=0.0,
+        eps=0.0, seed=0, position=0, uid=0, stream=0, mode=1,
         noise="gumbel",
     )  # fmt: skip
     logits = torch.zeros(1, vocabulary, dtype=torch.float16, device=device)

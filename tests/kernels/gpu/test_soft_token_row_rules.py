@@ -22,7 +22,8 @@ def tables(device, cases=ROWS):
     """A row for every case, in tables that nobody has checked."""
     good = {
         "temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.0, "gumbel_tau": 0.1,
-        "noise_scale": 1.0, "noise_clamp": (-torch.inf, torch.inf), "eps": 0.0, "seed": 0,
+        "noise_scale": 1.0, "noise_clamp": (-torch.inf, torch.inf), "weight_floor": 0.0,
+        "eps": 0.0, "seed": 0,
         "position": 0, "uid": 0, "stream": 0, "mode": 2, "noise": 0,
     }  # fmt: skip
     columns = {name: torch.tensor([(good | row)[name] for row in cases]) for name in good}

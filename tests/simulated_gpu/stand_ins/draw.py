@@ -99,7 +99,7 @@ def draw_kernel(
         soft = soft & (ends != token[:, :1]).all(-1)
     weights = ((n > 0)[:, None] & (slot == 0)).float()
     if bool(soft.any()):
-        weights = torch.where(soft[:, None], _weights(value, token, rows.tau), weights)
+        weights = torch.where(soft[:, None], _weights(value, token, rows), weights)
 
     for target, x in (
         (out_ids, token), (out_gprime, value), (out_weights, weights), (out_logp, logp),
@@ -182,8 +182,10 @@ def _cut(
     return logp.masked_fill_(~used, 0.0), used
 
 
-def _weights(value: Tensor, token: Tensor, tau: Tensor) -> Tensor:
-    """softmax(g' / tau) in fp64 and one rounding."""
-    power = (value / tau[:, None]).double()
-    power = torch.exp(power - power.amax(-1, keepdim=True)).masked_fill_(token < 0, 0.0)
+def _weights(value: Tensor, token: Tensor, rows: RowParameters) -> Tensor:
+    """softmax(g' / tau) of the slots within reach, in fp64 and one rounding."""
+    power = (value / rows.tau[:, None]).double()
+    beyond = value[:, :1].double() - value.double() > rows.reach[:, None]
+    power = torch.exp(power - power.amax(-1, keepdim=True))
+    power = power.masked_fill_((token < 0) | beyond, 0.0)
     return (power / power.sum(-1, keepdim=True)).float()

@@ -16,6 +16,7 @@ from softgrpo_kernels.gpu.soft_token.row import (
     GREEDY,
     MIN_P,
     MODE,
+    REACH,
     SKIP,
     SOFT,
     TAU,
@@ -146,11 +147,13 @@ def is_terminal(token, terminal_ids, width, TERMINALS: tl.constexpr):
 
 
 @triton.jit
-def mixture_weights(gprime, token, tau):
-    """softmax(g' / tau): fp64 and one rounding, as `soft_weights`, the trainer's to the bit."""
+def mixture_weights(gprime, token, tau, reach):
+    """softmax(g' / tau) of the slots within reach: fp64 and one rounding, as `weights_within`, the
+    trainer's to the bit."""
     power = tl.div_rn(gprime, tau).to(tl.float64)
     power = tl.exp(power - tl.max(power, axis=0))
-    power = tl.where(token >= 0, power, 0.0)
+    below = tl.max(gprime, axis=0).to(tl.float64) - gprime.to(tl.float64)
+    power = tl.where((token >= 0) & (below <= reach), power, 0.0)
     return (power / tl.sum(power, axis=0)).to(tl.float32)
 
 
@@ -205,7 +208,7 @@ def draw_kernel(
         ends = terminal_ids + index * terminal_width
         soft = soft & (is_terminal(first, ends, terminal_width, TERMINALS) == 0)
     if soft:
-        weights = mixture_weights(gprime, token, float_of(row, TAU))
+        weights = mixture_weights(gprime, token, float_of(row, TAU), float_of(row, REACH))
     elif n > 0:
         weights = tl.where(slot == 0, 1.0, 0.0)
 

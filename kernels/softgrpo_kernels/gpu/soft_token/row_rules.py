@@ -16,6 +16,7 @@ from softgrpo_kernels.gpu.soft_token.row import (
     NOISE,
     NOISE_SCALE,
     POSITION,
+    REACH,
     SKIP,
     SOFT,
     STREAM,
@@ -27,14 +28,14 @@ from softgrpo_kernels.gpu.soft_token.row import (
     has_listed_size,
     int_of,
 )
-from softgrpo_kernels.methods import DIRICHLET, GUMBEL, MULTIPLEX
-from softgrpo_kernels.row_rules import (
+from softgrpo_kernels.limits import (
     LARGEST,
     LAST_STREAM_OF_DRAWS,
     LAST_WORD,
     MAX_CANDIDATES,
     SMALLEST,
 )
+from softgrpo_kernels.methods import DIRICHLET, GUMBEL, MULTIPLEX
 
 _GUMBEL, _DIRICHLET = tl.constexpr(GUMBEL), tl.constexpr(DIRICHLET)
 _MULTIPLEX, _MAX_DRAWS = tl.constexpr(MULTIPLEX), tl.constexpr(MAX_CANDIDATES)
@@ -56,6 +57,7 @@ def _soft_parameters_are_sound(row):
     low, high = float_of(row, CLAMP_LOW), float_of(row, CLAMP_HIGH)
     good = has_listed_size(row)
     good = good & _inside(float_of(row, TAU), _SMALLEST, _LARGEST)
+    good = good & (float_of(row, REACH) >= 0.0)
     good = good & _inside(float_of(row, EPS), 0.0, _LARGEST)
     good = good & _inside(scale, 0.0, _LARGEST)
     good = good & (low <= high) & (low <= _LARGEST) & (high >= -_LARGEST)
