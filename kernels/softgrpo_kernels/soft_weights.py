@@ -50,10 +50,11 @@ def weight_reach(tau: float | Tensor, weight_floor: float | Tensor) -> float | T
 
 
 def counted_slots(gprime: Tensor, reach: float | Tensor) -> Tensor:
-    """bool [..., K]: slots whose g' is at most `reach`, a number or [...], below that of slot 0."""
+    """bool [..., K]: slots whose g' is not more than `reach`, a number or [...], below that of
+    slot 0; a NaN is not, so that it shows in what follows."""
     reach = reach.unsqueeze(-1) if isinstance(reach, Tensor) and reach.dim() else reach
     # Exact: fp64 holds the difference of two fp32 numbers of this size.
-    return gprime[..., :1].double() - gprime.double() <= reach
+    return ~(gprime[..., :1].double() - gprime.double() > reach)
 
 
 def weights_within(

@@ -30,6 +30,15 @@ def test_weights_of_every_kind():
     torch.testing.assert_close(out, expected, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("slot", [0, 1])
+def test_a_nan_shows(slot, floor):
+    gprime = torch.tensor([[0.0, -0.1, -0.2]])
+    gprime[0, slot] = torch.nan
+    kind = torch.ones(1, dtype=torch.uint8)
+    assert soft_weights(gprime, kind, 0.5, floor).isnan().all()
+
+
 def test_a_floor_leaves_out_what_is_below_it_and_the_rest_adds_up_to_1():
     tau, floor = 0.5, 0.1
     # Weights 1, 0.5, 0.1 + , 0.1 - , 0.01 of the largest; an unused slot.

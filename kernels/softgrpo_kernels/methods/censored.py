@@ -30,8 +30,7 @@ class Censored(Gumbel):
         scale, reach = rollout.noise_scale, weight_reach(rollout.tau, rollout.weight_floor)
         counted = counted_slots(gprime, reach)
         logq, gprime, live = live_slots(logq, gprime)
-        # A NaN among the live ones counts, so that it shows.
-        counted = live & (counted | gprime.isnan())
+        counted &= live
         some = live.any(-1)
         behind = (gprime[..., :1] - gprime) / scale
         logq = logq / scale
