@@ -74,7 +74,7 @@ def weights_within(
         check_divisor("tau", tau)
     # g'/tau rounds to fp32; exp and sum run in fp64, so that after the final rounding neither the
     # order of the sum nor the width K nor the library's exp shows.
-    powers = (gprime / tau).double().masked_fill(~counted_slots(gprime, reach), -torch.inf)
+    powers = torch.where(counted_slots(gprime, reach), (gprime / tau).double(), -torch.inf)
     weights = torch.softmax(powers, dim=-1)
     one_hot = torch.zeros_like(weights)
     one_hot[..., 0] = 1.0
