@@ -30,12 +30,14 @@ def soft_density(
       largest are 0 (`methods.censored`); floor 1 is log q of slot 0, floor 0 is ``concrete``;
     - ``official``: log(q + 1e-6) for log q, u clamped to [-1.5, 3] (no gradient outside, nor within
       1e-3 of a bound, where clipped noise comes back), mean over the slots with log q > -3, 0 where
-      there is none.
+      there is none;
+    - ``argmax``, ``lepo``: no densities, but the surrogates log q of slot 0 and sum_i w_i log q_i
+      (`methods.argmax`, `methods.lepo`).
 
     Args:
         logq: [N, K], log q over the row's candidates (dead slots: anything).
         gprime: [N, K], as recorded; dead slots -inf.
-        noise_scale: c > 0. tau, weight_floor: of the mixture, read by ``censored``.
+        noise_scale: c > 0. tau, weight_floor: of the mixture, read by ``censored`` and ``lepo``.
 
     Returns:
         [N] in logq's dtype; 0 in rows without live slots; NaN, and so is the gradient, where a live

@@ -225,7 +225,8 @@ class CorrectionConfig:
 class AlgorithmConfig:
     """What is maximised.
 
-    objective: density of a soft position: `exact`, `official`, `concrete` or `censored`
+    objective: density of a soft position: `exact`, `official`, `concrete`, `censored`, or the
+        surrogates `argmax` and `lepo`
     discrete_logprob: a discrete position is scored over its recorded `candidates` or the `full`
         vocabulary; `auto`: its candidates where `rollout.top_k` leaves at most 64
     advantage: `grpo` (R - mean) / std, `dr_grpo` R - mean, `loo` R - mean of the others

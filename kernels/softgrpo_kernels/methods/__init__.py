@@ -7,11 +7,13 @@ does needs no more; a draw of its own has a number of its own, and a case in C++
 
 from __future__ import annotations
 
+from softgrpo_kernels.methods.argmax import Argmax
 from softgrpo_kernels.methods.censored import Censored
 from softgrpo_kernels.methods.concrete import Concrete
 from softgrpo_kernels.methods.dirichlet import Dirichlet
 from softgrpo_kernels.methods.gaussian import Gaussian
 from softgrpo_kernels.methods.gumbel import Gumbel
+from softgrpo_kernels.methods.lepo import Lepo
 from softgrpo_kernels.methods.method import Method
 from softgrpo_kernels.methods.multiplex import Multiplex
 from softgrpo_kernels.methods.official import Official
@@ -19,7 +21,8 @@ from softgrpo_kernels.methods.plain import Plain
 
 # Of methods with one noise the first is the one that stands for it where no density is asked for.
 METHODS: tuple[Method, ...] = (
-    Gumbel(), Official(), Concrete(), Censored(), Plain(), Dirichlet(), Gaussian(), Multiplex(),
+    Gumbel(), Official(), Concrete(), Censored(), Argmax(), Lepo(),
+    Plain(), Dirichlet(), Gaussian(), Multiplex(),
 )  # fmt: skip
 # The methods that draw differently, in the order of their numbers.
 DRAWS = tuple(sorted({m.noise: m for m in reversed(METHODS)}.values(), key=lambda m: m.code))
