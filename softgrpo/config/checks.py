@@ -6,12 +6,12 @@ from importlib.util import find_spec
 
 from softgrpo.config.engines import find_engine
 from softgrpo.config.schema import ConfigError
-from softgrpo.config.sections import Sections
+from softgrpo.config.sections import AdamWConfig, Sections
 
 
 def check(config: Sections) -> None:
     """Raises ConfigError, one line that names the keys and the remedy, for a wrong pairing."""
-    _check_name(config.run.name)
+    check_name(config.run.name)
     if not config.data.train:
         raise ConfigError(
             "data.train is not set: name a dataset, such as reasoning_gym:chain_sum, "
@@ -24,12 +24,9 @@ def check(config: Sections) -> None:
     find_engine(config.rollout.engine)
     if config.lora.rank and find_spec("peft") is None:
         raise ConfigError("lora.rank: adapters need: pip install 'softgrpo[peft]'")
-    if config.optim.name == "adamw_8bit" and find_spec("bitsandbytes") is None:
-        raise ConfigError("optim.name: adamw_8bit needs: pip install bitsandbytes")
     if config.lora.rank and not config.lora.target_modules:
         raise ConfigError("lora.target_modules is empty: name at least one, such as q_proj")
-    if max(config.optim.betas) >= 1:
-        raise ConfigError(f"optim.betas: {list(config.optim.betas)} is not allowed: must be < 1")
+    check_optim(config.optim)
     if not config.eval.k or max(config.eval.k) > config.eval.samples:
         raise ConfigError(
             f"eval.k: {config.eval.k} is not allowed: each k must be <= eval.samples "
@@ -48,13 +45,21 @@ def check(config: Sections) -> None:
         )
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """A run stays in its folder of run.output_dir."""
     if name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
         raise ConfigError(
             f"run.name: {name!r} is not allowed: must be the name of one folder, which is made in "
             "run.output_dir"
         )
+
+
+def check_optim(optim: AdamWConfig) -> None:
+    """There is such an optimizer, and its moments are means."""
+    if optim.name == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise ConfigError("optim.name: adamw_8bit needs: pip install bitsandbytes")
+    if max(optim.betas) >= 1:
+        raise ConfigError(f"optim.betas: {list(optim.betas)} is not allowed: must be < 1")
 
 
 def _check_method(config: Sections) -> None:

@@ -37,7 +37,6 @@ class RunConfig:
     seed: of the noise and the order of the data
     max_steps: training steps
     resume: `none`, `auto` (the newest checkpoint, if there is one) or the path of a checkpoint
-    timeout_s: after which a process that waits for another one gives up
     """
 
     name: str = "run"
@@ -45,6 +44,15 @@ class RunConfig:
     seed: Seed = 0
     max_steps: Size = 100
     resume: str = "none"
+
+
+@dataclass(frozen=True)
+class DistributedRunConfig(RunConfig):
+    """Where a run goes and how long it is.
+
+    timeout_s: after which a process that waits for another one gives up
+    """
+
     timeout_s: Positive = 600.0
 
 
@@ -260,8 +268,8 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW, and how a step is cut into updates.
+class AdamWConfig:
+    """AdamW, and how a step is cut into passes.
 
     name: `adamw`, or `adamw_8bit` with moments in 8 bits (bitsandbytes; in one process)
     lr: learning rate
@@ -270,7 +278,6 @@ class OptimConfig:
     betas: of AdamW
     weight_decay: of AdamW
     grad_clip: largest norm of the gradient
-    minibatch_prompts: prompts of one update; null: all of the step
     tokens_per_microbatch: tokens of one forward and backward pass; bounds the memory
     gradient_checkpointing: compute a layer again in the backward pass instead of keeping it
     """
@@ -282,9 +289,18 @@ class OptimConfig:
     betas: tuple[NonNegative, NonNegative] = (0.9, 0.999)
     weight_decay: NonNegative = 0.01
     grad_clip: Positive = 1.0
-    minibatch_prompts: Size | None = None
     tokens_per_microbatch: Size = 4096
     gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class OptimConfig(AdamWConfig):
+    """AdamW, and how a step is cut into updates.
+
+    minibatch_prompts: prompts of one update; null: all of the step
+    """
+
+    minibatch_prompts: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -361,7 +377,7 @@ class HealthConfig:
 class Sections:
     """All of them."""
 
-    run: RunConfig = field(default_factory=RunConfig)
+    run: DistributedRunConfig = field(default_factory=DistributedRunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)

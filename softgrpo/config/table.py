@@ -15,23 +15,27 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from softgrpo.config import Config
+from softgrpo.config import Config, SupervisedConfig
 
-_START, _END = "<!-- keys: python -m softgrpo.config.table -->", "<!-- end of keys -->"
+_MARK = "<!-- {}: python -m softgrpo.config.table -->"
+_STARTS = {_MARK.format("keys"): Config, _MARK.format("keys of softgrpo-sft"): SupervisedConfig}
+_END = "<!-- end of keys -->"
 
 
-def config_table() -> str:
+def config_table(config: type) -> str:
     """One table a section: key, default, what is allowed, meaning."""
-    return "\n\n".join(_section(name, hint) for name, hint in _hints(Config).items())
+    return "\n\n".join(_section(name, hint) for name, hint in _hints(config).items())
 
 
 def with_config_table(document: str) -> str:
-    """The document with the tables between its two marks. Raises ValueError without marks."""
-    before, start, rest = document.partition(_START)
-    _, end, after = rest.partition(_END)
-    if not (start and end):
-        raise ValueError(f"the document has no {_START} ... {_END}")
-    return f"{before}{start}\n\n{config_table()}\n\n{end}{after}"
+    """The document with the tables after their marks. Raises ValueError without marks."""
+    for start, config in _STARTS.items():
+        before, found, rest = document.partition(start)
+        _, end, after = rest.partition(_END)
+        if not (found and end):
+            raise ValueError(f"the document has no {start} ... {_END}")
+        document = f"{before}{start}\n\n{config_table(config)}\n\n{_END}{after}"
+    return document
 
 
 def _section(path: str, cls: type) -> str:
@@ -50,9 +54,13 @@ def _section(path: str, cls: type) -> str:
 
 
 def _meanings(cls: type) -> dict[str, str]:
-    """`key: meaning` of the docstring; a line that is indented further goes on with it."""
-    joined = re.sub(r"\n +", " ", inspect.getdoc(cls) or "")
-    return dict(re.findall(r"^(\w+): (.+)$", joined, re.MULTILINE))
+    """`key: meaning` of the docstring, those of its bases first; a line that is indented further
+    goes on with it."""
+    meanings = {}
+    for base in reversed(cls.__mro__):
+        joined = re.sub(r"\n +", " ", inspect.getdoc(base) or "")
+        meanings |= dict(re.findall(r"^(\w+): (.+)$", joined, re.MULTILINE))
+    return meanings
 
 
 def _default(field: Field[Any]) -> str:

@@ -65,7 +65,7 @@ def _example(row: Mapping[str, Any], data: DataConfig, where: str) -> Example:
     answer = _answer(row, data.answer_key, where)
     if answer is not None:
         columns["answer"] = answer
-    return Example(_checked_prompt(prompt, where), answer or "", columns)
+    return Example(checked_prompt(prompt, where), answer or "", columns)
 
 
 def _answer(row: Mapping[str, Any], key: str | None, where: str) -> str | None:
@@ -95,7 +95,8 @@ def _fill(template: str, row: Mapping[str, Any], where: str) -> str:
     return re.sub(r"\{([A-Za-z_]\w*)\}", value, template)
 
 
-def _checked_prompt(prompt: Any, where: str) -> str | list[Message]:
+def checked_prompt(prompt: Any, where: str) -> str | list[Message]:
+    """The prompt of a row. Raises DataError for what is neither text nor chat messages."""
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from softgrpo.config import Config, ConfigError
+from softgrpo.config import ConfigError, ConfigFile
 from softgrpo_engine.training import group_attention
 
 
@@ -13,7 +13,7 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_device(config: Config, device: str) -> None:
+def check_device(config: ConfigFile, device: str) -> None:
     """Raises ConfigError, one line with key and remedy, for what this type of device cannot train.
 
     It asks nothing but the configuration, so that it can be called before a model is looked for.

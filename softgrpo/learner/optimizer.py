@@ -9,10 +9,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from softgrpo.config import ConfigError
-from softgrpo.config.sections import OptimConfig
+from softgrpo.config.sections import AdamWConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; adamw_8bit keeps its moments in 8 bits
     (arXiv 2110.02861): 2 bytes a parameter instead of 8."""
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from softgrpo.config.sections import OptimConfig, Sections
+from softgrpo.config.sections import AdamWConfig, Sections
 from softgrpo.distributed import World
 from softgrpo.learner.passes import CLIP_HIGH, CLIP_LOW, DIFFERENCE, RATIO, Passes
 from softgrpo.learner.policy import Policy
@@ -16,7 +16,7 @@ from softgrpo.learner.statistics import Statistics, merged
 from softgrpo.rollout.batch import RolloutBatch
 
 
-def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
+def learning_rate(config: AdamWConfig, step: int, max_steps: int) -> float:
     """Learning rate of a training step (1-based): linear warm-up, then the schedule to 0."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps

