@@ -56,7 +56,7 @@ def _section(path: str, cls: type) -> str:
 def _meanings(cls: type) -> dict[str, str]:
     """`key: meaning` of the docstring, those of its bases first; a line that is indented further
     goes on with it."""
-    meanings = {}
+    meanings: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         joined = re.sub(r"\n +", " ", inspect.getdoc(base) or "")
         meanings |= dict(re.findall(r"^(\w+): (.+)$", joined, re.MULTILINE))

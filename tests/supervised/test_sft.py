@@ -79,8 +79,8 @@ def test_a_run_leaves_everything(config, tmp_path):
     assert SupervisedConfig.load(run / "config.yaml").data.batch_size == 8
     rows = rows_of(run)
     assert [row["step"] for row in rows] == list(range(1, 13))
-    wanted = "loss target_entropy accuracy grad_norm learning_rate epoch num_tokens".split()
-    assert all(set(wanted) <= set(row) for row in rows)
+    wanted = {"loss", "target_entropy", "accuracy", "grad_norm", "learning_rate", "epoch"}
+    assert all(wanted <= set(row) for row in rows)
     assert rows[-1]["num_tokens"] == 12 * 8 * 4  # prompt, arrow, thought, answer
     # Of each row's three positions, one is a mixture of weights 3/4 and 1/4.
     entropy = -(0.75 * torch.tensor(0.75).log() + 0.25 * torch.tensor(0.25).log()) / 3
@@ -114,6 +114,19 @@ def test_from_scratch_it_learns_a_mapping_and_what_it_leaves_generates(
     capsys.readouterr()
     generate([str(run / "model"), "--prompt", "n4", "--temperature", "0", "--max-tokens", "3"])
     assert capsys.readouterr().out.split()[0] == "n4"
+
+
+@ON_THE_CPU
+def test_passes_do_not_change_the_step(config, tmp_path):
+    """Passes of a few tokens, which hold different numbers of trained positions, and one pass."""
+    mixed = tmp_path / "mixed.jsonl"
+    rows = [{"prompt_ids": [3], "target": [4 + j for j in range(i + 1)]} for i in range(8)]
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("run.max_steps=1", "checkpoint.every=0", f"data.train={mixed}")
+    sft(config, *common, "run.name=few", "optim.tokens_per_microbatch=9")
+    sft(config, *common, "run.name=all", "optim.tokens_per_microbatch=1000")
+    (few,), (whole,) = (rows_of(tmp_path / "runs" / name) for name in ("few", "all"))
+    assert few == pytest.approx(whole, rel=1e-5)
 
 
 @ON_THE_CPU
