@@ -33,6 +33,9 @@ class SupervisedProgress:
 
     def __enter__(self) -> SupervisedProgress:
         self._bar.start()
+        if self._is_live:
+            # rich hides the cursor; a run that is killed could not bring it back.
+            self._bar.console.show_cursor(True)
         return self
 
     def __exit__(
