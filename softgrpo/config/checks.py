@@ -100,6 +100,11 @@ def _check_method(config: Sections) -> None:
             f"algorithm.objective: {objective!r} is the density of a mixture with a weight floor: "
             "set rollout.soft.weight_floor, such as 0.1 (without one it would be 'concrete')"
         )
+    if method.per_slot and config.algorithm.ratio_level == "sequence":
+        raise ConfigError(
+            f"algorithm.ratio_level: objective {objective!r} has a ratio of every drawn slot, not "
+            "one a sample; set ratio_level=token"
+        )
     if not method.keeps_logp and config.algorithm.correction.mode != "none":
         raise ConfigError(
             f"algorithm.correction.mode: the record of {soft.noise!r} noise does not give the "

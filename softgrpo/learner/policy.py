@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softgrpo.algorithm.density import log_densities
+from softgrpo.algorithm.density import density_terms
 from softgrpo.algorithm.positions import DensitySettings, Positions
 from softgrpo.learner.packing import PackedInputs
 from softgrpo.rollout.batch import RolloutBatch
@@ -24,12 +24,19 @@ from softgrpo_kernels import (
 
 
 class PositionLogProbs(NamedTuple):
-    """density: log-density of every response position [T], differentiable. candidates: log q of
-    the recorded candidates [T, K], detached. positions: what was scored, on the same device."""
+    """terms, counts: [T, C], what has a ratio of its own at every response position, differentiable,
+    and how often each counts (`density_terms`). candidates: log q of the recorded candidates
+    [T, K], detached. positions: what was scored, on the same device."""
 
-    density: Tensor
+    terms: Tensor
+    counts: Tensor
     candidates: Tensor
     positions: Positions
+
+    @property
+    def density(self) -> Tensor:
+        """Log-density of every response position [T], differentiable."""
+        return (self.counts * self.terms).sum(-1)
 
 
 class Policy(nn.Module):
@@ -113,8 +120,8 @@ class Policy(nn.Module):
                 grad_weight=master_VH,
             )
             token_logp_T = token_logp_T.index_copy(0, rows.full, token_logp)
-        density = log_densities(logq_TK, token_logp_T, positions, settings)
-        return PositionLogProbs(density, logq_TK.detach(), positions)
+        terms_TC, counts_TC = density_terms(logq_TK, token_logp_T, positions, settings)
+        return PositionLogProbs(terms_TC, counts_TC, logq_TK.detach(), positions)
 
 
 def _embedding(ids: Tensor, master_VH: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class Method:
         keeps_logp: log p of the candidates comes back from the record (`rollout_logp`).
         ending: how the token that ends a soft phase is scored: over its recorded "candidates", over
             the whole "vocabulary", or by the "density" of its g', of which it is a function.
+        per_slot: each drawn slot has a ratio of its own.
         noise_clip, eps: settings of `soft_token` that belong to its density.
     """
 
@@ -58,6 +59,7 @@ class Method:
     draws_weights: ClassVar[bool] = False
     keeps_logp: ClassVar[bool] = True
     ending: ClassVar[Literal["candidates", "vocabulary", "density"]] = "candidates"
+    per_slot: ClassVar[bool] = False
     noise_clip: ClassVar[tuple[float, float] | None] = None
     eps: ClassVar[float] = 0.0
     scale_rule: ClassVar[str] = "noise_scale must be >= 0 and finite"
@@ -83,6 +85,15 @@ class Method:
         holds a NaN.
         """
         raise NotImplementedError
+
+    def slot_terms(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """(terms [N, K], counts [N, K]) with density = sum(counts * terms): what has a ratio of its
+        own, and how often it counts; [N, 1] where `per_slot` is false.
+
+        Arguments as in `density`. A slot that counts 0 times has a finite term all the same.
+        """
+        terms = self.density(logq, gprime, rollout)[:, None]
+        return terms, torch.ones_like(terms)
 
     def rollout_logp(self, gprime: Tensor, gumbel: Tensor, scale: float) -> Tensor:
         """log p that the rollout drew from [N, K], recovered from g' and the standard Gumbel noise
