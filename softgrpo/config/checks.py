@@ -105,10 +105,11 @@ def _check_method(config: Sections) -> None:
             f"algorithm.ratio_level: objective {objective!r} has a ratio of every drawn slot, not "
             "one a sample; set ratio_level=token"
         )
-    if not method.keeps_logp and config.algorithm.correction.mode != "none":
+    if not method.records_density and config.algorithm.correction.mode != "none":
+        what = f"{soft.noise!r} noise" if not method.keeps_logp else f"objective {objective!r}"
         raise ConfigError(
-            f"algorithm.correction.mode: the record of {soft.noise!r} noise does not give the "
-            "rollout's probabilities back, so its density is not known; set mode=none"
+            f"algorithm.correction.mode: the record of {what} does not give the rollout's "
+            "probabilities back, so its density is not known; set mode=none"
         )
 
 

@@ -122,7 +122,8 @@ class Passes:
     ) -> Tensor:
         """The loss of some groups. rows: int64 [T], their tokens among those of the rollout;
         advantages_T, weights_T: float32 [T], of them."""
-        new = self.policy(part)
+        advantages_T = to_device(advantages_T, self.device)
+        new = self.policy(part, rewarded_T=advantages_T > 0)
         if old is None:
             old_TC, correction_T = new.terms.detach(), self._compare(new)
         else:
@@ -140,7 +141,7 @@ class Passes:
         result = policy_loss(
             new.terms.flatten(),
             old_TC.flatten(),
-            of_terms(to_device(advantages_T, self.device)),
+            of_terms(advantages_T),
             of_terms(to_device(weights_T, self.device)) * new.counts.flatten(),
             of_terms(new.positions.sample),
             new.positions.num_samples,
@@ -179,7 +180,7 @@ class Passes:
         statistics.add(DIFFERENCE, difference, classes.full & ~classes.listed)
         behaviour = log_densities(theirs, positions.logprobs, positions, settings)
         known = ~classes.forced
-        if not settings.method.keeps_logp:
+        if not settings.method.records_density:
             known &= ~classes.soft
         log_ratio = torch.where(known, current.density - behaviour, 0.0)
         weights, beyond = importance_weights(
