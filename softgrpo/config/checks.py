@@ -11,7 +11,7 @@ from softgrpo.config.schema import ConfigError
 from softgrpo.config.sections import RolloutConfig, Sections
 
 if TYPE_CHECKING:
-    from softgrpo_kernels.methods import Method
+    from softgrpo_kernels.methods.method import Method
 
 
 def check(config: Sections) -> None:
