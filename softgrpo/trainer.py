@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import AutoTokenizer
 
 from softgrpo.algorithm.advantages import group_advantages, overlong_penalty
 from softgrpo.config import Config
+from softgrpo.config.schedule import soft_at
+from softgrpo.config.sections import RolloutConfig
 from softgrpo.data.training import TrainingData
 from softgrpo.distributed import World, patience
 from softgrpo.learner.device import check_device, device_type
@@ -24,7 +27,7 @@ from softgrpo.log.metrics import rollout_metrics
 from softgrpo.rewards import RewardFunc, RewardRunner
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.engines import load_engine, make_engine
-from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, rollout_uids
+from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
 from softgrpo.rollout.scored import ScoredRollout
 from softgrpo.run.held_out import evaluation_rollout
 from softgrpo.run.interrupt import stop_on_signals
@@ -89,7 +92,9 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """One training step (1-based): rollout, reward, advantage, update, sync."""
         config, times = self.config, defaultdict[str, float](float)
-        drawn = self._sample(times)
+        soft = soft_at(config.rollout, step)
+        self.update.score_by(density_settings(config, soft))
+        drawn = self._sample(replace(config.rollout, soft=soft), times)
         rollout_row = rollout_metrics(drawn, self._batch(drawn), self.policy.settings, config)
         with self._timed("train", times):
             chosen = drawn.choose(config.rollout.prompts_per_step)
@@ -109,7 +114,7 @@ class Trainer:
         self.state.step = step
         self.state.num_tokens += drawn.num_tokens
         if self.state.is_due(config.log.samples_every):
-            mixture, tokenizer = config.rollout.soft.mixture, self.llm.tokenizer
+            mixture, tokenizer = soft.mixture, self.llm.tokenizer
             self.journal.samples(
                 chosen, advantages_S, step=step, phase="train", mixture=mixture, tokenizer=tokenizer
             )
@@ -124,28 +129,28 @@ class Trainer:
             **times,
         }
 
-    def _sample(self, times: defaultdict[str, float]) -> ScoredRollout:
+    def _sample(self, rollout: RolloutConfig, times: defaultdict[str, float]) -> ScoredRollout:
         """A round of prompts with rewards; further rounds while too few groups would teach."""
-        drawn = self._sample_round(times)
+        drawn = self._sample_round(rollout, times)
         for _ in range(self.config.algorithm.dynamic_sampling_rounds):
             if len(drawn.useful_groups) >= self.config.rollout.prompts_per_step:
                 break
-            drawn += self._sample_round(times)
+            drawn += self._sample_round(rollout, times)
         return drawn
 
-    def _sample_round(self, times: defaultdict[str, float]) -> ScoredRollout:
+    def _sample_round(
+        self, rollout: RolloutConfig, times: defaultdict[str, float]
+    ) -> ScoredRollout:
         config = self.config
         with self._timed("rollout", times):
-            everyones = self.data.prompts_of_round(
-                self.state.rounds, config.rollout.prompts_per_step
-            )
-            uids = rollout_uids(self.state.rounds, len(everyones), config.rollout.group_size)
+            everyones = self.data.prompts_of_round(self.state.rounds, rollout.prompts_per_step)
+            uids = rollout_uids(self.state.rounds, len(everyones), rollout.group_size)
             prompts = self.world.share(everyones)
             outputs = collect(
                 self.llm,
                 [prompt.token_ids for prompt in prompts],
                 self.world.share(uids),
-                config.rollout,
+                rollout,
                 config.algorithm.objective,
                 seed=config.run.seed,
                 stream=ROLLOUT_STREAM,

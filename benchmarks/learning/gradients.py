@@ -30,10 +30,9 @@ from transformers import AutoTokenizer
 
 from softgrpo.algorithm.advantages import group_advantages
 from softgrpo.algorithm.loss import token_weights
-from softgrpo.algorithm.positions import Positions
 from softgrpo.config import Config
 from softgrpo.data.training import TrainingData
-from softgrpo.learner.policy import Policy, PositionLogProbs
+from softgrpo.learner.policy import Policy
 from softgrpo.rewards import RewardRunner
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
@@ -51,22 +50,6 @@ KINDS: dict[str, tuple[list[str], list[str]]] = {
     },
     "soft, tau 0.1, top_p 1": (["rollout.soft.top_p=1.0"], ["exact", "concrete", "argmax"]),
 }
-
-
-class ArgmaxPolicy(Policy):
-    """Scores a soft position as if its heaviest candidate had been drawn as a token."""
-
-    def _score(self, hidden_TH: Tensor, positions: Positions) -> PositionLogProbs:
-        classes, rows = positions.classes, positions.classes.rows
-        as_tokens = dataclasses.replace(
-            classes,
-            soft=torch.zeros_like(classes.soft),
-            candidates=classes.candidates | classes.soft,
-            rows=dataclasses.replace(
-                rows, soft=rows.soft[:0], candidates=torch.cat([rows.candidates, rows.soft])
-            ),
-        )
-        return super()._score(hidden_TH, dataclasses.replace(positions, classes=as_tokens))
 
 
 class Moments:
@@ -129,9 +112,8 @@ def measure(model: Path, data: Path, kind: str, batches: int) -> dict[str, dict[
     settings = density_settings(config)
     policies: dict[str, Policy] = {}
     for score in scores:
-        method = method_of("gumbel", "exact" if score == "argmax" else score)
-        scored = dataclasses.replace(settings, method=method)
-        policies[score] = (ArgmaxPolicy if score == "argmax" else Policy)(decoder, scored)
+        scored = dataclasses.replace(settings, method=method_of("gumbel", score))
+        policies[score] = Policy(decoder, scored)
     rewards = RewardRunner(config.reward)
     moments: defaultdict[str, Moments] = defaultdict(Moments)
     for step in range(batches):

@@ -16,7 +16,7 @@ from softgrpo_engine.outputs import FinishReason, Output, Sample
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.requests.prompts import thinking_end_id
 from softgrpo_engine.soft_tokens import SoftTokens
-from softgrpo_kernels import soft_token, soft_weights
+from softgrpo_kernels import SoftToken, soft_token, soft_weights
 from softgrpo_kernels.reference import soft_embedding as reference
 
 _DISCRETE, _SOFT = 1, 2  # modes of soft_token
@@ -120,7 +120,7 @@ class HFEngine:
         lengths = [params.max_tokens] * len(uids)
         for index in range(params.max_tokens):
             result = self.model(inputs_embeds=inputs_BTH, past_key_values=cache, use_cache=True)
-            drawn = soft_token(
+            drawn = self._draw(
                 result.logits[:, -1].float(),
                 **_parameters(params, soft, soft_B),
                 seed=seed - 2**64 if seed >= 2**63 else seed,  # its 64 bits in a signed word
@@ -129,7 +129,6 @@ class HFEngine:
                 stream=stream,
                 terminal_ids=terminal.to(self.device, torch.int32).expand(len(uids), -1),
                 k_max=slots,
-                backend="reference",
             )
             step = _Step(
                 drawn.ids, drawn.gprime, drawn.kind, torch.zeros_like(soft_B), drawn.token_logp
@@ -154,6 +153,10 @@ class HFEngine:
             self._sample(steps[: lengths[row]], row, finish[row] or "length", uid)
             for row, uid in enumerate(uids)
         ]
+
+    def _draw(self, logits_BV: Tensor, **arguments: Any) -> SoftToken:
+        """The next position of every sample."""
+        return soft_token(logits_BV, **arguments, backend="reference")
 
     def _end_ids(self, params: SamplingParams) -> set[int]:
         ends = set(params.stop_token_ids)

@@ -25,6 +25,7 @@ from softgrpo_kernels.checks import check_divisor, check_head_map
 from softgrpo_kernels.limits import LARGEST, SMALLEST
 from softgrpo_kernels.linear_logprob_op import SpecialWeightGradient, check_ids
 from softgrpo_kernels.lm_head import scaled_and_capped
+from softgrpo_kernels.methods import method_of
 from softgrpo_kernels.soft_density import soft_density
 from softgrpo_kernels.tensors import wide_dtype
 
@@ -214,6 +215,11 @@ def linear_soft_logprob(
             CPU also another row_kind, an n beyond K.
     """
     head = _Head(hidden, lm_head, temperature, bias, softcap, logit_scale, grad_weight)
+    if method_of("gumbel", objective).normalised_over == "vocabulary":
+        raise ValueError(
+            f"objective {objective!r} needs log q over the vocabulary, not over candidates; use "
+            "linear_candidate_logprob, linear_token_logprob and soft_density"
+        )
     _check_integers("ids", ids, (hidden.shape[0], None), hidden)
     if gprime.shape != ids.shape or not gprime.is_floating_point():
         raise ValueError(

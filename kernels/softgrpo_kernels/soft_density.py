@@ -32,10 +32,13 @@ def soft_density(
       1e-3 of a bound, where clipped noise comes back), mean over the slots with log q > -3, 0 where
       there is none;
     - ``argmax``, ``lepo``: no densities, but the surrogates log q of slot 0 and sum_i w_i log q_i
-      (`methods.argmax`, `methods.lepo`).
+      (`methods.argmax`, `methods.lepo`);
+    - ``latent_grpo``: mean of -u_i - exp(-u_i), u_i = g'_i - log q_i, with log q over the whole
+      vocabulary (`methods.latent_grpo`).
 
     Args:
-        logq: [N, K], log q over the row's candidates (dead slots: anything).
+        logq: [N, K], log q over the row's candidates (dead slots: anything), for ``latent_grpo``
+            over the vocabulary.
         gprime: [N, K], as recorded; dead slots -inf.
         noise_scale: c > 0. tau, weight_floor: of the mixture, read by ``censored`` and ``lepo``.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softgrpo.algorithm.positions import DensitySettings, PositionClasses, Positions
@@ -22,20 +23,48 @@ def log_densities(
 ) -> Tensor:
     """Log-density l [T] of every position, differentiable; 0 where the token was forced.
 
+    Arguments as in `density_terms`, of which it is the sum.
+    """
+    terms_TC, counts_TC = density_terms(logq_TK, token_logp_T, positions, settings)
+    return (counts_TC * terms_TC).sum(-1)
+
+
+def density_terms(
+    logq_TK: Tensor,
+    token_logp_T: Tensor,
+    positions: Positions,
+    settings: DensitySettings,
+    rewarded_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What has a ratio of its own at every position [T, C], differentiable, and how often each of
+    it counts [T, C]; l = sum(counts * terms). C is K where the method has a ratio of every slot,
+    else 1. A position that is not soft has one term, in column 0.
+
     logq_TK: log q of the recorded candidates over their set (read at soft and candidate positions).
-    token_logp_T: full-vocabulary log-probability of the token (read at full positions).
+    token_logp_T: full-vocabulary log-probability of the token (read where `ClassRows.token` says).
+    rewarded_T: whether the advantage is above 0, bool; it may decide the gradient, never the value.
     """
     classes, rows = positions.classes, positions.classes.rows
     gprime = positions.gprime.index_select(0, rows.soft).to(logq_TK.dtype)
     soft_logq = logq_TK.index_select(0, rows.soft)
-    soft = settings.method.density(soft_logq, gprime, settings.rollout)
+    rollout = settings.rollout
+    if rewarded_T is not None:
+        rollout = rollout._replace(rewarded=rewarded_T.index_select(0, rows.soft))
+    if settings.method.normalised_over == "vocabulary":
+        # The token stands in slot 0: its two probabilities differ by the mass of the candidates.
+        mass = token_logp_T.index_select(0, rows.soft) - soft_logq[:, 0]
+        soft_logq = soft_logq + mass[:, None]
+    soft, soft_counts = settings.method.slot_terms(soft_logq, gprime, rollout)
     result = torch.where(classes.full, token_logp_T, 0.0).to(logq_TK.dtype)
     # The argmax of log p + c g is a sample from p^(1/c).
     scale = torch.where(classes.soft_phase, settings.noise_scale, 1.0)
     candidates = logq_TK.index_select(0, rows.candidates)
     candidates = candidates / scale.index_select(0, rows.candidates)[:, None]
     result = result.index_copy(0, rows.candidates, candidates.log_softmax(-1)[:, 0])
-    return result.index_copy(0, rows.soft, soft)
+    others = (0, soft.shape[1] - 1)
+    terms_TC = F.pad(result[:, None], others).index_copy(0, rows.soft, soft)
+    counts_TC = F.pad(torch.ones_like(result)[:, None], others)
+    return terms_TC, counts_TC.index_copy(0, rows.soft, soft_counts)
 
 
 def rollout_logq(positions: Positions, settings: DensitySettings) -> Tensor:

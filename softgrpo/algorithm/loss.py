@@ -12,7 +12,7 @@ from softgrpo.config.sections import AlgorithmConfig
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """loss: scalar, already weighted, summed over the tokens given. The rest: detached [T]."""
+    """loss: scalar, already weighted, summed over what was given. The rest: detached [T]."""
 
     loss: Tensor
     ratio: Tensor
@@ -73,7 +73,9 @@ def policy_loss(
     token, of num_samples. correction_T: weights of the surrogate (correction.py). Where the
     advantage is negative the surrogate is at least `dual_clip` times it.
 
-    A token of weight 0 counts in nothing.
+    A token of weight 0 counts in nothing. Where each slot of a position has a ratio of its own
+    (`Method.per_slot`), a token here is such a slot, its weight that of the position times how
+    often the slot counts (Multiplex Thinking, arXiv 2601.08808, sums over the slots).
     """
     counted_T = weights_T > 0
     log_ratio_T = torch.where(counted_T, new_T - old_T, 0.0)

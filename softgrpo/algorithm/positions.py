@@ -39,11 +39,12 @@ class DensitySettings:
 
 @dataclass(frozen=True)
 class ClassRows:
-    """Indices of the positions of a class. Each int64 [N]."""
+    """Indices of the positions of a class. Each int64 [N]. token: those that need the token's log
+    p over the vocabulary."""
 
     soft: Tensor
     candidates: Tensor
-    full: Tensor
+    token: Tensor
     listed: Tensor
 
 
@@ -54,8 +55,8 @@ class PositionClasses:
     soft: the density of the recorded g'. candidates: log q of the token over its recorded
     candidates. full: log-softmax of the token over the vocabulary. forced: no choice, no loss.
     soft_phase: sampled with the soft parameters (soft positions and the token that ended them).
-    listed: the candidates that it was drawn from are on the record. rows: the positions of some of
-    these, by name, int64: counted on the host, for a mask on a device would have to be waited for.
+    listed: the candidates that it was drawn from are on the record. rows: the positions of some
+    classes, int64: counted on the host, for a mask on a device would have to be waited for.
     """
 
     soft: Tensor
@@ -94,8 +95,17 @@ def classify(
         "full": full,
         "listed": ~forced & (soft_phase | settings.discrete_listed),
     }
-    rows = ClassRows(**{name: mask.nonzero()[:, 0] for name, mask in masks.items()})
+    rows = ClassRows(
+        soft=_rows(soft),
+        candidates=_rows(masks["candidates"]),
+        token=_rows(full | soft if settings.method.normalised_over == "vocabulary" else full),
+        listed=_rows(masks["listed"]),
+    )
     return PositionClasses(**masks, forced=forced, soft_phase=soft_phase, rows=rows)
+
+
+def _rows(mask: Tensor) -> Tensor:
+    return mask.nonzero()[:, 0]
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from softgrpo.config.engines import find_engine
+from softgrpo.config.schedule import soft_at
 from softgrpo.config.schema import ConfigError
-from softgrpo.config.sections import AdamWConfig, Sections
+from softgrpo.config.sections import AdamWConfig, RolloutConfig, Sections
+
+if TYPE_CHECKING:
+    from softgrpo_kernels.methods.method import Method
 
 
 def check(config: Sections) -> None:
@@ -100,16 +105,45 @@ def _check_method(config: Sections) -> None:
         )
     if method.refuses_scale(soft.noise_scale):
         raise ConfigError(f"rollout.soft.noise_scale: {method.scale_rule}")
+    _check_schedule(config.rollout, method)
     if method.needs_floor and not soft.weight_floor:
         raise ConfigError(
             f"algorithm.objective: {objective!r} is the density of a mixture with a weight floor: "
             "set rollout.soft.weight_floor, such as 0.1 (without one it would be 'concrete')"
         )
-    if not method.keeps_logp and config.algorithm.correction.mode != "none":
+    if method.per_slot and config.algorithm.ratio_level == "sequence":
         raise ConfigError(
-            f"algorithm.correction.mode: the record of {soft.noise!r} noise does not give the "
-            "rollout's probabilities back, so its density is not known; set mode=none"
+            f"algorithm.ratio_level: objective {objective!r} has a ratio of every drawn slot, not "
+            "one a sample; set ratio_level=token"
         )
+    if not method.records_density and config.algorithm.correction.mode != "none":
+        what = f"{soft.noise!r} noise" if not method.keeps_logp else f"objective {objective!r}"
+        raise ConfigError(
+            f"algorithm.correction.mode: the record of {what} does not give the rollout's "
+            "probabilities back, so its density is not known; set mode=none"
+        )
+
+
+def _check_schedule(rollout: RolloutConfig, method: Method) -> None:
+    schedule = rollout.schedule
+    if not schedule.steps:
+        return
+    if schedule.steps == 1 or not schedule.starts:
+        raise ConfigError(
+            "rollout.schedule: nothing would change: set steps above 1 and a start value (tau, "
+            "temperature, noise_scale or weight_floor), or steps=0"
+        )
+    if method.draws_weights and schedule.tau is not None:
+        raise ConfigError(
+            f"rollout.schedule.tau: noise {rollout.soft.noise!r} draws the weights themselves, "
+            "with tau 1; leave it null"
+        )
+    for step in range(1, schedule.steps):
+        scale = soft_at(rollout, step).noise_scale
+        if method.refuses_scale(scale):
+            raise ConfigError(
+                f"rollout.schedule.noise_scale: {scale:g} at step {step}: {method.scale_rule}"
+            )
 
 
 def _check_algorithm(config: Sections) -> None:

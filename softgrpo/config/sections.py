@@ -5,26 +5,16 @@ The line `key: meaning` of a docstring is the documentation of that key (softgrp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal, get_args
 
 from softgrpo.config.schema import Range
 
 Count = Annotated[int, Range(0)]
-
-
 Size = Annotated[int, Range(1)]
-
-
 Seed = Annotated[int, Range(0, 2**64 - 1)]
-
-
 NonNegative = Annotated[float, Range(0)]
-
-
 Positive = Annotated[float, Range(0, open_low=True)]
-
-
 Fraction = Annotated[float, Range(0, 1, open_low=True)]
 
 
@@ -161,6 +151,31 @@ class SoftConfig:
 
 
 @dataclass(frozen=True)
+class ScheduleConfig:
+    """Soft settings that go linearly to those of `rollout.soft` over the first steps.
+
+    steps: at which they are reached; 0: no schedule
+    tau: at step 1; null: not scheduled
+    temperature: at step 1
+    noise_scale: at step 1
+    weight_floor: at step 1
+    """
+
+    steps: Count = 0
+    tau: Positive | None = None
+    temperature: Positive | None = None
+    noise_scale: Positive | None = None
+    weight_floor: Annotated[float, Range(0, 1)] | None = None
+
+    @property
+    def starts(self) -> dict[str, float]:
+        """The values at step 1 of what is scheduled; nothing without steps."""
+        values = asdict(self)
+        steps = values.pop("steps")
+        return {name: value for name, value in values.items() if steps and value is not None}
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How many samples a step draws, and how.
 
@@ -187,6 +202,7 @@ class RolloutConfig:
     max_batch_tokens: Size = 8192
     kv_memory: Positive | None = None
     soft: SoftConfig = field(default_factory=SoftConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
 @dataclass(frozen=True)
@@ -234,7 +250,7 @@ class AlgorithmConfig:
     """What is maximised.
 
     objective: density of a soft position: `exact`, `official`, `concrete`, `censored`, or the
-        surrogates `argmax` and `lepo`
+        surrogates `argmax`, `lepo` and `latent_grpo`
     discrete_logprob: a discrete position is scored over its recorded `candidates` or the `full`
         vocabulary; `auto`: its candidates where `rollout.top_k` leaves at most 64
     advantage: `grpo` (R - mean) / std, `dr_grpo` R - mean, `loo` R - mean of the others

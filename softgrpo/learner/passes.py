@@ -60,18 +60,19 @@ class Passes:
 
     @torch.no_grad()
     def densities(self, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Densities under the current policy and importance weights, both [T] (0 outside of the
-        groups)."""
-        density_T = torch.zeros(len(self.sample_T), device=self.device)
-        correction_T = torch.zeros_like(density_T)
+        """What has a ratio of its own, under the current policy [T, C], and importance weights [T]
+        (0 outside of the groups)."""
+        columns = self.batch.soft.ids.shape[1] if self.policy.settings.method.per_slot else 1
+        terms_TC = torch.zeros(len(self.sample_T), columns, device=self.device)
+        correction_T = torch.zeros(len(self.sample_T), device=self.device)
         for micro in self._microbatches(groups):
             part, rows = self.batch.select_groups(micro or groups[:1])
             current = self.policy(part)
             if micro:
                 at = to_device(rows, self.device)
                 correction_T.index_copy_(0, at, self._compare(current))
-                density_T.index_copy_(0, at, current.density)
-        return self.world.sum(density_T), self.world.sum(correction_T)
+                terms_TC.index_copy_(0, at, current.terms)
+        return self.world.sum(terms_TC), self.world.sum(correction_T)
 
     def backward(
         self,
@@ -121,32 +122,39 @@ class Passes:
     ) -> Tensor:
         """The loss of some groups. rows: int64 [T], their tokens among those of the rollout;
         advantages_T, weights_T: float32 [T], of them."""
-        new = self.policy(part)
+        advantages_T = to_device(advantages_T, self.device)
+        new = self.policy(part, rewarded_T=advantages_T > 0)
         if old is None:
-            old_T, correction_T = new.density.detach(), self._compare(new)
+            old_TC, correction_T = new.terms.detach(), self._compare(new)
         else:
             at = to_device(rows, self.device)
-            old_T, correction_T = (values.index_select(0, at) for values in old)
-        reference_T = None
+            old_TC, correction_T = (values.index_select(0, at) for values in old)
+        reference = None
         if self.reference is not None:
             with torch.no_grad():
-                reference_T = self.reference(part).density
+                reference = self.reference(part).terms.flatten()
+
+        def of_terms(values_T: Tensor) -> Tensor:
+            """What a position has, for each of its terms."""
+            return values_T[:, None].expand_as(new.terms).flatten()
+
         result = policy_loss(
-            new.density,
-            old_T,
-            to_device(advantages_T, self.device),
-            to_device(weights_T, self.device),
-            new.positions.sample,
+            new.terms.flatten(),
+            old_TC.flatten(),
+            of_terms(advantages_T),
+            of_terms(to_device(weights_T, self.device)) * new.counts.flatten(),
+            of_terms(new.positions.sample),
             new.positions.num_samples,
             self.config.algorithm,
-            correction_T=correction_T,
-            reference_T=reference_T,
+            correction_T=of_terms(correction_T),
+            reference_T=reference,
         )
+        counted = new.counts.flatten() > 0
         self.statistics.add("loss", result.loss)
-        self.statistics.add(CLIP_LOW, result.clipped_low)
-        self.statistics.add(CLIP_HIGH, result.clipped_high)
+        self.statistics.add(CLIP_LOW, result.clipped_low, counted)
+        self.statistics.add(CLIP_HIGH, result.clipped_high, counted)
         if result.kl is not None:
-            self.statistics.add("kl", result.kl)
+            self.statistics.add("kl", (result.kl.view_as(new.counts) * new.counts).sum(-1))
         return result.loss
 
     def _idle_pass(self, group: int) -> None:
@@ -172,7 +180,7 @@ class Passes:
         statistics.add(DIFFERENCE, difference, classes.full & ~classes.listed)
         behaviour = log_densities(theirs, positions.logprobs, positions, settings)
         known = ~classes.forced
-        if not settings.method.keeps_logp:
+        if not settings.method.records_density:
             known &= ~classes.soft
         log_ratio = torch.where(known, current.density - behaviour, 0.0)
         weights, beyond = importance_weights(

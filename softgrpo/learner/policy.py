@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softgrpo.algorithm.density import log_densities
+from softgrpo.algorithm.density import density_terms
 from softgrpo.algorithm.positions import DensitySettings, Positions
 from softgrpo.learner.packing import PackedInputs
 from softgrpo.rollout.batch import RolloutBatch
@@ -24,12 +24,19 @@ from softgrpo_kernels import (
 
 
 class PositionLogProbs(NamedTuple):
-    """density: log-density of every response position [T], differentiable. candidates: log q of
-    the recorded candidates [T, K], detached. positions: what was scored, on the same device."""
+    """terms, counts: [T, C], what has a ratio of its own at every response position, and how often
+    each counts (`density_terms`). candidates: log q of the recorded candidates [T, K], detached.
+    positions: what was scored, on the same device."""
 
-    density: Tensor
+    terms: Tensor
+    counts: Tensor
     candidates: Tensor
     positions: Positions
+
+    @property
+    def density(self) -> Tensor:
+        """Log-density of every response position [T], differentiable."""
+        return (self.counts * self.terms).sum(-1)
 
 
 class Policy(nn.Module):
@@ -47,8 +54,10 @@ class Policy(nn.Module):
         self.settings = settings
         self.dtype = dtype
 
-    def forward(self, batch: RolloutBatch) -> PositionLogProbs:
+    def forward(self, batch: RolloutBatch, rewarded_T: Tensor | None = None) -> PositionLogProbs:
         """Scores every response position of a batch under the current weights.
+
+        rewarded_T: bool [T], whether the advantage is above 0, for methods whose gradient differs.
 
         The prompt of a group is computed once, then all its responses; no [T, V] tensor is made
         for soft positions, and none is kept for discrete ones. Everything that reads a weight
@@ -67,7 +76,7 @@ class Policy(nn.Module):
             device,
         )
         hidden_TH = self.decoder(self._embed(packed, positions), packed.positions, attention)
-        return self._score(hidden_TH.index_select(0, packed.predictors), positions)
+        return self._score(hidden_TH.index_select(0, packed.predictors), positions, rewarded_T)
 
     def _embed(self, packed: PackedInputs, positions: Positions) -> Tensor:
         """Input embeddings [T_in, H].
@@ -87,7 +96,9 @@ class Policy(nn.Module):
         mixture = soft_embedding(ids, weights, master_VH.detach().to(self.dtype))
         return embeds.index_copy(0, packed.mixed, mixture)
 
-    def _score(self, hidden_TH: Tensor, positions: Positions) -> PositionLogProbs:
+    def _score(
+        self, hidden_TH: Tensor, positions: Positions, rewarded_T: Tensor | None
+    ) -> PositionLogProbs:
         settings, classes, rows = self.settings, positions.classes, positions.classes.rows
         # The gradient of the head goes straight into the master's: no [V, H] temporary.
         master_VH = self.decoder.lm_head_weight
@@ -104,17 +115,17 @@ class Policy(nn.Module):
         )
         logq_TK = logq.new_full(positions.ids.shape, -torch.inf).index_copy(0, rows.listed, logq)
         token_logp_T = logq.new_zeros(len(positions.token))
-        if len(rows.full):
+        if len(rows.token):
             token_logp = linear_token_logprob(
-                hidden_TH.index_select(0, rows.full),
+                hidden_TH.index_select(0, rows.token),
                 head_VH,
-                positions.token.index_select(0, rows.full),
-                temperature=temperature_T.index_select(0, rows.full),
+                positions.token.index_select(0, rows.token),
+                temperature=temperature_T.index_select(0, rows.token),
                 grad_weight=master_VH,
             )
-            token_logp_T = token_logp_T.index_copy(0, rows.full, token_logp)
-        density = log_densities(logq_TK, token_logp_T, positions, settings)
-        return PositionLogProbs(density, logq_TK.detach(), positions)
+            token_logp_T = token_logp_T.index_copy(0, rows.token, token_logp)
+        terms_TC, counts_TC = density_terms(logq_TK, token_logp_T, positions, settings, rewarded_T)
+        return PositionLogProbs(terms_TC, counts_TC, logq_TK.detach(), positions)
 
 
 def _embedding(ids: Tensor, master_VH: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.config.sections import AdamWConfig, Sections
 from softgrpo.distributed import World
 from softgrpo.learner.passes import CLIP_HIGH, CLIP_LOW, DIFFERENCE, RATIO, Passes
@@ -44,6 +45,12 @@ class Update:
         self.policy, self.reference = policy, reference
         self.optimizer = optimizer
         self.world = world or World()
+
+    def score_by(self, settings: DensitySettings) -> None:
+        """Scores the rollouts to come as those settings say."""
+        self.policy.settings = settings
+        if self.reference is not None:
+            self.reference.settings = settings
 
     def __call__(
         self, batch: RolloutBatch, advantages_S: Tensor, lr: float, config: Sections

@@ -34,6 +34,11 @@ def rollout_metrics(
         **completion_metrics(batch),
         **soft_metrics(batch, settings),
     }
+    if settings.soft_enabled:
+        # As of this step.
+        values = {"tau": settings.tau, "weight_floor": settings.weight_floor}
+        values |= {"noise_scale": settings.noise_scale, "temperature": settings.soft_temperature}
+        row |= {f"soft/{name}": values[name] for name in config.rollout.schedule.starts}
     if algorithm.dynamic_sampling_rounds:
         row["dynamic_sampling/groups"] = float(len(drawn.outputs))
         row["dynamic_sampling/useful_groups"] = float(len(drawn.useful_groups))

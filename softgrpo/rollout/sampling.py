@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.config import Config, ConfigError
-from softgrpo.config.sections import RolloutConfig
+from softgrpo.config.sections import RolloutConfig, SoftConfig
 from softgrpo.rollout.engines import RolloutEngine
 from softgrpo_engine import Output, SamplingParams, SoftParams
 from softgrpo_engine.params import K_MAX
@@ -36,9 +36,12 @@ def soft_params(rollout: RolloutConfig, objective: str) -> SoftParams | None:
     )
 
 
-def density_settings(config: Config) -> DensitySettings:
-    """How the trainer scores what `soft_params` and `sampling_params` drew."""
-    rollout, algorithm, soft = config.rollout, config.algorithm, config.rollout.soft
+def density_settings(config: Config, soft: SoftConfig | None = None) -> DensitySettings:
+    """How the trainer scores what `soft_params` and `sampling_params` drew.
+
+    soft: the settings of the step (`config.schedule.soft_at`); None: those of `rollout.soft`.
+    """
+    rollout, algorithm, soft = config.rollout, config.algorithm, soft or config.rollout.soft
     candidates = 0 < rollout.top_k <= K_MAX
     if algorithm.discrete_logprob == "candidates" and not candidates:
         raise ConfigError(

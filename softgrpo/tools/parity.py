@@ -127,7 +127,7 @@ def _differences(
     rows, classes = [], positions.classes
     distance_T = (ours.density - theirs.density).abs()
     # The engine's own density may not be on the record.
-    if not settings.method.keeps_logp and "engine" in who:
+    if not settings.method.records_density and "engine" in who:
         distance_T = torch.where(classes.soft, torch.nan, distance_T)
     for where, of_phase in (("soft", classes.soft_phase), ("discrete", ~classes.soft_phase)):
         part = dataclasses.replace(classes, listed=of_phase & classes.listed)

@@ -119,6 +119,7 @@ OPTIONS = {
         "rollout.soft.noise_scale=0.1",
     ],
     "half": ["rollout.soft.noise_scale=0.5"],
+    "latent-grpo": ["algorithm.objective=latent_grpo", "rollout.soft.tau=1"],
     "discrete-full": ["rollout.soft.enabled=false", "algorithm.discrete_logprob=full"],
     "vocabulary": ["rollout.soft.enabled=false", "rollout.top_k=-1", "rollout.top_p=1"],
 }
@@ -133,9 +134,11 @@ def test_options_train_and_watch_the_mismatch(name, tiny_config, tmp_path, round
         assert row["grad_norm"] > 0
         # fp32 on both sides: the engine and the trainer agree, whatever was drawn.
         assert row["sampling/sampling_logp_difference/max"] < rounding
+        # Drawn from candidates, scored over the vocabulary: all of it, the token that ends.
+        wider = name in ("discrete-full", "latent-grpo")
         known = row.get("sampling/importance_sampling_ratio/mean", 1.0)
-        assert known == pytest.approx(1.0, abs=0.6 if name == "discrete-full" else 10 * rounding)
-        assert row.get("sampling/beyond_max_ratio", 0.0) == 0.0 or name == "discrete-full"
+        assert known == pytest.approx(1.0, abs=0.6 if wider else 10 * rounding)
+        assert row.get("sampling/beyond_max_ratio", 0.0) == 0.0 or wider
         assert ("candidate_entropy" in row) == (name != "vocabulary")
 
 
@@ -186,3 +189,33 @@ def test_the_paper_s_recipes_run_on_a_tiny_model(name, tmp_path, tiny_model, tin
         assert row["sampling/sampling_logp_difference/max"] < 1e-3
         assert row["kl"] >= 0
         assert ("soft/top_weight" in row) == (not name.endswith("discrete"))
+
+
+SCHEDULE = [
+    "algorithm.objective=censored",
+    "rollout.soft.weight_floor=0.2",
+    "rollout.schedule.steps=3",
+    "rollout.schedule.weight_floor=0",
+    "rollout.schedule.tau=1.1",
+    "rollout.schedule.noise_scale=0.5",
+    "checkpoint.every=1",
+]
+
+
+def test_a_schedule_reaches_rollouts_and_densities_and_resumes_exactly(tiny_config, rounding):
+    def letters(prompts, completions, **columns):
+        return [sum(x in "abcdefgh" for x in text(c)) for c in completions]
+
+    whole = train(tiny_config, [*SCHEDULE, "run.name=whole", "run.max_steps=4"], letters)
+    train(tiny_config, [*SCHEDULE, "run.name=half", "run.max_steps=2"], letters)
+    again = [*SCHEDULE, "run.name=half", "run.max_steps=4", "run.resume=auto"]
+    rows = train(tiny_config, again, letters)
+    assert [row["soft/tau"] for row in rows] == pytest.approx([1.1, 0.6, 0.1, 0.1])
+    assert [row["soft/weight_floor"] for row in rows] == pytest.approx([0.0, 0.1, 0.2, 0.2])
+    assert [row["soft/noise_scale"] for row in rows] == pytest.approx([0.5, 0.75, 1.0, 1.0])
+    assert "soft/temperature" not in rows[0]
+    for row in rows:  # scored as drawn: noise scale and mixtures of the same step
+        assert row["grad_norm"] > 0
+        assert row["sampling/sampling_logp_difference/max"] < rounding
+    assert [r["grad_norm"] for r in rows] == [r["grad_norm"] for r in whole]
+    assert [r["reward"] for r in rows] == [r["reward"] for r in whole]

@@ -25,11 +25,30 @@ class FirstChoice(Gumbel):
         return gprime - scale * gumbel.clamp(*self.noise_clip)
 
 
+class EverySlot(Gumbel):
+    """log q of every candidate, each with a ratio of its own."""
+
+    objective = "every_slot"
+    per_slot = True
+
+    def slot_terms(self, logq, gprime, rollout):
+        live = gprime > -torch.inf
+        return torch.where(live, logq, 0.0), live.to(logq.dtype)
+
+    def density(self, logq, gprime, rollout):
+        terms, counts = self.slot_terms(logq, gprime, rollout)
+        return (terms * counts).sum(-1)
+
+
+def enter(monkeypatch, method):
+    """What an entry of METHODS does."""
+    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, method))
+    monkeypatch.setattr(methods, "OBJECTIVES", (*methods.OBJECTIVES, method.objective))
+
+
 @pytest.fixture
 def first_choice(monkeypatch):
-    """What an entry of METHODS does."""
-    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, FirstChoice()))
-    monkeypatch.setattr(methods, "OBJECTIVES", (*methods.OBJECTIVES, "first_choice"))
+    enter(monkeypatch, FirstChoice())
 
 
 def test_it_trains(tiny_config, first_choice):
@@ -44,6 +63,17 @@ def test_it_trains(tiny_config, first_choice):
         -3.0,
         5.0,
     ]
+
+
+def test_one_with_a_ratio_of_every_slot_trains(tiny_config, monkeypatch):
+    enter(monkeypatch, EverySlot())
+    every_slot = ["algorithm.objective=every_slot", "run.max_steps=2", "checkpoint.every=0"]
+    folder = Trainer(Config.load(tiny_config, every_slot)).train()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["grad_norm"] > 0 for row in rows)
+    gspo = ["algorithm.ratio_level=sequence", "algorithm.loss_aggregation=sequence"]
+    with pytest.raises(ConfigError, match=r"ratio of every drawn slot.*set ratio_level=token"):
+        Config.load(tiny_config, [*every_slot, *gspo])
 
 
 def test_without_an_entry_it_is_unknown(tiny_config):

@@ -247,6 +247,10 @@ def test_noise_and_objective_must_fit(tmp_path):
         ),
         (["algorithm.ratio_level=sequence"], "set algorithm.loss_aggregation=sequence"),
         (["algorithm.overlong_buffer=33"], "33 is more than rollout.max_new_tokens (32)"),
+        (
+            ["algorithm.objective=latent_grpo", "algorithm.correction.mode=mask"],
+            "algorithm.correction.mode: the record of objective 'latent_grpo' does not give",
+        ),
         (["algorithm.correction.max=1"], "algorithm.correction.max: 1 is not allowed: must be > 1"),
         (["algorithm.kl_estimator=k4"], "must be one of k1, k2, k3"),
         (["health.window=5"], "a trend needs >= 10 steps"),

@@ -13,6 +13,7 @@ from softgrpo_kernels.methods.concrete import Concrete
 from softgrpo_kernels.methods.dirichlet import Dirichlet
 from softgrpo_kernels.methods.gaussian import Gaussian
 from softgrpo_kernels.methods.gumbel import Gumbel
+from softgrpo_kernels.methods.latent_grpo import LatentGrpo
 from softgrpo_kernels.methods.lepo import Lepo
 from softgrpo_kernels.methods.method import Method
 from softgrpo_kernels.methods.multiplex import Multiplex
@@ -21,7 +22,7 @@ from softgrpo_kernels.methods.plain import Plain
 
 # Of methods with one noise the first is the one that stands for it where no density is asked for.
 METHODS: tuple[Method, ...] = (
-    Gumbel(), Official(), Concrete(), Censored(), Argmax(), Lepo(),
+    Gumbel(), Official(), Concrete(), Censored(), Argmax(), LatentGrpo(), Lepo(),
     Plain(), Dirichlet(), Gaussian(), Multiplex(),
 )  # fmt: skip
 # The methods that draw differently, in the order of their numbers.

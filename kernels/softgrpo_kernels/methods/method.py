@@ -21,12 +21,13 @@ class Noise(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What a density reads of the settings that a rollout was drawn with, as `soft_token` has
-    them."""
+    """What a density reads of the rollout: the settings that it was drawn with, as `soft_token` has
+    them, and which of the rows earned an advantage above 0, bool [N]; None: nobody asks."""
 
     noise_scale: float = 1.0
     tau: float = 0.1
     weight_floor: float = 0.0
+    rewarded: Tensor | None = None
 
 
 class Method:
@@ -45,8 +46,11 @@ class Method:
         needs_floor: its density is that of a mixture with a weight floor.
         draws_weights: g' is the logarithm of a weight that was drawn itself: it goes with tau 1.
         keeps_logp: log p of the candidates comes back from the record (`rollout_logp`).
+        normalised_over: the set over which the log q of its density is normalised: the recorded
+            "candidates", or the whole "vocabulary".
         ending: how the token that ends a soft phase is scored: over its recorded "candidates", over
             the whole "vocabulary", or by the "density" of its g', of which it is a function.
+        per_slot: each drawn slot has a ratio of its own.
         noise_clip, eps: settings of `soft_token` that belong to its density.
     """
 
@@ -57,10 +61,17 @@ class Method:
     needs_floor: ClassVar[bool] = False
     draws_weights: ClassVar[bool] = False
     keeps_logp: ClassVar[bool] = True
+    normalised_over: ClassVar[Literal["candidates", "vocabulary"]] = "candidates"
     ending: ClassVar[Literal["candidates", "vocabulary", "density"]] = "candidates"
+    per_slot: ClassVar[bool] = False
     noise_clip: ClassVar[tuple[float, float] | None] = None
     eps: ClassVar[float] = 0.0
     scale_rule: ClassVar[str] = "noise_scale must be >= 0 and finite"
+
+    @property
+    def records_density(self) -> bool:
+        """Whether the rollout's own density follows from the record."""
+        return self.keeps_logp and self.normalised_over == "candidates"
 
     @classmethod
     def refuses_scale(cls, scale: Any) -> Any:
@@ -83,6 +94,15 @@ class Method:
         holds a NaN.
         """
         raise NotImplementedError
+
+    def slot_terms(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """(terms [N, K], counts [N, K]) with density = sum(counts * terms): what has a ratio of its
+        own, and how often it counts; [N, 1] where `per_slot` is false.
+
+        Arguments as in `density`. A slot that counts 0 times has a finite term all the same.
+        """
+        terms = self.density(logq, gprime, rollout)[:, None]
+        return terms, torch.ones_like(terms)
 
     def rollout_logp(self, gprime: Tensor, gumbel: Tensor, scale: float) -> Tensor:
         """log p that the rollout drew from [N, K], recovered from g' and the standard Gumbel noise
