@@ -112,6 +112,7 @@ class HFEngine:
         thinking_end = thinking_end_id(soft.end_of_thinking, self.tokenizer) if soft else None
         slots = max(params.top_k if 1 <= params.top_k <= K_MAX else 1, soft.top_k if soft else 1)
         terminal = torch.tensor([[*ends, -1 if thinking_end is None else thinking_end]])
+        held_back = [token for token in terminal[0].tolist() if token >= 0]
         soft_B = torch.full((len(uids),), soft is not None, device=self.device)
         cache = DynamicCache()
         inputs_BTH = embed_VH[torch.tensor(prompt, device=self.device)].expand(len(uids), -1, -1)
@@ -120,8 +121,11 @@ class HFEngine:
         lengths = [params.max_tokens] * len(uids)
         for index in range(params.max_tokens):
             result = self.model(inputs_embeds=inputs_BTH, past_key_values=cache, use_cache=True)
+            logits_BV = result.logits[:, -1].float()
+            if soft and index < soft.min_soft_tokens:
+                logits_BV[:, held_back] = -torch.inf
             drawn = soft_token(
-                result.logits[:, -1].float(),
+                logits_BV,
                 **_parameters(params, soft, soft_B),
                 seed=seed - 2**64 if seed >= 2**63 else seed,  # its 64 bits in a signed word
                 position=len(prompt) + index,

@@ -70,7 +70,8 @@ class SoftParams:
     bounds of the Gumbel noise, and eps: floor added to the probabilities, which keeps all top_k
     slots live; both are of the `official` objective. end_of_thinking: "auto" is the tokenizer's
     </think> if it has one; a token, its id, or None for never. max_soft_tokens: budget, after
-    which the end of thinking is forced.
+    which the end of thinking is forced. min_soft_tokens: positions before which neither thinking
+    nor the sample may end; equal to the budget, thinking has exactly so many positions.
     """
 
     top_k: int = 5
@@ -84,6 +85,7 @@ class SoftParams:
     eps: float = 0.0
     end_of_thinking: str | int | None = "auto"
     max_soft_tokens: int | None = None
+    min_soft_tokens: int = 0
 
     def __post_init__(self) -> None:
         _require(1 <= self.top_k <= K_MAX, "soft top_k", self.top_k, f">= 1 and <= {K_MAX}")
@@ -107,6 +109,13 @@ class SoftParams:
             object.__setattr__(self, "noise_clip", (low, high))
         if self.max_soft_tokens is not None:
             _require(self.max_soft_tokens >= 1, "max_soft_tokens", self.max_soft_tokens, ">= 1")
+        budget = math.inf if self.max_soft_tokens is None else self.max_soft_tokens
+        _require(
+            0 <= self.min_soft_tokens <= budget,
+            "min_soft_tokens",
+            self.min_soft_tokens,
+            f">= 0 and <= max_soft_tokens ({self.max_soft_tokens})",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in softgrpo.json."""

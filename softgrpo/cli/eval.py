@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, help="candidates of both modes (the model's own, else 5)")
     add("--top-p", type=float, help="nucleus of both modes (the model's own, else 0.95)")
     add("--tau", type=float, help="temperature of the mixture (the model's own, else 0.1)")
+    add("--max-soft-tokens", type=int, help="thinking budget (the model's own, else none)")
+    add("--min-soft-tokens", type=int, help="least thinking (the model's own, else 0)")
     add("--seed", type=int, default=0, help="the same seed gives the same samples (%(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--recipe", metavar="RECIPE_OR_FILE", help="ask as this training recipe or run does")
@@ -176,7 +178,8 @@ def _settings(
     from softgrpo_engine import SoftParams
 
     base = SoftParams.of_model(model) or SoftParams()
-    given = {name: getattr(arguments, name) for name in ("top_k", "top_p", "tau")}
+    names = ("top_k", "top_p", "tau", "max_soft_tokens", "min_soft_tokens")
+    given = {name: getattr(arguments, name) for name in names}
     changes = {name: value for name, value in given.items() if value is not None}
     soft = dataclasses.replace(base, **changes).to_dict()
     del soft["temperature"]

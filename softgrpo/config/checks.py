@@ -20,6 +20,7 @@ def check(config: Sections) -> None:
     if not config.reward.functions:
         raise ConfigError("reward.functions is empty: name at least one reward function")
     _check_method(config)
+    _check_budget(config)
     _check_algorithm(config)
     find_engine(config.rollout.engine)
     if config.lora.rank and find_spec("peft") is None:
@@ -105,6 +106,20 @@ def _check_method(config: Sections) -> None:
             f"algorithm.correction.mode: the record of {soft.noise!r} noise does not give the "
             "rollout's probabilities back, so its density is not known; set mode=none"
         )
+
+
+def _check_budget(config: Sections) -> None:
+    """So many thoughts as a response must have, it can have."""
+    soft, longest = config.rollout.soft, config.rollout.max_new_tokens
+    for name, most in (
+        ("rollout.soft.max_soft_tokens", soft.max_soft_tokens),
+        ("rollout.max_new_tokens", longest),
+    ):
+        if soft.enabled and most is not None and soft.min_soft_tokens > most:
+            raise ConfigError(
+                f"rollout.soft.min_soft_tokens: {soft.min_soft_tokens} is more than {name} "
+                f"({most}): lower it, or raise that"
+            )
 
 
 def _check_algorithm(config: Sections) -> None:

@@ -132,6 +132,8 @@ class SoftConfig:
     noise_clip: bounds of the noise; the objective `official` sets its own
     end_of_thinking: `auto` (`</think>` where the tokenizer has it), a token, its id, or null
     max_soft_tokens: budget, after which the end of thinking is forced
+    min_soft_tokens: positions before which neither thinking nor the response may end; equal to
+        the budget, thinking has exactly so many positions
     """
 
     enabled: bool = True
@@ -145,6 +147,7 @@ class SoftConfig:
     noise_clip: tuple[float, float] | None = None
     end_of_thinking: int | str | None = "auto"
     max_soft_tokens: Size | None = None
+    min_soft_tokens: Count = 0
 
     @property
     def mixture(self) -> tuple[float, float]:

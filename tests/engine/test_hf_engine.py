@@ -17,6 +17,11 @@ CASES = {
     "answer": (SoftParams(top_k=5, top_p=0.99, **THINKING), {"temperature": 1.4}),
     "budget": (SoftParams(top_k=5, max_soft_tokens=3, **THINKING), {}),
     "budget-no-end": (SoftParams(top_k=5, max_soft_tokens=3, end_of_thinking=None), {}),
+    # Every other token ends thinking, or the sample.
+    "exact-budget": (
+        SoftParams(top_k=5, min_soft_tokens=3, max_soft_tokens=3, **THINKING),
+        {"stop_token_ids": tuple(range(0, 128, 2))},
+    ),
     "official": (SoftParams(top_k=5, noise_clip=(-1.5, 3.0), eps=1e-6), {}),
     "floor": (SoftParams(top_k=5, tau=1.0, weight_floor=0.3), {}),
     "dirichlet": (SoftParams(top_k=5, noise="dirichlet", tau=1.0, noise_scale=5.0), {}),
@@ -61,7 +66,7 @@ def test_the_oracle_draws_what_the_native_engine_draws(case, pair):
     assert bool(kinds.any()) == bool(soft)
     if "budget" in case or case == "answer":
         assert not bool(kinds.all())
-    assert bool(torch.cat([s.soft.forced for s in a]).any()) == (case == "budget")
+    assert bool(torch.cat([s.soft.forced for s in a]).any()) == (case in ("budget", "exact-budget"))
     assert len({tuple(s.token_ids) for s in a}) == (3 if case == "greedy" else 9)
 
 

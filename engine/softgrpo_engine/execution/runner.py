@@ -287,8 +287,8 @@ def _block_table(chunks: Seq[Chunk]) -> np.ndarray:
 
 
 def _held_back(sequences: Seq[Sequence]) -> np.ndarray:
-    """The ends of samples that have not yet their min_tokens: int64 [B, most], -1 pads."""
-    ids = [sorted(s.end_ids) if s.num_generated < s.params.min_tokens else [] for s in sequences]
+    """What the sequences may not draw yet: int64 [B, most], -1 pads."""
+    ids = [sequence.held_back for sequence in sequences]
     table = np.full((len(ids), max(map(len, ids))), -1, dtype=np.int64)
     for row, held in zip(table, ids, strict=True):
         row[: len(held)] = held

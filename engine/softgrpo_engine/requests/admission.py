@@ -56,6 +56,11 @@ def make_groups(
     """
     if params.stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer, and this engine has none")
+    if soft and soft.min_soft_tokens > params.max_tokens:
+        raise ValueError(
+            f"min_soft_tokens={soft.min_soft_tokens} is more than max_tokens={params.max_tokens}: "
+            "raise max_tokens, which counts the answer too"
+        )
     thinking_end = thinking_end_id(soft.end_of_thinking, tokenizer) if soft else None
     _check_ids("stop_token_ids has", params.stop_token_ids, config.vocab_size)
     if thinking_end is not None:

@@ -64,6 +64,18 @@ class Sequence:
         return ids if self.thinking_end is None else [*ids, self.thinking_end]
 
     @property
+    def min_tokens(self) -> int:
+        """It may not end before it has so many."""
+        return max(self.params.min_tokens, self.soft.min_soft_tokens if self.soft else 0)
+
+    @property
+    def held_back(self) -> list[int]:
+        """Tokens that its next position may not be: ends that would come too early."""
+        if self.soft and self.num_generated < self.soft.min_soft_tokens:
+            return self.terminal_ids
+        return sorted(self.end_ids) if self.num_generated < self.min_tokens else []
+
+    @property
     def forced_token(self) -> int | None:
         """The token that the thinking budget puts after ``tokens``, None when it is free."""
         budget = self.soft.max_soft_tokens if self.soft and self.soft_phase else None
