@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from softgrpo.cli.errors import one_line_errors
 from softgrpo.config import Config
-from softgrpo.config.sections import DataConfig
+from softgrpo.config.sections import DataConfig, FillerConfig
 
 if TYPE_CHECKING:
     from softgrpo.evaluation.folder import Settings
     from softgrpo.evaluation.tasks import Task
 
-MODES = ("soft", "discrete")
 Number = TypeVar("Number", int, float)
 
 EPILOG = """\
@@ -58,7 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T[,T...]",
         help="see below (held-out data of the recipe)",
     )
-    add("--mode", default="soft,discrete", help="soft, discrete or both (%(default)s)")
+    add("--mode", help="soft, discrete or both (both; discrete with filler thoughts)")
+    add(
+        "--thoughts",
+        metavar="KIND",
+        help="own; argmax: the heaviest candidate alone of each mixture; filler:N: N tokens in the "
+        "place of thoughts (as in the recipe, else own)",
+    )
     add("--temperature", default="1.0", metavar="T[,T...]", help="of both modes (%(default)s)")
     add("--samples", type=int, default=32, metavar="N", help="of each question (%(default)s)")
     add("--k", metavar="K[,K...]", help="which pass@k the table shows (N)")
@@ -91,13 +96,19 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from softgrpo.evaluation.thoughts import modes_of, parse_thoughts
+
     ks = _table_ks(arguments)
     recipe = _recipe(arguments)
     data = recipe.data if recipe else DataConfig()
+    of_recipe = recipe.rollout.filler_thoughts if recipe else FillerConfig()
+    thoughts, filler = parse_thoughts(arguments.thoughts, of_recipe)
+    arguments.modes = modes_of(thoughts, arguments.mode)
     tasks = _tasks(arguments, data)
     # Heavy imports come after the tasks are known to be good.
     from transformers import AutoTokenizer
 
+    from softgrpo.data.prompts import filler_thoughts
     from softgrpo.evaluation.folder import EvalFolder
     from softgrpo.evaluation.page import write_page
     from softgrpo.evaluation.results import build_results
@@ -109,8 +120,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     model = resolve_model(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(str(model))
-    prompts = encode_tasks(tasks, tokenizer, data)
-    settings = _settings(arguments, model, tasks, data)
+    settings = _settings(arguments, model, tasks, data, thoughts, filler)
+    fillers = filler_thoughts(filler, settings.soft["end_of_thinking"], tokenizer)
+    prompts = encode_tasks(tasks, tokenizer, data, fillers)
     folder = EvalFolder(arguments.output or _default_output(settings), settings)
     try:
         cells = cells_to_do(settings, tasks, folder.rows())
@@ -171,7 +183,12 @@ def _tasks(arguments: argparse.Namespace, data: DataConfig) -> list[Task]:
 
 
 def _settings(
-    arguments: argparse.Namespace, model: Path, tasks: Sequence[Task], data: DataConfig
+    arguments: argparse.Namespace,
+    model: Path,
+    tasks: Sequence[Task],
+    data: DataConfig,
+    thoughts: str,
+    filler: FillerConfig,
 ) -> Settings:
     from softgrpo.evaluation.folder import Settings, model_digest
     from softgrpo.evaluation.run import sampling
@@ -183,22 +200,20 @@ def _settings(
     changes = {name: value for name, value in given.items() if value is not None}
     soft = dataclasses.replace(base, **changes).to_dict()
     del soft["temperature"]
-    modes = [mode.strip() for mode in arguments.mode.split(",")]
-    wrong = next((mode for mode in modes if mode not in MODES), None)
-    if wrong is not None:
-        raise ValueError(f"--mode {wrong!r} is not allowed: must be soft, discrete or both")
     settings = Settings(
         model=arguments.model,
         dtype=arguments.dtype,
         batch_invariant=arguments.batch_invariant,
         tasks=[task.name for task in tasks],
-        modes=list(dict.fromkeys(modes)),
+        modes=arguments.modes,
         temperatures=list(dict.fromkeys(_numbers(arguments.temperature, float, "--temperature"))),
         samples=arguments.samples,
         max_tokens=arguments.max_tokens,
         limit=arguments.limit,
         seed=arguments.seed,
         soft=soft,
+        thoughts=thoughts,
+        filler_thoughts=dataclasses.asdict(filler),
         system_prompt=data.system_prompt,
         few_shot=[dataclasses.asdict(shot) for shot in data.few_shot],
         prompt_template=data.prompt_template,

@@ -156,6 +156,21 @@ class SoftConfig:
 
 
 @dataclass(frozen=True)
+class FillerConfig:
+    """Copies of one token in the place of thoughts: the control of what thoughts are worth.
+
+    They are no choice of the policy, so they end the prompt; `rollout.soft.end_of_thinking` follows
+    them where the tokenizer has it.
+
+    count: how many; 0: none
+    token: a text that is one token, or its id
+    """
+
+    count: Count = 0
+    token: int | str = "."
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How many samples a step draws, and how.
 
@@ -182,6 +197,7 @@ class RolloutConfig:
     max_batch_tokens: Size = 8192
     kv_memory: Positive | None = None
     soft: SoftConfig = field(default_factory=SoftConfig)
+    filler_thoughts: FillerConfig = field(default_factory=FillerConfig)
 
 
 @dataclass(frozen=True)

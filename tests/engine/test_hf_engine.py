@@ -20,7 +20,7 @@ CASES = {
     # Every other token ends thinking, or the sample.
     "exact-budget": (
         SoftParams(top_k=5, min_soft_tokens=3, max_soft_tokens=3, **THINKING),
-        {"stop_token_ids": tuple(range(0, 128, 2))},
+        {"stop_token_ids": tuple(range(1, 97, 2))},
     ),
     "official": (SoftParams(top_k=5, noise_clip=(-1.5, 3.0), eps=1e-6), {}),
     "floor": (SoftParams(top_k=5, tau=1.0, weight_floor=0.3), {}),
