@@ -72,6 +72,13 @@ class SoftParams:
     </think> if it has one; a token, its id, or None for never. max_soft_tokens: budget, after
     which the end of thinking is forced. min_soft_tokens: positions before which neither thinking
     nor the sample may end; equal to the budget, thinking has exactly so many positions.
+
+    Inference only, for the choice is not in the density that a policy is trained with:
+    cold_stop_entropy, cold_stop_steps: the end of thinking is forced, or the rest is discrete,
+    after so many soft positions in a row of less entropy (nats; Soft Thinking's cold stop, arXiv
+    2505.15778). switch_window: thinking is soft or discrete by its entropy, discrete for at least
+    so many positions at a time (SwiReasoning, arXiv 2510.05069, with noise "none" and tau 1);
+    max_switches: after so many its end is forced.
     """
 
     top_k: int = 5
@@ -86,6 +93,10 @@ class SoftParams:
     end_of_thinking: str | int | None = "auto"
     max_soft_tokens: int | None = None
     min_soft_tokens: int = 0
+    cold_stop_entropy: float | None = None
+    cold_stop_steps: int = 256
+    switch_window: int | None = None
+    max_switches: int | None = None
 
     def __post_init__(self) -> None:
         _require(1 <= self.top_k <= K_MAX, "soft top_k", self.top_k, f">= 1 and <= {K_MAX}")
@@ -116,6 +127,18 @@ class SoftParams:
             self.min_soft_tokens,
             f">= 0 and <= max_soft_tokens ({self.max_soft_tokens})",
         )
+        self._check_entropy_rules()
+
+    def _check_entropy_rules(self) -> None:
+        entropy, window, most = self.cold_stop_entropy, self.switch_window, self.max_switches
+        _require(entropy is None or 0 < entropy < math.inf, "cold_stop_entropy", entropy, "> 0")
+        _require(self.cold_stop_steps >= 1, "cold_stop_steps", self.cold_stop_steps, ">= 1")
+        _require(window is None or window >= 1, "switch_window", window, ">= 1")
+        _require(most is None or most >= 0, "max_switches", most, ">= 0")
+        if most is not None and window is None:
+            raise ValueError(f"max_switches={most} needs switch_window, such as 512")
+        if entropy is not None and window is not None:
+            raise ValueError("cold_stop_entropy and switch_window are two rules: give one of them")
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in softgrpo.json."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from softgrpo.cli.entropy_rules import ENTROPY_RULES, add_entropy_rules
 from softgrpo.cli.errors import one_line_errors
 from softgrpo.config import Config
 from softgrpo.config.sections import DataConfig, FillerConfig
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tau", type=float, help="temperature of the mixture (the model's own, else 0.1)")
     add("--max-soft-tokens", type=int, help="thinking budget (the model's own, else none)")
     add("--min-soft-tokens", type=int, help="least thinking (the model's own, else 0)")
+    add_entropy_rules(parser)
     add("--seed", type=int, default=0, help="the same seed gives the same samples (%(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--recipe", metavar="RECIPE_OR_FILE", help="ask as this training recipe or run does")
@@ -195,7 +197,7 @@ def _settings(
     from softgrpo_engine import SoftParams
 
     base = SoftParams.of_model(model) or SoftParams()
-    names = ("top_k", "top_p", "tau", "max_soft_tokens", "min_soft_tokens")
+    names = ("top_k", "top_p", "tau", "max_soft_tokens", "min_soft_tokens", *ENTROPY_RULES)
     given = {name: getattr(arguments, name) for name in names}
     changes = {name: value for name, value in given.items() if value is not None}
     soft = dataclasses.replace(base, **changes).to_dict()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from softgrpo.cli.entropy_rules import ENTROPY_RULES, add_entropy_rules
 from softgrpo.cli.errors import is_for_the_user, one_line_errors
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _HELP = """\
 /clear       forget the conversation
 /quit        leave (as Ctrl-D); Ctrl-C ends an answer"""
 
-_OF_SOFT = ("tau", "max_soft_tokens", "min_soft_tokens")
+_OF_SOFT = ("tau", "max_soft_tokens", "min_soft_tokens", *ENTROPY_RULES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tau", type=float, help="temperature of the mixture: small is nearly one token")
     add("--max-soft-tokens", type=int, help="thinking budget: then the rest is discrete")
     add("--min-soft-tokens", type=int, help="least thinking: before, nothing ends")
+    add_entropy_rules(parser)
     add("--seed", type=int, help="the same seed gives the same answers")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--soft", action="store_true", help="soft tokens, whatever the model was for")

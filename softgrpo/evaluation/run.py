@@ -20,6 +20,7 @@ from softgrpo.evaluation.tasks import Task
 from softgrpo.log.samples import Mixture, position_rows
 from softgrpo.rollout.sampling import EVALUATION_STREAM
 from softgrpo_engine import LLM, Output, Sample, SamplingParams, SoftParams
+from softgrpo_engine.requests.admission import check_thoughts_fit
 from softgrpo_engine.requests.prompts import default_uids
 from softgrpo_kernels import soft_weights
 
@@ -62,6 +63,7 @@ def sampling(
         return params, None
     if temperature == 0:
         raise ValueError("temperature 0 has no soft mode: it is for --mode discrete")
+    check_thoughts_fit(params, soft)
     return params, _argmax(soft) if settings.thoughts == "argmax" else soft
 
 

@@ -108,7 +108,7 @@ def test_filler_thoughts_end_every_prompt(thinking_tokenizer, tmp_path):
     for token, says in (("be brief", "'be brief' is 2 tokens"), ("13", "=13 is outside the voc")):
         with pytest.raises(DataError, match=says):
             texts(filler[0], f"rollout.filler_thoughts.token={token}")
-    with pytest.raises(ConfigError, match="rollout.soft.enabled=false"):
+    with pytest.raises(ConfigError, match=r"rollout\.soft\.enabled=false"):
         texts(*filler, "rollout.soft.enabled=true")
 
 
