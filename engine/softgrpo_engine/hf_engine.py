@@ -112,7 +112,9 @@ class HFEngine:
         thinking_end = thinking_end_id(soft.end_of_thinking, self.tokenizer) if soft else None
         slots = max(params.top_k if 1 <= params.top_k <= K_MAX else 1, soft.top_k if soft else 1)
         terminal = torch.tensor([[*ends, -1 if thinking_end is None else thinking_end]])
+        held_back = [token for token in terminal[0].tolist() if token >= 0]
         soft_B = torch.full((len(uids),), soft is not None, device=self.device)
+        phases = [_Phase(soft, thinking_end) for _ in uids] if soft else []
         cache = DynamicCache()
         inputs_BTH = embed_VH[torch.tensor(prompt, device=self.device)].expand(len(uids), -1, -1)
         steps: list[_Step] = []
@@ -120,8 +122,11 @@ class HFEngine:
         lengths = [params.max_tokens] * len(uids)
         for index in range(params.max_tokens):
             result = self.model(inputs_embeds=inputs_BTH, past_key_values=cache, use_cache=True)
+            logits_BV = result.logits[:, -1].float()
+            if soft and index < soft.min_soft_tokens:
+                logits_BV[:, held_back] = -torch.inf
             drawn = self._draw(
-                result.logits[:, -1].float(),
+                logits_BV,
                 **_parameters(params, soft, soft_B),
                 seed=seed - 2**64 if seed >= 2**63 else seed,  # its 64 bits in a signed word
                 position=len(prompt) + index,
@@ -133,13 +138,21 @@ class HFEngine:
             step = _Step(
                 drawn.ids, drawn.gprime, drawn.kind, torch.zeros_like(soft_B), drawn.token_logp
             )
-            budget = soft.max_soft_tokens if soft else None
-            if budget is not None and thinking_end is not None and index >= budget:
-                step.force(soft_B, thinking_end)
             steps.append(step)
-            soft_B = step.kind == 1
-            if budget is not None and thinking_end is None and index + 1 >= budget:
-                soft_B = torch.zeros_like(soft_B)
+            if soft:
+                if thinking_end is not None:
+                    over = torch.tensor([phase.over for phase in phases], device=self.device)
+                    step.force(over, thinking_end)
+                p_BV = torch.softmax(logits_BV.double() / soft.temperature, dim=-1)
+                drawn_B = zip(
+                    phases,
+                    step.ids[:, 0].tolist(),
+                    step.kind.tolist(),
+                    torch.special.entr(p_BV).sum(-1).tolist(),
+                    strict=True,
+                )
+                is_soft = [phase.next_is_soft(*position) for phase, *position in drawn_B]
+                soft_B = torch.tensor(is_soft, device=self.device)
             for row, token in enumerate(step.ids[:, 0].tolist()):
                 if finish[row] is None and token in ends:
                     finish[row], lengths[row] = "stop", index + 1
@@ -182,6 +195,46 @@ class HFEngine:
             finish_reason=finish,
             uid=uid,
         )
+
+
+class _Phase:
+    """Of one sample: whether its next position is soft, from all that it has drawn so far.
+
+    over: the next position is the end of thinking.
+    """
+
+    def __init__(self, soft: SoftParams, thinking_end: int | None) -> None:
+        self._soft, self._thinking_end = soft, thinking_end
+        self._entropies: list[float] = []
+        self._switches = [0]  # positions from which on thinking is soft, discrete, soft, ...
+        self._answers = self.over = False
+
+    def next_is_soft(self, token: int, kind: int, entropy: float) -> bool:
+        if self._answers:
+            return False
+        soft, n = self._soft, len(self._entropies) + 1
+        self._entropies.append(entropy)
+        was_soft = len(self._switches) % 2 == 1
+        if token == self._thinking_end or (was_soft and kind == 0):
+            self._answers, self.over = True, False
+            return False
+        over = soft.max_soft_tokens is not None and n >= soft.max_soft_tokens
+        if soft.cold_stop_entropy is not None:
+            last = self._entropies[-soft.cold_stop_steps :]
+            cold = len(last) == soft.cold_stop_steps and max(last) < soft.cold_stop_entropy
+            over |= cold and n >= soft.min_soft_tokens
+        elif soft.switch_window is not None:
+            since = self._switches[-1]
+            reference = self._entropies[max(since - 1, 0)]
+            rises = entropy > reference and n - since >= soft.switch_window
+            if entropy < reference if was_soft else rises:
+                if len(self._switches) - 1 == soft.max_switches:
+                    over |= n >= soft.min_soft_tokens
+                else:
+                    self._switches.append(n)
+        self.over = over and self._thinking_end is not None
+        self._answers = over and self._thinking_end is None
+        return len(self._switches) % 2 == 1 and not self._answers
 
 
 @dataclass(frozen=True)

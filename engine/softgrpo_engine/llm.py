@@ -208,9 +208,9 @@ class LLM:
             return []
         start = time.perf_counter()
         try:
-            # The thinking budget may change what was drawn, before the next step reads it.
+            # The end of thinking may change what was drawn, before the next step reads it.
             drawn = self._launched[0].samplers if self._launched else []
-            advanced = self._read() if any(s.may_be_forced for s, _ in drawn) else []
+            advanced = self._read() if any(s.is_awaited for s, _ in drawn) else []
             launched = self._launch()
             advanced += self._read()
             self._launched = launched
@@ -362,8 +362,9 @@ class LLM:
             if override is not None:
                 self.runner.force(sequence, override)
                 token, soft = override, False
-            sequence.tokens.append(token)
-            sequence.soft_phase = soft and self._within_budget(sequence)
+            entropy = drawn.entropy[i] if drawn.entropy else None
+            if sequence.advance(token, soft, entropy) != soft:
+                self.runner.set_soft_phase(sequence)
             advanced.append(sequence)
             if token in sequence.end_ids or hits_stop_string(sequence, self.tokenizer):
                 sequence.finish_reason = "stop"
@@ -373,15 +374,6 @@ class LLM:
                 ended.append(sequence)
         self._end(ended)
         return advanced
-
-    def _within_budget(self, sequence: Sequence) -> bool:
-        """Without an end-of-thinking token a spent budget simply makes the rest discrete."""
-        assert sequence.soft is not None
-        budget = sequence.soft.max_soft_tokens
-        if budget is None or sequence.thinking_end is not None or len(sequence.tokens) < budget:
-            return True
-        self.runner.end_soft_phase(sequence)
-        return False
 
     def _abort(self, sequences: Seq[Sequence]) -> None:
         for sequence in sequences:

@@ -70,7 +70,15 @@ class SoftParams:
     bounds of the Gumbel noise, and eps: floor added to the probabilities, which keeps all top_k
     slots live; both are of the `official` objective. end_of_thinking: "auto" is the tokenizer's
     </think> if it has one; a token, its id, or None for never. max_soft_tokens: budget, after
-    which the end of thinking is forced.
+    which the end of thinking is forced. min_soft_tokens: positions before which neither thinking
+    nor the sample may end; equal to the budget, thinking has exactly so many positions.
+
+    Inference only, for the choice is not in the density that a policy is trained with:
+    cold_stop_entropy, cold_stop_steps: the end of thinking is forced, or the rest is discrete,
+    after so many soft positions in a row of less entropy (nats; Soft Thinking's cold stop, arXiv
+    2505.15778). switch_window: thinking is soft or discrete by its entropy, discrete for at least
+    so many positions at a time (SwiReasoning, arXiv 2510.05069, with noise "none" and tau 1);
+    max_switches: after so many its end is forced.
     """
 
     top_k: int = 5
@@ -84,6 +92,11 @@ class SoftParams:
     eps: float = 0.0
     end_of_thinking: str | int | None = "auto"
     max_soft_tokens: int | None = None
+    min_soft_tokens: int = 0
+    cold_stop_entropy: float | None = None
+    cold_stop_steps: int = 256
+    switch_window: int | None = None
+    max_switches: int | None = None
 
     def __post_init__(self) -> None:
         _require(1 <= self.top_k <= K_MAX, "soft top_k", self.top_k, f">= 1 and <= {K_MAX}")
@@ -107,6 +120,25 @@ class SoftParams:
             object.__setattr__(self, "noise_clip", (low, high))
         if self.max_soft_tokens is not None:
             _require(self.max_soft_tokens >= 1, "max_soft_tokens", self.max_soft_tokens, ">= 1")
+        budget = math.inf if self.max_soft_tokens is None else self.max_soft_tokens
+        _require(
+            0 <= self.min_soft_tokens <= budget,
+            "min_soft_tokens",
+            self.min_soft_tokens,
+            f">= 0 and <= max_soft_tokens ({self.max_soft_tokens})",
+        )
+        self._check_entropy_rules()
+
+    def _check_entropy_rules(self) -> None:
+        entropy, window, most = self.cold_stop_entropy, self.switch_window, self.max_switches
+        _require(entropy is None or 0 < entropy < math.inf, "cold_stop_entropy", entropy, "> 0")
+        _require(self.cold_stop_steps >= 1, "cold_stop_steps", self.cold_stop_steps, ">= 1")
+        _require(window is None or window >= 1, "switch_window", window, ">= 1")
+        _require(most is None or most >= 0, "max_switches", most, ">= 0")
+        if most is not None and window is None:
+            raise ValueError(f"max_switches={most} needs switch_window, such as 512")
+        if entropy is not None and window is not None:
+            raise ValueError("cold_stop_entropy and switch_window are two rules: give one of them")
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in softgrpo.json."""

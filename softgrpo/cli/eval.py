@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from softgrpo.cli.entropy_rules import ENTROPY_RULES, add_entropy_rules
 from softgrpo.cli.errors import one_line_errors
 from softgrpo.config import Config
-from softgrpo.config.sections import DataConfig
+from softgrpo.config.sections import DataConfig, FillerConfig
 
 if TYPE_CHECKING:
     from softgrpo.evaluation.folder import Settings
     from softgrpo.evaluation.tasks import Task
 
-MODES = ("soft", "discrete")
 Number = TypeVar("Number", int, float)
 
 EPILOG = """\
@@ -58,7 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T[,T...]",
         help="see below (held-out data of the recipe)",
     )
-    add("--mode", default="soft,discrete", help="soft, discrete or both (%(default)s)")
+    add("--mode", help="soft, discrete or both (both; discrete with filler thoughts)")
+    add(
+        "--thoughts",
+        metavar="KIND",
+        help="own; argmax: the heaviest candidate alone of each mixture; filler:N: N tokens in the "
+        "place of thoughts (as in the recipe, else own)",
+    )
     add("--temperature", default="1.0", metavar="T[,T...]", help="of both modes (%(default)s)")
     add("--samples", type=int, default=32, metavar="N", help="of each question (%(default)s)")
     add("--k", metavar="K[,K...]", help="which pass@k the table shows (N)")
@@ -66,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, help="candidates of both modes (the model's own, else 5)")
     add("--top-p", type=float, help="nucleus of both modes (the model's own, else 0.95)")
     add("--tau", type=float, help="temperature of the mixture (the model's own, else 0.1)")
+    add("--max-soft-tokens", type=int, help="thinking budget (the model's own, else none)")
+    add("--min-soft-tokens", type=int, help="least thinking (the model's own, else 0)")
+    add_entropy_rules(parser)
     add("--seed", type=int, default=0, help="the same seed gives the same samples (%(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--recipe", metavar="RECIPE_OR_FILE", help="ask as this training recipe or run does")
@@ -89,13 +98,19 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from softgrpo.evaluation.thoughts import modes_of, parse_thoughts
+
     ks = _table_ks(arguments)
     recipe = _recipe(arguments)
     data = recipe.data if recipe else DataConfig()
+    of_recipe = recipe.rollout.filler_thoughts if recipe else FillerConfig()
+    thoughts, filler = parse_thoughts(arguments.thoughts, of_recipe)
+    arguments.modes = modes_of(thoughts, arguments.mode)
     tasks = _tasks(arguments, data)
     # Heavy imports come after the tasks are known to be good.
     from transformers import AutoTokenizer
 
+    from softgrpo.data.prompts import filler_thoughts
     from softgrpo.evaluation.folder import EvalFolder
     from softgrpo.evaluation.page import write_page
     from softgrpo.evaluation.results import build_results
@@ -107,8 +122,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     model = resolve_model(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(str(model))
-    prompts = encode_tasks(tasks, tokenizer, data)
-    settings = _settings(arguments, model, tasks, data)
+    settings = _settings(arguments, model, tasks, data, thoughts, filler)
+    fillers = filler_thoughts(filler, settings.soft["end_of_thinking"], tokenizer)
+    prompts = encode_tasks(tasks, tokenizer, data, fillers)
     folder = EvalFolder(arguments.output or _default_output(settings), settings)
     try:
         cells = cells_to_do(settings, tasks, folder.rows())
@@ -169,33 +185,37 @@ def _tasks(arguments: argparse.Namespace, data: DataConfig) -> list[Task]:
 
 
 def _settings(
-    arguments: argparse.Namespace, model: Path, tasks: Sequence[Task], data: DataConfig
+    arguments: argparse.Namespace,
+    model: Path,
+    tasks: Sequence[Task],
+    data: DataConfig,
+    thoughts: str,
+    filler: FillerConfig,
 ) -> Settings:
     from softgrpo.evaluation.folder import Settings, model_digest
     from softgrpo.evaluation.run import sampling
     from softgrpo_engine import SoftParams
 
     base = SoftParams.of_model(model) or SoftParams()
-    given = {name: getattr(arguments, name) for name in ("top_k", "top_p", "tau")}
+    names = ("top_k", "top_p", "tau", "max_soft_tokens", "min_soft_tokens", *ENTROPY_RULES)
+    given = {name: getattr(arguments, name) for name in names}
     changes = {name: value for name, value in given.items() if value is not None}
     soft = dataclasses.replace(base, **changes).to_dict()
     del soft["temperature"]
-    modes = [mode.strip() for mode in arguments.mode.split(",")]
-    wrong = next((mode for mode in modes if mode not in MODES), None)
-    if wrong is not None:
-        raise ValueError(f"--mode {wrong!r} is not allowed: must be soft, discrete or both")
     settings = Settings(
         model=arguments.model,
         dtype=arguments.dtype,
         batch_invariant=arguments.batch_invariant,
         tasks=[task.name for task in tasks],
-        modes=list(dict.fromkeys(modes)),
+        modes=arguments.modes,
         temperatures=list(dict.fromkeys(_numbers(arguments.temperature, float, "--temperature"))),
         samples=arguments.samples,
         max_tokens=arguments.max_tokens,
         limit=arguments.limit,
         seed=arguments.seed,
         soft=soft,
+        thoughts=thoughts,
+        filler_thoughts=dataclasses.asdict(filler),
         system_prompt=data.system_prompt,
         few_shot=[dataclasses.asdict(shot) for shot in data.few_shot],
         prompt_template=data.prompt_template,

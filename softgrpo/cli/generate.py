@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from softgrpo.cli.entropy_rules import ENTROPY_RULES, add_entropy_rules
 from softgrpo.cli.errors import is_for_the_user, one_line_errors
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ _HELP = """\
 /candidates  what each position of the last answer was mixed from
 /clear       forget the conversation
 /quit        leave (as Ctrl-D); Ctrl-C ends an answer"""
+
+_OF_SOFT = ("tau", "max_soft_tokens", "min_soft_tokens", *ENTROPY_RULES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, help="of soft and discrete positions")
     add("--tau", type=float, help="temperature of the mixture: small is nearly one token")
     add("--max-soft-tokens", type=int, help="thinking budget: then the rest is discrete")
+    add("--min-soft-tokens", type=int, help="least thinking: before, nothing ends")
+    add_entropy_rules(parser)
     add("--seed", type=int, help="the same seed gives the same answers")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--soft", action="store_true", help="soft tokens, whatever the model was for")
@@ -114,10 +119,10 @@ def _soft_params(
     from softgrpo_engine import SoftParams
 
     if arguments.discrete or (default is None and not arguments.soft):
-        for name in _given(arguments, "tau", "max_soft_tokens"):
+        for name in _given(arguments, *_OF_SOFT):
             raise ValueError(f"--{name.replace('_', '-')} is a setting of soft tokens: add --soft")
         return False
-    changes = _given(arguments, "temperature", "top_p", "top_k", "tau", "max_soft_tokens")
+    changes = _given(arguments, "temperature", "top_p", "top_k", *_OF_SOFT)
     return dataclasses.replace(default or SoftParams(), **changes)
 
 

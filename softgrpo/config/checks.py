@@ -25,6 +25,7 @@ def check(config: Sections) -> None:
     if not config.reward.functions:
         raise ConfigError("reward.functions is empty: name at least one reward function")
     _check_method(config)
+    _check_thoughts(config)
     _check_algorithm(config)
     find_engine(config.rollout.engine)
     if config.lora.rank and find_spec("peft") is None:
@@ -143,6 +144,26 @@ def _check_schedule(rollout: RolloutConfig, method: Method) -> None:
         if method.refuses_scale(scale):
             raise ConfigError(
                 f"rollout.schedule.noise_scale: {scale:g} at step {step}: {method.scale_rule}"
+            )
+
+
+def _check_thoughts(config: Sections) -> None:
+    """So many thoughts as a response must have, it can have; and they are of one kind."""
+    rollout, soft = config.rollout, config.rollout.soft
+    if soft.enabled and rollout.filler_thoughts.count:
+        raise ConfigError(
+            "rollout.filler_thoughts: they take the place of soft thoughts, a discrete answer "
+            "follows; set rollout.soft.enabled=false"
+        )
+    for name, most in (
+        ("rollout.soft.max_soft_tokens", soft.max_soft_tokens),
+        ("rollout.max_new_tokens", rollout.max_new_tokens),
+        ("eval.max_new_tokens", config.eval.max_new_tokens),
+    ):
+        if soft.enabled and most is not None and soft.min_soft_tokens > most:
+            raise ConfigError(
+                f"rollout.soft.min_soft_tokens: {soft.min_soft_tokens} is more than {name} "
+                f"({most}): lower it, or raise that"
             )
 
 

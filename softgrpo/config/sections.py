@@ -130,6 +130,8 @@ class SoftConfig:
     noise_clip: bounds of the noise; the objective `official` sets its own
     end_of_thinking: `auto` (`</think>` where the tokenizer has it), a token, its id, or null
     max_soft_tokens: budget, after which the end of thinking is forced
+    min_soft_tokens: positions before which neither thinking nor the response may end; equal to
+        the budget, thinking has exactly so many positions
     """
 
     enabled: bool = True
@@ -143,6 +145,7 @@ class SoftConfig:
     noise_clip: tuple[float, float] | None = None
     end_of_thinking: int | str | None = "auto"
     max_soft_tokens: Size | None = None
+    min_soft_tokens: Count = 0
 
     @property
     def mixture(self) -> tuple[float, float]:
@@ -176,6 +179,21 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class FillerConfig:
+    """Copies of one token in the place of thoughts: the control of what thoughts are worth.
+
+    They are no choice of the policy, so they end the prompt; `rollout.soft.end_of_thinking` follows
+    them where the tokenizer has it.
+
+    count: how many; 0: none
+    token: a text that is one token, or its id
+    """
+
+    count: Count = 0
+    token: int | str = "."
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How many samples a step draws, and how.
 
@@ -203,6 +221,7 @@ class RolloutConfig:
     kv_memory: Positive | None = None
     soft: SoftConfig = field(default_factory=SoftConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    filler_thoughts: FillerConfig = field(default_factory=FillerConfig)
 
 
 @dataclass(frozen=True)

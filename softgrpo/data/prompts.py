@@ -8,9 +8,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from softgrpo.config.sections import FewShot
+from softgrpo.config.sections import FewShot, FillerConfig
 from softgrpo.data.examples import Example, Message
 from softgrpo.data.sources import DataError
+from softgrpo_engine.requests.prompts import thinking_end_id, token_id
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ def build_prompt(
     tokenizer: Any,
     system_prompt: str | None = None,
     few_shot: Sequence[FewShot] = (),
+    filler: Sequence[int] = (),
 ) -> list[int]:
     """Token ids by the model's chat template, up to where the assistant's turn begins.
 
     The template alone writes special tokens, BOS included, and a <think> that opens the answer.
+    filler: ids of `filler_thoughts`, put behind it.
     Raises DataError when the tokenizer has no template, when the template refuses the turns, or
     when the example brings a system message of its own beside `system_prompt`.
     """
@@ -58,4 +61,22 @@ def build_prompt(
         roles = ", ".join(turn["role"] for turn in system + shots + turns)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"the model's chat template refuses {roles}: {reason}") from None
-    return list(ids)
+    return [*ids, *filler]
+
+
+def filler_thoughts(
+    filler: FillerConfig, end_of_thinking: str | int | None, tokenizer: Any
+) -> list[int]:
+    """The ids that end a prompt in the place of thoughts: `filler.count` copies of its token, and
+    the end of thinking (as in SoftParams) where the tokenizer has it; nothing for a count of 0.
+
+    Raises DataError for a token that is none, or more than one.
+    """
+    if not filler.count:
+        return []
+    try:
+        token = token_id("the filler token", filler.token, tokenizer)
+        end = thinking_end_id(end_of_thinking, tokenizer)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    return [token] * filler.count + ([] if end is None else [end])

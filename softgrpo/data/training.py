@@ -8,7 +8,7 @@ import numpy as np
 
 from softgrpo.config import Config
 from softgrpo.data.examples import Example, load_examples
-from softgrpo.data.prompts import Prompt, build_prompt
+from softgrpo.data.prompts import Prompt, build_prompt, filler_thoughts
 from softgrpo.data.sources import DataError
 
 
@@ -37,11 +37,16 @@ class TrainingData:
             raise DataError(f"{data.train}: every example is also held out in {data.eval}")
         self.too_long = 0
         self._tokenizer: Any = None
+        self._filler: list[int] = []
 
     def prepare(self, tokenizer: Any) -> list[Prompt]:
         """Sets the tokenizer and returns every prompt of the run, so that none fails later."""
         self._tokenizer = tokenizer
         config = self.config
+        rollout = config.rollout
+        self._filler = filler_thoughts(
+            rollout.filler_thoughts, rollout.soft.end_of_thinking, tokenizer
+        )
         if config.data.drop_long_prompts:
             self._drop_long_prompts()
         rounds = range(config.run.max_steps * (1 + config.algorithm.dynamic_sampling_rounds))
@@ -75,11 +80,8 @@ class TrainingData:
 
     def _drop_long_prompts(self) -> None:
         data, before = self.config.data, len(self.train)
-        shots = (self._tokenizer, data.system_prompt, data.few_shot)
         self.train = [
-            example
-            for example in self.train
-            if len(build_prompt(example, *shots)) <= data.max_prompt_tokens
+            example for example in self.train if len(self._ids(example)) <= data.max_prompt_tokens
         ]
         self.too_long = before - len(self.train)
         if not self.train:
@@ -91,7 +93,7 @@ class TrainingData:
     def _encode(self, example: Example, where: str) -> Prompt:
         data = self.config.data
         try:
-            ids = build_prompt(example, self._tokenizer, data.system_prompt, data.few_shot)
+            ids = self._ids(example)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         if len(ids) > data.max_prompt_tokens:
@@ -100,6 +102,11 @@ class TrainingData:
                 f"{data.max_prompt_tokens}"
             )
         return Prompt(example, ids)
+
+    def _ids(self, example: Example) -> list[int]:
+        data = self.config.data
+        shots = (self._tokenizer, data.system_prompt, data.few_shot)
+        return build_prompt(example, *shots, self._filler)
 
 
 def round_indices(size: int, number: int, count: int, seed: int | None) -> list[int]:

@@ -18,6 +18,8 @@ class Settings:
     """All that the samples depend on; a folder holds one such set.
 
     soft: SoftParams without the temperature; its top_k and top_p are those of discrete tokens too.
+    thoughts: "own", or what stands in their place: "argmax", the heaviest candidate alone of every
+    mixture; "filler", the tokens `filler_thoughts` (a FillerConfig) behind every prompt.
     model_files, questions: digests, so that a retrained model and edited data are noticed.
     """
 
@@ -32,6 +34,8 @@ class Settings:
     limit: int | None
     seed: int
     soft: dict[str, Any]
+    thoughts: str
+    filler_thoughts: dict[str, Any]
     system_prompt: str | None
     few_shot: list[dict[str, str]]
     prompt_template: str | None

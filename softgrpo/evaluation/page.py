@@ -13,6 +13,7 @@ import numpy as np
 from softgrpo.evaluation.folder import EvalFolder
 from softgrpo.evaluation.scores import Row, cell_key
 from softgrpo.evaluation.tasks import task_label
+from softgrpo.evaluation.thoughts import thoughts_label
 from softgrpo.log.files import write_atomically
 from softgrpo.report.build import asset, fill_page
 from softgrpo.report.embed import embed_json, pack_position
@@ -137,6 +138,7 @@ def _facts(settings: dict[str, Any]) -> list[tuple[str, str]]:
         ("Temperature", ", ".join(f"{t:g}" for t in settings["temperatures"])),
         ("Top-k, top-p", f"{soft['top_k']}, {soft['top_p']:g}"),
         ("Mixture", f"tau {soft['tau']:g}, {soft['noise']} noise"),
+        ("Thoughts", thoughts_label(settings)),
         ("Weights", settings["dtype"]),
         ("Seed", str(settings["seed"])),
     ]

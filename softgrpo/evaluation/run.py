@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import time
@@ -19,6 +20,7 @@ from softgrpo.evaluation.tasks import Task
 from softgrpo.log.samples import Mixture, position_rows
 from softgrpo.rollout.sampling import EVALUATION_STREAM
 from softgrpo_engine import LLM, Output, Sample, SamplingParams, SoftParams
+from softgrpo_engine.requests.admission import check_thoughts_fit
 from softgrpo_engine.requests.prompts import default_uids
 from softgrpo_kernels import soft_weights
 
@@ -61,19 +63,32 @@ def sampling(
         return params, None
     if temperature == 0:
         raise ValueError("temperature 0 has no soft mode: it is for --mode discrete")
-    return params, soft
+    check_thoughts_fit(params, soft)
+    return params, _argmax(soft) if settings.thoughts == "argmax" else soft
+
+
+def _argmax(soft: SoftParams) -> SoftParams:
+    """The same draws, of which the heaviest candidate alone is fed: nothing else reaches a floor of
+    1. Raises ValueError for a method whose mixtures have no floor."""
+    try:
+        return dataclasses.replace(soft, weight_floor=1.0)
+    except ValueError as error:
+        raise ValueError(f"--thoughts argmax: {error}") from None
 
 
 def encode_tasks(
-    tasks: Sequence[Task], tokenizer: Any, data: DataConfig
+    tasks: Sequence[Task], tokenizer: Any, data: DataConfig, filler: Sequence[int] = ()
 ) -> dict[str, list[list[int]]]:
-    """Token ids of every question, by task name; raises DataError naming the question."""
+    """Token ids of every question, by task name; raises DataError naming the question.
+
+    filler: see `build_prompt`.
+    """
     prompts: dict[str, list[list[int]]] = {}
     for task in tasks:
         prompts[task.name] = []
         for i, example in enumerate(task.examples):
             try:
-                ids = build_prompt(example, tokenizer, data.system_prompt, data.few_shot)
+                ids = build_prompt(example, tokenizer, data.system_prompt, data.few_shot, filler)
             except DataError as error:
                 raise DataError(f"{task.name}, question {i}: {error}") from None
             prompts[task.name].append(ids)
@@ -145,7 +160,8 @@ def _finish(
     """Grades one question and writes its line."""
     example = cell.task.examples[index]
     grades = grader.grade(example, [sample.text for sample in output.samples])
-    mixture = settings.soft["tau"], settings.soft.get("weight_floor", 0.0)
+    _, soft = sampling(settings, cell.mode, cell.temperature)
+    mixture = (soft.tau, soft.weight_floor) if soft else (1.0, 0.0)
     pairs = zip(output.samples, grades, strict=True)
     shown = [
         {"sample": i, "positions": position_rows(output.samples[i].soft, mixture, llm.tokenizer)}

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from softgrpo.evaluation.scores import Row, cell_key
 from softgrpo.evaluation.tasks import task_label
+from softgrpo.evaluation.thoughts import OWN, thoughts_label
 
 
 def print_results(results: dict[str, Any], ks: Sequence[int]) -> None:
@@ -90,5 +91,7 @@ def _notes(results: dict[str, Any]) -> str:
         f"of: questions; 95 %: bootstrap over questions; {kind}; len: mean tokens; cut: share at "
         "the token limit; cand: effective candidates of a soft position"
     )
+    if results["settings"]["thoughts"] != OWN:
+        said += f"; thoughts: {thoughts_label(results['settings'])}"
     lost = sum(cell["lost"] for cell in results["cells"])
     return said + (f"; {lost} samples whose grader was killed count as wrong" if lost else "")

@@ -33,6 +33,7 @@ def soft_params(rollout: RolloutConfig, objective: str) -> SoftParams | None:
         eps=method.eps,
         end_of_thinking=soft.end_of_thinking,
         max_soft_tokens=soft.max_soft_tokens,
+        min_soft_tokens=soft.min_soft_tokens,
     )
 
 

@@ -15,7 +15,7 @@ from softgrpo.cli.eval import main
 from softgrpo.evaluation.graders import Grade, Grader
 from softgrpo.evaluation.page import write_page
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.requests.prompts import default_uids
+from softgrpo_engine.requests.prompts import default_uids, thinking_end_id
 from softgrpo_kernels.extension import cpu_extension
 
 
@@ -114,6 +114,53 @@ def test_what_an_evaluation_leaves(finished, questions):
     for line in lines:
         for shown in line["shown"]:
             assert len(shown["positions"]) == line["samples"][shown["sample"]]["tokens"]
+
+
+def test_argmax_feeds_the_heaviest_candidate_alone(finished, command, tmp_path):
+    """Of the same draws: samples differ from the model's own only by what the mixtures add."""
+    folder = tmp_path / "argmax"
+    assert main(command(folder, "--thoughts", "argmax")) == 0
+    ours, own = read(folder), read(finished)
+    assert (ours["settings"]["thoughts"], own["settings"]["thoughts"]) == ("argmax", "own")
+    assert "the heaviest candidate of each mixture" in (folder / "report.html").read_text()
+    assert [cell["mode"] for cell in ours["cells"]] == ["soft", "soft", "discrete", "discrete"]
+    assert all(cell["effective_candidates"] in (1.0, None) for cell in ours["cells"])
+    assert ours["cells"][0]["soft"] > 0.9
+    texts = [
+        {
+            mode: [s["text"] for row in r["results"] if row["mode"] == mode for s in row["samples"]]
+            for mode in ("soft", "discrete")
+        }
+        for r in (ours, own)
+    ]
+    assert texts[0]["discrete"] == texts[1]["discrete"]
+    assert texts[0]["soft"] != texts[1]["soft"]
+    # The first token has seen no mixture.
+    assert [t[:1] for t in texts[0]["soft"]] == [t[:1] for t in texts[1]["soft"]]
+
+
+def test_filler_thoughts_end_the_prompt(command, tiny_model, tmp_path):
+    folder = tmp_path / "filler"
+    assert main(command(folder, "--thoughts", "filler:3:b", "--limit", "2")) == 0
+    results = read(folder)
+    assert results["settings"]["thoughts"] == "filler"
+    assert results["settings"]["filler_thoughts"] == {"count": 3, "token": "b"}
+    assert {cell["mode"] for cell in results["cells"]} == {"discrete"}
+    assert "3 filler tokens" in (folder / "report.html").read_text()
+    llm = LLM(tiny_model, dtype="float32", max_model_len=96)
+    prompt = llm.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say b please"}],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    ids = prompt + llm.tokenizer.encode("b", add_special_tokens=False) * 3
+    end = thinking_end_id("auto", llm.tokenizer)
+    ids += [] if end is None else [end]
+    params = SamplingParams(temperature=0.8, top_p=0.95, top_k=5, max_tokens=24)
+    uids = [default_uids(ids, 4)]
+    (output,) = llm.generate_groups([ids], params, seed=0, uids=uids, stream=1)
+    row = next(r for r in results["results"] if r["question"] == 1 and r["temperature"] == 0.8)
+    assert [s["text"] for s in row["samples"]] == [s.text for s in output.samples]
 
 
 def test_samples_do_not_depend_on_the_batch(finished, command, tmp_path):
@@ -334,6 +381,15 @@ def one_line(capsys):
         (["--task", "QUESTIONS", "--recipe", "dmo"], "dmo"),
         (["--task", "QUESTIONS", "--model", "/no/such"], "/no/such"),
         (["--task", "QUESTIONS", "--mode", "sof"], "--mode 'sof'"),
+        (["--task", "QUESTIONS", "--thoughts", "none"], "must be own, argmax, or filler:N"),
+        (["--task", "QUESTIONS", "--thoughts", "filler:0"], "must be own, argmax, or filler:N"),
+        (["--task", "QUESTIONS", "--thoughts", "filler:2", "--mode", "soft"], "--mode discrete"),
+        (["--task", "QUESTIONS", "--thoughts", "argmax", "--mode", "discrete"], "--mode soft"),
+        (["--task", "QUESTIONS", "--thoughts", "filler:2:abc"], "the filler token='abc' is 3"),
+        (
+            ["--task", "QUESTIONS", "--max-tokens", "9", "--min-soft-tokens", "10"],
+            "more than max_to",
+        ),
         (["--task", "QUESTIONS", "--temperature", "0"], "temperature 0 has no soft mode"),
         (["--task", "QUESTIONS", "--temperature", "-1"], "temperature=-1.0"),
         (["--task", "QUESTIONS", "--tau", "0"], "tau=0.0"),

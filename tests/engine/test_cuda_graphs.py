@@ -77,10 +77,11 @@ def test_shapes_come_in_few_sizes():
     assert all(size - n < 16 for n, size in enumerate(rows, 1))  # a padding slot for each
     assert [bucket(DecodeShape(1, n, 0), 8).pages for n in (1, 32, 33, 65)] == [32, 32, 64, 128]
     assert [bucket(DecodeShape(1, 1, n), 8).ends for n in (0, 1, 3)] == [0, 1, 4]
+    assert [bucket(DecodeShape(1, 1, 0, n), 8).entropies for n in (0, 1)] == [0, 1]
 
 
 def test_inputs_are_views_of_one_block():
-    shape = DecodeShape(rows=3, pages=5, ends=2)
+    shape = DecodeShape(rows=3, pages=5, ends=2, entropies=1)
     words = torch.arange(shape.words, dtype=torch.int32)
     inputs = DecodeInputs.views(words, shape)
     parts = list(vars(inputs).values())
@@ -90,6 +91,7 @@ def test_inputs_are_views_of_one_block():
     assert (words != torch.arange(shape.words)).all()  # no word is in none of them
     assert inputs.held_back.shape == (3, 2)
     assert inputs.block_table.shape == (3, 5)
+    assert inputs.temperature.shape == (3, 1)
 
 
 @pytest.mark.skipif(cpu_extension() is None, reason="only the C++ products have rows of their own")
@@ -140,7 +142,7 @@ def test_held_back_tokens_alone_lose_their_logits(make_llm, monkeypatch):
     hidden = torch.randn(2, runner.decoder.config.hidden_size)
     for held_back in (torch.empty(2, 0), torch.tensor([[0, 5, 9], [7, -1, -1]])):
         with torch.inference_mode(), pytest.raises(InterruptedError):
-            runner._draw(hidden, places, places, held_back.long())
+            runner._draw(hidden, places, places, held_back.long(), torch.empty(2, 0))
     plain, held = (x.tolist() for x in seen)
     plain[0][0] = plain[0][5] = plain[0][9] = plain[1][7] = -torch.inf
     assert held == plain

@@ -11,12 +11,27 @@ UIDS = [[4, 2**32 - 1, 77], [0, 1, 2], [3, 5, 8]]
 THINKING = {"end_of_thinking": 40}
 # Soft to the end; an answer after it; budgets with and without a token that ends the phase; the
 # noise of `official`; other noises; discrete from candidates, from the vocabulary, greedy.
+FORCED = ("budget", "exact-budget", "cold-stop", "cold-stop-least", "switches-spent")
+COLD = {"cold_stop_entropy": 4.0, "cold_stop_steps": 2}
+SWITCH = {"top_k": 5, "top_p": 1.0, "noise": "none", "tau": 1.0}
 CASES = {
     "soft": (SoftParams(top_k=5), {}),
     "wide": (SoftParams(top_k=20, top_p=1.0, tau=1.0, temperature=0.7), {}),
     "answer": (SoftParams(top_k=5, top_p=0.99, **THINKING), {"temperature": 1.4}),
     "budget": (SoftParams(top_k=5, max_soft_tokens=3, **THINKING), {}),
     "budget-no-end": (SoftParams(top_k=5, max_soft_tokens=3, end_of_thinking=None), {}),
+    # Every other token ends thinking, or the sample.
+    "exact-budget": (
+        SoftParams(top_k=5, min_soft_tokens=3, max_soft_tokens=3, **THINKING),
+        {"stop_token_ids": tuple(range(1, 97, 2))},
+    ),
+    # Rules of entropies, at one of the tiny model: 3.4 to 4.5 nats.
+    "cold-stop": (SoftParams(top_k=5, **COLD, **THINKING), {}),
+    "cold-stop-no-end": (SoftParams(top_k=5, **COLD, end_of_thinking=None), {}),
+    "cold-stop-least": (SoftParams(top_k=5, **COLD, min_soft_tokens=7, **THINKING), {}),
+    "switch": (SoftParams(**SWITCH, switch_window=1, **THINKING), {}),
+    "switch-window": (SoftParams(**SWITCH, switch_window=3, end_of_thinking=None), {}),
+    "switches-spent": (SoftParams(**SWITCH, switch_window=1, max_switches=2, **THINKING), {}),
     "official": (SoftParams(top_k=5, noise_clip=(-1.5, 3.0), eps=1e-6), {}),
     "floor": (SoftParams(top_k=5, tau=1.0, weight_floor=0.3), {}),
     "dirichlet": (SoftParams(top_k=5, noise="dirichlet", tau=1.0, noise_scale=5.0), {}),
@@ -61,7 +76,9 @@ def test_the_oracle_draws_what_the_native_engine_draws(case, pair):
     assert bool(kinds.any()) == bool(soft)
     if "budget" in case or case == "answer":
         assert not bool(kinds.all())
-    assert bool(torch.cat([s.soft.forced for s in a]).any()) == (case == "budget")
+    assert bool(torch.cat([s.soft.forced for s in a]).any()) == (case in FORCED)
+    rises = [bool((s.soft.kind.diff().view(torch.int8) > 0).any()) for s in a]  # soft again
+    assert any(rises) == (case in ("switch", "switch-window", "switches-spent"))
     assert len({tuple(s.token_ids) for s in a}) == (3 if case == "greedy" else 9)
 
 

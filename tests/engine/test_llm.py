@@ -181,6 +181,35 @@ def test_soft_budget_without_such_a_token_only_switches(make_llm, prompts):
     assert not sample.soft.forced.any()
 
 
+@pytest.mark.parametrize("end_of_thinking", ["</think>", None])
+def test_a_budget_of_exactly_so_many_soft_tokens(make_llm, prompts, end_of_thinking):
+    """No end may be drawn before, whatever the model prefers; then thinking ends at once."""
+    free = soft_until(make_llm(), prompts[0], end_of_thinking=None)
+    soft = SoftParams(
+        top_k=5,
+        tau=0.7,
+        end_of_thinking=end_of_thinking,
+        max_soft_tokens=5,
+        min_soft_tokens=5,
+    )
+    ends = tuple(free.token_ids[:3])
+    params = SamplingParams(n=8, max_tokens=9, seed=2, stop_token_ids=ends, stop=("a", "b"))
+    samples = make_llm().generate(prompts[0], params, soft, progress=False)[0].samples
+    for sample in samples:
+        assert sample.soft.kind.tolist()[:5] == [1] * 5
+        assert not sample.soft.kind[5:].any()
+        assert not set(sample.soft.ids[:5].flatten().tolist()) & {*ends, THINK_END, EOS}
+        # A stop string may end the sample with the last of them.
+        if len(sample.token_ids) > 5:
+            assert bool(sample.soft.forced[5]) == (end_of_thinking is not None)
+    lengths = {len(sample.token_ids) for sample in samples}
+    assert min(lengths) <= 6  # the ends are free again
+    with pytest.raises(ValueError, match="min_soft_tokens=5 is more than max_tokens=4"):
+        make_llm().generate(prompts[0], SamplingParams(max_tokens=4), soft)
+    with pytest.raises(ValueError, match=r"min_soft_tokens=5.*<= max_soft_tokens \(4\)"):
+        SoftParams(min_soft_tokens=5, max_soft_tokens=4)
+
+
 def test_auto_finds_the_token_and_other_words_are_refused(make_llm, prompts):
     sample = soft_until(make_llm(), prompts[0], end_of_thinking="auto", max_soft_tokens=3)
     assert sample.token_ids[3] == THINK_END

@@ -29,9 +29,7 @@ def test_noise_and_objective_name_one_method():
 def test_a_method_that_does_not_exist_is_named_with_those_that_do():
     with pytest.raises(ValueError, match=r"noise must be one of gumbel, .*, not 'uniform'"):
         method_of("uniform")
-    with pytest.raises(
-        ValueError, match=r"exact, official, .*lepo with gumbel .* 'official2'"
-    ):
+    with pytest.raises(ValueError, match=r"exact, official, .*lepo with gumbel .* 'official2'"):
         method_of("gumbel", "official2")
     with pytest.raises(ValueError, match=r"one of exact with dirichlet noise, not 'concrete'"):
         method_of("dirichlet", "concrete")

@@ -196,6 +196,10 @@ def test_values_are_read_by_the_type_of_their_key(tmp_path):
         ("rollout.group_size=1", "rollout.group_size: 1 is not allowed: must be >= 2"),
         ("rollout.top_p=1.5", "rollout.top_p: 1.5 is not allowed: must be > 0 and <= 1"),
         ("rollout.soft.top_k=65", "rollout.soft.top_k: 65 is not allowed: must be >= 1 and <= 64"),
+        (
+            "rollout.soft.min_soft_tokens=40",
+            "rollout.soft.min_soft_tokens: 40 is more than rollout.max_new_tokens (32)",
+        ),
         ("rollout.soft.enabled=1", "rollout.soft.enabled: expected true or false, got '1'"),
         ("rollout=3", "rollout: expected keys (engine, "),
         ("eval.k=8", "eval.k: expected a list, got '8'"),

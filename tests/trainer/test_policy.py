@@ -35,6 +35,11 @@ CASES = {
     "answer": ("exact", {"temperature": 1.3, **THINKING}, {}),
     "budget": ("exact", {"max_soft_tokens": 3, **THINKING}, {}),
     "budget-no-end": ("exact", {"max_soft_tokens": 3}, {}),
+    "exact-budget": (
+        "exact",
+        {"max_soft_tokens": 3, "min_soft_tokens": 3, "end_of_thinking": 40},
+        {},
+    ),
     "concrete": ("concrete", {"tau": 0.7}, {}),
     "censored": ("censored", {"tau": 0.7, "weight_floor": 0.2, **THINKING}, {}),
     "official": (
@@ -97,6 +102,8 @@ def test_trainer_equals_rollout_on_policy(case, tied):
         energy = torch.where(positions.ids >= 0, (1 - torch.exp(-noise)).abs(), 0.0).sum(-1)
         assert error.mean() < 1e-4
         assert (error <= 1e-4 * (1 + energy[rows])).all()
+    if case == "exact-budget":
+        assert batch.soft.kind.sum() == 3 * 8
     if case == "budget":
         assert batch.soft.forced.any()
         assert (ours.density[batch.soft.forced] == 0).all()

@@ -6,7 +6,7 @@ import types
 import pytest
 from chat_tokenizer import ChatTokenizer, text_of
 
-from softgrpo.config import Config
+from softgrpo.config import Config, ConfigError
 from softgrpo.config.sections import FewShot
 from softgrpo.data.examples import Example
 from softgrpo.data.prompts import build_prompt
@@ -78,6 +78,38 @@ def test_a_template_that_opens_think_ends_the_prompt_with_it(thinking_tokenizer)
     assert " ".join(thinking_tokenizer.convert_ids_to_tokens(ids)) == text
     # Soft thinking begins right there, and ends with the token that `auto` finds.
     assert thinking_end_id("auto", thinking_tokenizer) == 5
+
+
+def test_filler_thoughts_end_every_prompt(thinking_tokenizer, tmp_path):
+    """Of training and of held-out questions; they count as tokens of the prompt."""
+    paths = {}
+    for name, question in (("train", "one ?"), ("eval", "two ?")):
+        paths[name] = tmp_path / f"{name}.jsonl"
+        paths[name].write_text(json.dumps({"prompt": question, "answer": "two"}) + "\n")
+    plain = [*(f"{k}={v}" for k, v in paths.items()), "prompt_template=null"]
+    plain += ["system_prompt=null", "few_shot=[]"]
+    overrides = [*(f"data.{x}" for x in plain), "rollout.soft.enabled=false"]
+    filler = ["rollout.filler_thoughts.count=3", "rollout.filler_thoughts.token=hm"]
+
+    def texts(*more):
+        data = TrainingData(Config.load("demo", [*overrides, *more]))
+        data.prepare(thinking_tokenizer)
+        prompts = data.prompts_of_round(0, 1) + data.eval_prompts()
+        return [" ".join(thinking_tokenizer.convert_ids_to_tokens(p.token_ids)) for p in prompts]
+
+    plain = texts()
+    assert texts(*filler) == [f"{text} hm hm hm </think>" for text in plain]
+    no_end = "rollout.soft.end_of_thinking=null"
+    assert texts(*filler, no_end) == [f"{text} hm hm hm" for text in plain]
+    assert texts(filler[0], "rollout.filler_thoughts.token=11", no_end) == texts(*filler, no_end)
+    length = len(plain[0].split())
+    with pytest.raises(DataError, match=f"has {length + 4} tokens, data.max_prompt_tokens allows"):
+        texts(*filler, f"data.max_prompt_tokens={length + 3}")
+    for token, says in (("be brief", "'be brief' is 2 tokens"), ("13", "=13 is outside the voc")):
+        with pytest.raises(DataError, match=says):
+            texts(filler[0], f"rollout.filler_thoughts.token={token}")
+    with pytest.raises(ConfigError, match=r"rollout\.soft\.enabled=false"):
+        texts(*filler, "rollout.soft.enabled=true")
 
 
 def test_a_template_that_refuses_a_role_is_one_clear_line(thinking_tokenizer, tmp_path):

@@ -10,23 +10,26 @@ from torch import Tensor
 
 
 class DecodeShape(NamedTuple):
-    """rows: B. pages: W, the width of the block table. ends: E, ids held back from a row."""
+    """rows: B. pages: W, the width of the block table. ends: E, ids held back from a row.
+    entropies: M, 1 where the step gives entropies, else 0."""
 
     rows: int
     pages: int
     ends: int
+    entropies: int = 0
 
     @property
     def words(self) -> int:
         """32-bit words of the block."""
-        return 2 * self.rows * (4 + self.ends) + self.rows * (self.pages + 1)
+        return 2 * self.rows * (4 + self.ends) + self.rows * (self.pages + 1 + self.entropies)
 
 
 @dataclass(frozen=True)
 class DecodeInputs:
     """row, index: int64 [B], places in the record. position: int64 [B], in the sequence. slot:
     int64 [B], where its keys go. held_back: int64 [B, E], tokens that a row may not draw, -1 pads.
-    block_table: int32 [B, W]. seq_lens: int32 [B], this position included.
+    block_table: int32 [B, W]. seq_lens: int32 [B], this position included. temperature: float32
+    [B, M], of the entropies.
     """
 
     row: Tensor
@@ -36,15 +39,16 @@ class DecodeInputs:
     held_back: Tensor
     block_table: Tensor
     seq_lens: Tensor
+    temperature: Tensor
 
     @staticmethod
     def views(words: Tensor, shape: DecodeShape) -> DecodeInputs:
         """The inputs in a block of int32 [shape.words], on the host or on the device: one copy
         moves them all."""
-        rows, pages, ends = shape
-        wide, narrow = words.split([2 * rows * (4 + ends), rows * (pages + 1)])
+        rows, pages, ends, entropies = shape
+        wide, narrow = words.split([2 * rows * (4 + ends), rows * (pages + 1 + entropies)])
         *places, held_back = wide.view(torch.int64).split([rows] * 4 + [rows * ends])
-        block_table, seq_lens = narrow.split([rows * pages, rows])
+        block_table, seq_lens, temperature = narrow.split([rows * pages, rows, rows * entropies])
         row, index, position, slot = places
         return DecodeInputs(
             row,
@@ -54,4 +58,5 @@ class DecodeInputs:
             held_back.view(rows, ends),
             block_table.view(rows, pages),
             seq_lens,
+            temperature.view(torch.float32).view(rows, entropies),
         )

@@ -164,12 +164,12 @@ class Record:
         drawn.forced[row, index].fill_(True)
         drawn.token[row, index].fill_(token)
         drawn.logprob[row, index].fill_(0.0)
-        self.end_soft_phase(row)
+        self.set_soft_phase(row, False)
         self._mark_changed()
 
-    def end_soft_phase(self, row: int) -> None:
-        """The next position of the row is drawn discretely."""
-        self.soft[row].fill_(0)
+    def set_soft_phase(self, row: int, soft: bool) -> None:
+        """How the next position of the row is drawn."""
+        self.soft[row].fill_(soft)
 
     def _mark_changed(self) -> None:
         if self._reader is not None:

@@ -25,11 +25,15 @@ from softgrpo_kernels import soft_embedding, soft_token_of_rows
 
 @dataclass(frozen=True)
 class Drawn:
-    """What the host learns of a step, one entry a sampler: the one device-to-host read."""
+    """What the host learns of a step, one entry a sampler: the one device-to-host read.
+
+    entropy: where the step was asked for it, see `entropy_rules`.
+    """
 
     token: list[int]
     soft: list[bool]
     valid: list[bool]
+    entropy: list[float] | None
 
 
 class Launched:
@@ -40,8 +44,10 @@ class Launched:
 
     def read(self) -> Drawn:
         """Waits for the step, and for nothing that was launched after it."""
-        token, soft, valid = self._drawn.wait().tolist()
-        return Drawn(token, [bool(x) for x in soft], [bool(x) for x in valid])
+        drawn = self._drawn.wait()
+        token, soft, valid = drawn[:3].tolist()
+        entropy = drawn[3].int().view(torch.float32).tolist() if len(drawn) > 3 else None
+        return Drawn(token, [bool(x) for x in soft], [bool(x) for x in valid], entropy)
 
 
 class Runner:
@@ -114,13 +120,16 @@ class Runner:
         rows = self._to_device(last_row[[index for _, index in plan.samplers]])
         places = np.array([(s.row, s.num_generated) for s, _ in plan.samplers]).T
         row_B, index_B = self._to_device(places.copy())
-        held_back = self._to_device(_held_back([s for s, _ in plan.samplers]))
-        return Launched(self._draw(hidden_TH.index_select(0, rows), row_B, index_B, held_back))
+        samplers = [sequence for sequence, _ in plan.samplers]
+        held_back = self._to_device(_held_back(samplers))
+        temperature = self._to_device(_entropy_temperature(samplers))
+        hidden_BH = hidden_TH.index_select(0, rows)
+        return Launched(self._draw(hidden_BH, row_B, index_B, held_back, temperature))
 
-    def end_soft_phase(self, sequence: Sequence) -> None:
-        """The next position of the sample is drawn discretely."""
+    def set_soft_phase(self, sequence: Sequence) -> None:
+        """The next position of the sample is drawn in the phase that the host has set."""
         assert sequence.row is not None
-        self.record.end_soft_phase(sequence.row)
+        self.record.set_soft_phase(sequence.row, sequence.soft_phase)
 
     def force(self, sequence: Sequence, token: int) -> None:
         """Puts ``token`` after those read so far; the phase is discrete from here."""
@@ -128,10 +137,11 @@ class Runner:
         self.record.force(sequence.row, len(sequence.tokens), token)
 
     def _launch_decode(self, plan: Plan) -> Tensor:
-        """int64 [3, B], see `_draw`; on a GPU from a graph where the attention can be in one."""
+        """What `_draw` gives; on a GPU from a graph where the attention can be in one."""
         held_back = _held_back([chunk.sequence for chunk in plan.chunks])
         table = _block_table(plan.chunks)
-        shape = DecodeShape(len(plan.chunks), table.shape[1], held_back.shape[1])
+        asks = any(chunk.sequence.asks_entropy for chunk in plan.chunks)
+        shape = DecodeShape(len(plan.chunks), table.shape[1], held_back.shape[1], int(asks))
         if self.graphs is None:
             words = self._decode_words(shape, plan.chunks, table, held_back)
             inputs = DecodeInputs.views(words.to(self.device, non_blocking=True), shape)
@@ -165,9 +175,11 @@ class Runner:
             ("seq_lens", position + 1, 1),
         ):
             inputs[name][:count], inputs[name][count:] = values, padding
+        temperature = _entropy_temperature([chunk.sequence for chunk in chunks])
         for name, rows, padding in (
             ("block_table", table, self.padding_page),
             ("held_back", held_back, -1),
+            ("temperature", temperature, 1),
         ):
             inputs[name].fill(padding)
             inputs[name][:count, : rows.shape[1]] = rows
@@ -179,7 +191,7 @@ class Runner:
         candidates = self.record.inputs(inputs.row, inputs.index - 1)
         embeds_BH = soft_embedding(*candidates, self.decoder.embed_weight)
         hidden_BH = self.decoder(embeds_BH, inputs.position, attention)
-        return self._draw(hidden_BH, inputs.row, inputs.index, inputs.held_back)
+        return self._draw(hidden_BH, inputs.row, inputs.index, inputs.held_back, inputs.temperature)
 
     def _addresses(self) -> tuple[int, ...]:
         """Of every tensor that `_decode` finds by itself."""
@@ -244,17 +256,25 @@ class Runner:
         return embeds
 
     def _draw(
-        self, hidden_BH: Tensor, row_B: Tensor, index_B: Tensor, held_back_BE: Tensor
+        self,
+        hidden_BH: Tensor,
+        row_B: Tensor,
+        index_B: Tensor,
+        held_back_BE: Tensor,
+        temperature_BM: Tensor,
     ) -> Tensor:
         """Draws a position of every row into the record; int64 [3, B]: token, soft, valid.
 
-        held_back_BE: int64, ids that a row may not draw, -1 pads.
+        held_back_BE: int64, ids that a row may not draw, -1 pads. temperature_BM: float32, M is 0
+        or 1; with 1 there is a fourth row, the bits of the entropy at that temperature (float32).
         """
         logits_BV = self.decoder.logits(hidden_BH)
         if held_back_BE.shape[1]:
             # The smaller of logit and bound: a pad, whatever id it stands for, changes nothing.
             bound_BE = torch.where(held_back_BE < 0, torch.inf, -torch.inf).to(logits_BV.dtype)
             logits_BV.scatter_reduce_(1, held_back_BE.clamp(min=0), bound_BE, "amin")
+        asked = temperature_BM.shape[1] > 0
+        entropy = [_entropy(logits_BV, temperature_BM).view(torch.int32)] if asked else []
         drawn = soft_token_of_rows(
             logits_BV,
             self.record.parameters(row_B, index_B),
@@ -265,7 +285,8 @@ class Runner:
             lm_head=self.decoder.lm_head_weight,
         )
         self.record.write(row_B, index_B, drawn)
-        return torch.stack([drawn.token.long(), drawn.kind.long(), drawn.valid.long()])
+        rows = [drawn.token, drawn.kind, drawn.valid, *entropy]
+        return torch.stack([row.long() for row in rows])
 
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         if copies:
@@ -287,9 +308,27 @@ def _block_table(chunks: Seq[Chunk]) -> np.ndarray:
 
 
 def _held_back(sequences: Seq[Sequence]) -> np.ndarray:
-    """The ends of samples that have not yet their min_tokens: int64 [B, most], -1 pads."""
-    ids = [sorted(s.end_ids) if s.num_generated < s.params.min_tokens else [] for s in sequences]
+    """What the sequences may not draw yet: int64 [B, most], -1 pads."""
+    ids = [sequence.held_back for sequence in sequences]
     table = np.full((len(ids), max(map(len, ids))), -1, dtype=np.int64)
     for row, held in zip(table, ids, strict=True):
         row[: len(held)] = held
     return table
+
+
+def _entropy_temperature(sequences: Seq[Sequence]) -> np.ndarray:
+    """The soft temperatures, float32 [B, 1], where one of the sequences asks for its entropy, else
+    [B, 0]."""
+    asks = any(sequence.asks_entropy for sequence in sequences)
+    values = [s.soft.temperature if s.soft else 1.0 for s in sequences]
+    return np.array(values, dtype=np.float32)[:, None][:, : int(asks)]
+
+
+def _entropy(logits_BV: Tensor, temperature_B1: Tensor) -> Tensor:
+    """Of softmax(logits / temperature) over the vocabulary, in nats: float32 [B].
+
+    From the logits as they are: those in bf16 carry a rounding of up to 2^-9 |z|, which an entropy
+    of h nats has some 2^-9 |z| h of.
+    """
+    p_BV = torch.softmax(logits_BV / temperature_B1, dim=-1)
+    return torch.special.entr(p_BV).sum(-1)

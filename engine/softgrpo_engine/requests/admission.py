@@ -9,6 +9,7 @@ from typing import Any
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.requests.prompts import thinking_end_id
+from softgrpo_engine.scheduling.entropy_rules import entropy_rule
 from softgrpo_engine.scheduling.sequence import Sequence, pages_for
 
 _GROUP_NUMBERS = itertools.count()
@@ -40,6 +41,15 @@ def check_fits(
             )
 
 
+def check_thoughts_fit(params: SamplingParams, soft: SoftParams | None) -> None:
+    """Raises ValueError unless a sample can have as many thoughts as it must have."""
+    if soft and soft.min_soft_tokens > params.max_tokens:
+        raise ValueError(
+            f"min_soft_tokens={soft.min_soft_tokens} is more than max_tokens={params.max_tokens}: "
+            "raise max_tokens, which counts the answer too"
+        )
+
+
 def make_groups(
     prompts: Seq[list[int]],
     params: SamplingParams,
@@ -56,6 +66,7 @@ def make_groups(
     """
     if params.stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer, and this engine has none")
+    check_thoughts_fit(params, soft)
     thinking_end = thinking_end_id(soft.end_of_thinking, tokenizer) if soft else None
     _check_ids("stop_token_ids has", params.stop_token_ids, config.vocab_size)
     if thinking_end is not None:
@@ -88,6 +99,8 @@ def make_groups(
                 thinking_end=thinking_end,
                 slots=max(discrete_slots, soft.top_k if soft else 1),
                 soft_phase=soft is not None,
+                thinking=soft is not None,
+                rule=entropy_rule(soft),
             )
             for uid in uids
         ]

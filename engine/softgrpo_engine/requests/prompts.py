@@ -55,12 +55,28 @@ def thinking_end_id(setting: str | int | None, tokenizer: Any) -> int | None:
         if setting == "auto":
             return None
         raise ValueError(f"end_of_thinking={setting!r} needs a tokenizer: give the token's id")
-    text = "</think>" if setting == "auto" else setting
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
-        return int(ids[0])
-    if setting == "auto":
-        return None
-    raise ValueError(
-        f"end_of_thinking={setting!r} is {len(ids)} tokens of this model, it must be exactly one"
-    )
+    if setting != "auto":
+        return token_id("end_of_thinking", setting, tokenizer)
+    ids = _ids_of("</think>", tokenizer)
+    return ids[0] if len(ids) == 1 else None
+
+
+def token_id(name: str, token: str | int, tokenizer: Any) -> int:
+    """Id of a token given as its text or its id.
+
+    Raises ValueError, naming it by ``name``, for what is not exactly one token of the tokenizer.
+    """
+    if isinstance(token, int):
+        if 0 <= token < len(tokenizer):
+            return token
+        raise ValueError(f"{name}={token} is outside the vocabulary of {len(tokenizer)}")
+    ids = _ids_of(token, tokenizer)
+    if len(ids) == 1:
+        return ids[0]
+    raise ValueError(f"{name}={token!r} is {len(ids)} tokens of this model, it must be exactly one")
+
+
+def _ids_of(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text; none for a single token that the tokenizer does not know."""
+    ids = [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+    return [] if ids == [tokenizer.unk_token_id] else ids

@@ -14,7 +14,7 @@ from softgrpo_engine.soft_tokens import SoftTokens
 def hits_stop_string(sequence: Sequence, tokenizer: Any) -> bool:
     """Whether the newest token completes one of the sample's stop strings."""
     stop = sequence.params.stop
-    if not stop or len(sequence.tokens) < sequence.params.min_tokens:
+    if not stop or len(sequence.tokens) < sequence.min_tokens:
         return False
     # A hit ends in the newest token, and a character has at most four tokens (its bytes): however
     # long the sample is, its tail is enough.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from softgrpo_engine.outputs import FinishReason
 from softgrpo_engine.params import SamplingParams, SoftParams
+from softgrpo_engine.scheduling.entropy_rules import EntropyRule
 from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -22,9 +23,11 @@ class Sequence:
     slots: candidates recorded at a position. num_generated: positions drawn, the last of which the
     host may not have read yet. num_computed: positions whose keys and values are in ``pages``. row:
     its row in the record, kept while it is preempted. soft_phase: the next position is drawn
-    softly. tokens: those read, for text and stop strings; the inputs of the model are rebuilt from
-    the record alone. followers: siblings that wait for its prompt. sample: what it has come to,
-    once it has ended; error: what the step raised that ended it.
+    softly. thinking: the end of thinking is still to come; only a rule of entropies makes it differ
+    from soft_phase. thinking_over: it is forced at the next position. tokens: those read, for text
+    and stop strings; the inputs of the model are rebuilt from the record alone. followers: siblings
+    that wait for its prompt. sample: what it has come to, once it has ended; error: what the step
+    raised that ended it.
     """
 
     uid: int
@@ -42,6 +45,9 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     row: int | None = None
     soft_phase: bool = False
+    thinking: bool = False
+    thinking_over: bool = False
+    rule: EntropyRule | None = None
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     followers: list[Sequence] = field(default_factory=list)
@@ -64,16 +70,62 @@ class Sequence:
         return ids if self.thinking_end is None else [*ids, self.thinking_end]
 
     @property
-    def forced_token(self) -> int | None:
-        """The token that the thinking budget puts after ``tokens``, None when it is free."""
-        budget = self.soft.max_soft_tokens if self.soft and self.soft_phase else None
-        return self.thinking_end if budget is not None and len(self.tokens) >= budget else None
+    def min_tokens(self) -> int:
+        """It may not end before it has so many."""
+        return max(self.params.min_tokens, self.soft.min_soft_tokens if self.soft else 0)
 
     @property
-    def may_be_forced(self) -> bool:
-        """The thinking budget may end at a position that has been drawn and not read."""
-        budget = self.soft.max_soft_tokens if self.soft and self.soft_phase else None
-        return budget is not None and self.num_generated >= budget
+    def held_back(self) -> list[int]:
+        """Tokens that its next position may not be: ends that would come too early."""
+        if self.soft and self.num_generated < self.soft.min_soft_tokens:
+            return self.terminal_ids
+        return sorted(self.end_ids) if self.num_generated < self.min_tokens else []
+
+    @property
+    def forced_token(self) -> int | None:
+        """The token that the end of thinking puts after ``tokens``, None when it is free."""
+        return self.thinking_end if self.thinking and self.thinking_over else None
+
+    @property
+    def asks_entropy(self) -> bool:
+        """That of its next position is needed."""
+        return self.rule is not None and self.thinking
+
+    @property
+    def is_awaited(self) -> bool:
+        """A position that has been drawn and not read may change it, or how the next is drawn."""
+        if not self.thinking:
+            return False
+        unread = self.num_generated - len(self.tokens)
+        by_rule = self.rule is not None and self.rule.may_act(unread)
+        return self.thinking_over or by_rule or self._spends_budget(self.num_generated)
+
+    def _spends_budget(self, tokens: int) -> bool:
+        budget = self.soft.max_soft_tokens if self.soft else None
+        return budget is not None and tokens >= budget
+
+    def advance(self, token: int, soft: bool, entropy: float | None) -> bool:
+        """Takes a position that was read; returns whether the next one is drawn softly.
+
+        soft: as the device goes on by itself. entropy: see `asks_entropy`.
+        """
+        self.tokens.append(token)
+        if not self.thinking:
+            return False
+        assert self.soft is not None
+        over = self._spends_budget(len(self.tokens))
+        self.thinking = token != self.thinking_end and token not in self.end_ids
+        if self.rule is not None and self.thinking:
+            assert entropy is not None
+            # In this order: a rule sees every entropy.
+            over |= self.rule.read(entropy) and len(self.tokens) >= self.soft.min_soft_tokens
+            soft = self.rule.soft
+        if over:
+            # Without a token that ends thinking the rest simply is discrete.
+            self.thinking_over = self.thinking_end is not None
+            self.thinking &= self.thinking_over
+        self.soft_phase = soft and self.thinking
+        return self.soft_phase
 
     @property
     def is_drawn(self) -> bool:
