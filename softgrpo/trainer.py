@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from softgrpo.algorithm.advantages import group_advantages, overlong_penalty
 from softgrpo.config import Config
+from softgrpo.config.rollout import RolloutConfig
 from softgrpo.config.schedule import soft_at
-from softgrpo.config.sections import RolloutConfig
 from softgrpo.data.training import TrainingData
 from softgrpo.distributed import World, patience
 from softgrpo.learner.device import check_device, device_type

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 from softgrpo.cli.entropy_rules import ENTROPY_RULES, add_entropy_rules
 from softgrpo.cli.errors import one_line_errors
 from softgrpo.config import Config
-from softgrpo.config.sections import DataConfig, FillerConfig
+from softgrpo.config.rollout import FillerConfig
+from softgrpo.config.sections import DataConfig
 
 if TYPE_CHECKING:
     from softgrpo.evaluation.folder import Settings

@@ -6,9 +6,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from softgrpo.config.engines import find_engine
+from softgrpo.config.rollout import RolloutConfig
 from softgrpo.config.schedule import soft_at
 from softgrpo.config.schema import ConfigError
-from softgrpo.config.sections import AdamWConfig, RolloutConfig, Sections
+from softgrpo.config.sections import AdamWConfig, Sections
 
 if TYPE_CHECKING:
     from softgrpo_kernels.methods.method import Method

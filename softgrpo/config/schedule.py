@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from softgrpo.config.sections import RolloutConfig, SoftConfig
+from softgrpo.config.rollout import RolloutConfig, SoftConfig
 
 
 def soft_at(rollout: RolloutConfig, step: int) -> SoftConfig:

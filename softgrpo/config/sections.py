@@ -5,17 +5,12 @@ The line `key: meaning` of a docstring is the documentation of that key (softgrp
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
+from softgrpo.config.ranges import Count, Fraction, NonNegative, Positive, Seed, Size
+from softgrpo.config.rollout import RolloutConfig
 from softgrpo.config.schema import Range
-
-Count = Annotated[int, Range(0)]
-Size = Annotated[int, Range(1)]
-Seed = Annotated[int, Range(0, 2**64 - 1)]
-NonNegative = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(0, open_low=True)]
-Fraction = Annotated[float, Range(0, 1, open_low=True)]
 
 
 @dataclass(frozen=True)
@@ -113,115 +108,6 @@ class DataConfig:
     few_shot: list[FewShot] = field(default_factory=list)
     shuffle: bool = True
     eval_size: Size = 64
-
-
-@dataclass(frozen=True)
-class SoftConfig:
-    """Soft positions of a rollout.
-
-    enabled: false: discrete rollouts, the objective is then ordinary GRPO
-    top_k: candidates of a position
-    top_p: the nucleus among them
-    temperature: of the logits
-    tau: temperature of the Gumbel-Softmax; small means nearly one token
-    weight_floor: a weight below so much of the largest is 0; 0: none
-    noise: `gumbel`, `dirichlet`, `gaussian`; `multiplex` and `none` have no density to train with
-    noise_scale: factor of Gumbel noise, concentration of Dirichlet, sigma of Gaussian noise
-    noise_clip: bounds of the noise; the objective `official` sets its own
-    end_of_thinking: `auto` (`</think>` where the tokenizer has it), a token, its id, or null
-    max_soft_tokens: budget, after which the end of thinking is forced
-    min_soft_tokens: positions before which neither thinking nor the response may end; equal to
-        the budget, thinking has exactly so many positions
-    """
-
-    enabled: bool = True
-    top_k: Annotated[int, Range(1, 64)] = 5
-    top_p: Fraction = 0.95
-    temperature: Positive = 1.0
-    tau: Positive = 0.1
-    weight_floor: Annotated[float, Range(0, 1)] = 0.0
-    noise: str = "gumbel"
-    noise_scale: Positive = 1.0
-    noise_clip: tuple[float, float] | None = None
-    end_of_thinking: int | str | None = "auto"
-    max_soft_tokens: Size | None = None
-    min_soft_tokens: Count = 0
-
-    @property
-    def mixture(self) -> tuple[float, float]:
-        """What `soft_weights` makes the weights of."""
-        return self.tau, self.weight_floor
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Soft settings that go linearly to those of `rollout.soft` over the first steps.
-
-    steps: at which they are reached; 0: no schedule
-    tau: at step 1; null: not scheduled
-    temperature: at step 1
-    noise_scale: at step 1
-    weight_floor: at step 1
-    """
-
-    steps: Count = 0
-    tau: Positive | None = None
-    temperature: Positive | None = None
-    noise_scale: Positive | None = None
-    weight_floor: Annotated[float, Range(0, 1)] | None = None
-
-    @property
-    def starts(self) -> dict[str, float]:
-        """The values at step 1 of what is scheduled; nothing without steps."""
-        values = asdict(self)
-        steps = values.pop("steps")
-        return {name: value for name, value in values.items() if steps and value is not None}
-
-
-@dataclass(frozen=True)
-class FillerConfig:
-    """Copies of one token in the place of thoughts: the control of what thoughts are worth.
-
-    They are no choice of the policy, so they end the prompt; `rollout.soft.end_of_thinking` follows
-    them where the tokenizer has it.
-
-    count: how many; 0: none
-    token: a text that is one token, or its id
-    """
-
-    count: Count = 0
-    token: int | str = "."
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How many samples a step draws, and how.
-
-    engine: `native`, `hf` (transformers: slow, for comparison) or the name of an installed one
-    prompts_per_step: prompts of a step
-    group_size: samples of a prompt
-    max_new_tokens: longest response
-    temperature: of discrete positions
-    top_p: of discrete positions
-    top_k: of discrete positions; 0 or -1: the whole vocabulary
-    max_batch_size: samples decoded at a time
-    max_batch_tokens: tokens of one forward pass over prompts
-    kv_memory: GiB of the KV cache; null: for a full batch, at most a quarter of the free memory
-    """
-
-    engine: str = "native"
-    prompts_per_step: Size = 8
-    group_size: Annotated[int, Range(2)] = 8
-    max_new_tokens: Size = 32
-    temperature: Positive = 1.0
-    top_p: Fraction = 0.95
-    top_k: Annotated[int, Range(-1)] = 5
-    max_batch_size: Size = 256
-    max_batch_tokens: Size = 8192
-    kv_memory: Positive | None = None
-    soft: SoftConfig = field(default_factory=SoftConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    filler_thoughts: FillerConfig = field(default_factory=FillerConfig)
 
 
 @dataclass(frozen=True)

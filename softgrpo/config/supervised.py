@@ -9,16 +9,9 @@ from dataclasses import dataclass, field
 
 from softgrpo.config.checks import check_name, check_optim
 from softgrpo.config.config import ConfigFile
+from softgrpo.config.ranges import Positive, Size
 from softgrpo.config.schema import ConfigError
-from softgrpo.config.sections import (
-    AdamWConfig,
-    CheckpointConfig,
-    FewShot,
-    ModelConfig,
-    Positive,
-    RunConfig,
-    Size,
-)
+from softgrpo.config.sections import AdamWConfig, CheckpointConfig, FewShot, ModelConfig, RunConfig
 
 
 @dataclass(frozen=True)

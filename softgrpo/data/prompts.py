@@ -8,7 +8,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from softgrpo.config.sections import FewShot, FillerConfig
+from softgrpo.config.rollout import FillerConfig
+from softgrpo.config.sections import FewShot
 from softgrpo.data.examples import Example, Message
 from softgrpo.data.sources import DataError
 from softgrpo_engine.requests.prompts import thinking_end_id, token_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from softgrpo.config.sections import FillerConfig
+from softgrpo.config.rollout import FillerConfig
 
 OWN, ARGMAX, FILLER = "own", "argmax", "filler"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.config import Config, ConfigError
-from softgrpo.config.sections import RolloutConfig, SoftConfig
+from softgrpo.config.rollout import RolloutConfig, SoftConfig
 from softgrpo.rollout.engines import RolloutEngine
 from softgrpo_engine import Output, SamplingParams, SoftParams
 from softgrpo_engine.params import K_MAX

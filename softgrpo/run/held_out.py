@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softgrpo.config import Config
-from softgrpo.config.sections import RolloutConfig
+from softgrpo.config.rollout import RolloutConfig
 from softgrpo.data.training import TrainingData
 from softgrpo.distributed import World
 from softgrpo.evaluation import pass_at_k

@@ -5,7 +5,8 @@ from dataclasses import asdict
 import pytest
 
 from softgrpo.config import Config, ConfigError, recipe_names
-from softgrpo.config.sections import DataConfig, RolloutConfig, SoftConfig
+from softgrpo.config.rollout import RolloutConfig, SoftConfig
+from softgrpo.config.sections import DataConfig
 
 DATA = ["data.train=a.jsonl"]
 

@@ -4,8 +4,8 @@ import pytest
 
 from softgrpo import Config
 from softgrpo.config import ConfigError
+from softgrpo.config.rollout import SoftConfig
 from softgrpo.config.schedule import soft_at
-from softgrpo.config.sections import SoftConfig
 from softgrpo.rollout.sampling import density_settings, soft_params
 from softgrpo.run.held_out import evaluation_rollout
 
