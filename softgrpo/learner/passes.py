@@ -173,7 +173,7 @@ class Passes:
         behaviour = log_densities(theirs, positions.logprobs, positions, settings)
         known = ~classes.forced
         if not settings.method.keeps_logp:
-            known &= ~classes.soft
+            known &= ~classes.soft_phase
         log_ratio = torch.where(known, current.density - behaviour, 0.0)
         weights, beyond = importance_weights(
             log_ratio, positions.sample, positions.num_samples, self.config.algorithm.correction

@@ -123,7 +123,7 @@ def cut(a, live, slot, soft, mass, row, JOINT: tl.constexpr):
 
 @triton.jit
 def draw_listed(z, token, live, slot, soft, mass, row, JOINT: tl.constexpr):
-    """(token, g', log p) of every slot in the order of g', a token that was drawn before all others,
+    """(token, g', log p) of every slot in the order of g', behind a token that was drawn itself,
     from the candidates and their logits: -1 and -inf in slots that are not used."""
     a = tl.div_rn(z, float_of(row, TEMPERATURE))
     a, token, live = sorted_candidates(a, token, live)
