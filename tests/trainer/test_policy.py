@@ -98,9 +98,8 @@ def test_trainer_equals_rollout_on_policy(case, tied):
         difference, known = mismatch(ours.candidates, theirs, classes)
         assert difference[known].max() < 1e-4
     chosen = classes.candidates | classes.full
-    if (
-        settings.method.ending_scale(settings.noise_scale) != 1.0
-    ):  # whose ending token is not a sample from p
+    # An ending token that is not a sample from p.
+    if settings.method.ending_scale(settings.noise_scale) != 1.0:
         chosen &= ~classes.soft_phase
     if objective != "official":  # whose ending token is scored over more than it was drawn from
         error = (ours.density - positions.logprobs)[chosen].abs()
