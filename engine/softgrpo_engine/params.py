@@ -66,7 +66,7 @@ class SoftParams:
 
     tau: temperature of the Gumbel-Softmax. weight_floor: a weight below so much of the largest is
     0. noise, noise_scale: the method, as in
-    `softgrpo_kernels.soft_token`; dirichlet, gaussian and multiplex go with tau 1. noise_clip:
+    `softgrpo_kernels.soft_token`, which says what goes with tau 1 and has no floor. noise_clip:
     bounds of the Gumbel noise, and eps: floor added to the probabilities, which keeps all top_k
     slots live; both are of the `official` objective. end_of_thinking: "auto" is the tokenizer's
     </think> if it has one; a token, its id, or None for never. max_soft_tokens: budget, after
@@ -111,8 +111,14 @@ class SoftParams:
 
         _require(self.noise in NOISES, "noise", self.noise, " or ".join(NOISES))
         _require(0 < self.noise_scale < math.inf, "noise_scale", self.noise_scale, "> 0")
-        if method_of(self.noise).refuses_scale(self.noise_scale):
-            raise ValueError(f"noise_scale={self.noise_scale}: {method_of(self.noise).scale_rule}")
+        method = method_of(self.noise)
+        if method.refuses_scale(self.noise_scale):
+            raise ValueError(f"noise_scale={self.noise_scale}: {method.scale_rule}")
+        if method.draws_token and self.weight_floor:
+            raise ValueError(
+                f"weight_floor={self.weight_floor}: {self.noise} has none, as the token that it "
+                "draws need not be the heaviest; set weight_floor=0"
+            )
         _require(0 <= self.eps < 1, "eps", self.eps, ">= 0 and < 1")
         if self.noise_clip is not None:
             low, high = self.noise_clip

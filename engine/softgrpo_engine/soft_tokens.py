@@ -11,7 +11,8 @@ from torch import Tensor
 class SoftTokens:
     """Generated positions, packed [T, K] or one step [B, K].
 
-    ids: int32 [.., K], candidates, best g' first; unused slots -1. gprime: float32 [.., K],
+    ids: int32 [.., K], candidates, best g' first (behind the
+    token, where the method draws it); unused slots -1. gprime: float32 [.., K],
     perturbed log-probabilities log p + noise; unused slots -inf. kind: uint8 [..], 0 discrete,
     1 soft. forced: bool [..], put there by a budget and not chosen. token: int32 [..], what the
     text shows (``ids[.., 0]``).

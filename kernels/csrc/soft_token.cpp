@@ -134,7 +134,7 @@ class RowSampler {
       if (eps > 0.0) logp = std::log((j < kept_ ? std::exp(logp) : 0.0) + eps);
       slots[j] = {{0.0f, list[j].id}, static_cast<float>(logp)};
     }
-    slots_ = perturb(slots, slots_, row_);
+    perturb(slots, slots_, row_);
     for (int64_t j = 0; j < slots_; ++j) write_slot(j, slots[j]);
   }
 
@@ -312,7 +312,8 @@ class RowSampler {
     }
     double powers[kMaxCandidates];
     double total = 0.0;
-    const double top = gprime[0] / row_.tau;
+    // Not always slot 0: a token that was drawn need not be the heaviest.
+    const double top = *std::max_element(gprime, gprime + slots_) / row_.tau;
     for (int64_t j = 0; j < slots_; ++j) {
       const bool counts = static_cast<double>(gprime[0]) - gprime[j] <= row_.reach;
       total += powers[j] = counts ? std::exp(gprime[j] / row_.tau - top) : 0.0;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <utility>
 
 #define SOFTGRPO_KERNEL "soft_token_perturb.inc"
 #include "shared/each_isa.h"
@@ -9,10 +11,16 @@
 namespace softgrpo {
 namespace {
 
-enum Noise : int64_t { kGumbel = 0, kNone = 1, kDirichlet = 2, kGaussian = 3, kMultiplex = 4 };
+enum Noise : int64_t {
+  kGumbel = 0, kNone = 1, kDirichlet = 2, kGaussian = 3,
+  // From here on the token is drawn itself.
+  kMultiplex = 4, kMultiplexWeighted = 5, kMixtureOfInputs = 6, kMean = 7,
+};
 
 constexpr float kMinShape = 1e-30f;
 constexpr double kMinWeight = 1e-6;
+constexpr float kMinLogWeight = 0x1p-20f;
+constexpr int32_t kCountSize = 64;
 
 struct SlotIds {
   int32_t ids[kMaxCandidates];
@@ -58,46 +66,98 @@ void gaussian_slots(Slot* slots, int64_t count, const Row& row) {
   }
 }
 
-// The slots that were drawn move to the front; returns their number.
-int64_t multiplex_slots(Slot* slots, int64_t count, const Row& row) {
-  const SlotIds tokens(slots, count);
+// The slot that wins a draw from p; draw 0 is that of a discrete row.
+int64_t drawn_slot(const Slot* slots, int64_t count, const SlotIds& tokens, const Row& row,
+                   int64_t draw) {
+  NoiseKey key = row.key();
+  key.stream += static_cast<uint32_t>(draw) << 16;
   float noise[kMaxCandidates];
-  int64_t drawn[kMaxCandidates] = {};
-  const auto draws = static_cast<int64_t>(row.noise_scale);
-  for (int64_t draw = 0; draw < draws; ++draw) {
-    NoiseKey key = row.key();
-    key.stream += static_cast<uint32_t>(draw) << 16;
-    SOFTGRPO_BEST(gumbel_of_ids)(noise, tokens.ids, count, key);
-    int64_t best = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      slots[j].perturbed.value = slots[j].logp + noise[j];
-      if (comes_before(slots[j].perturbed, slots[best].perturbed)) best = j;
-    }
-    ++drawn[best];
+  SOFTGRPO_BEST(gumbel_of_ids)(noise, tokens.ids, count, key);
+  const auto perturbed = [&](int64_t j) {
+    return Candidate{slots[j].logp + noise[j], tokens.ids[j]};
+  };
+  int64_t best = 0;
+  for (int64_t j = 1; j < count; ++j)
+    if (comes_before(perturbed(j), perturbed(best))) best = j;
+  return best;
+}
+
+// log(count p), count - 1 in its low bits: the nearest word that ends in them.
+float with_count(float value, int32_t count) {
+  if (std::fabs(value) < kMinLogWeight) value = kMinLogWeight;
+  int32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  word = ((word - (count - 1) + kCountSize / 2) & -kCountSize) | (count - 1);
+  std::memcpy(&value, &word, sizeof word);
+  return value;
+}
+
+void multiplex_slots(Slot* slots, int64_t count, const SlotIds& tokens, const Row& row,
+                     int64_t first) {
+  int32_t drawn[kMaxCandidates] = {};
+  ++drawn[first];
+  for (int64_t draw = 1; draw < static_cast<int64_t>(row.noise_scale); ++draw)
+    ++drawn[drawn_slot(slots, count, tokens, row, draw)];
+  const bool weighted = row.noise == kMultiplexWeighted;
+  float logs[kMaxCandidates];
+  for (int64_t j = 0; j < count; ++j)
+    logs[j] = static_cast<float>(std::max(drawn[j], 1)) / (weighted ? 1.0f : row.noise_scale);
+  SOFTGRPO_BEST(logs_in_place)(logs, count);
+  for (int64_t j = 0; j < count; ++j)
+    slots[j].perturbed.value = drawn[j] == 0 ? -HUGE_VALF
+                               : weighted    ? with_count(slots[j].logp + logs[j], drawn[j])
+                                             : logs[j];
+}
+
+// The slots come with the most probable first: its p is what the sum of all leaves for it.
+void mixture_slots(Slot* slots, int64_t count, const Row& row, int64_t first) {
+  const auto below = [&](int64_t j) { return static_cast<double>(slots[0].logp - slots[j].logp); };
+  double others = 0.0, weighted = 0.0;
+  for (int64_t j = 1; j < count; ++j) {
+    const double ratio = std::exp(-below(j));
+    others += ratio;
+    weighted += ratio * below(j);
   }
-  int64_t used = 0;
+  const double log_sum = std::log(1.0 + others);
+  const double entropy = log_sum + weighted / (1.0 + others);
+  const double most = std::log(static_cast<double>(std::max<int64_t>(count, 2)));
+  const double uncertainty = std::min(entropy / most, 1.0);
+  const double share = uncertainty / (1.0 + row.noise_scale);
   for (int64_t j = 0; j < count; ++j) {
-    if (drawn[j] == 0) continue;
-    slots[used] = slots[j];
-    slots[used++].perturbed.value =
-        static_cast<float>(std::log(static_cast<double>(drawn[j]) / static_cast<double>(draws)));
+    const double log_p = -below(j) - log_sum;
+    const double log_weight =
+        j == first ? std::log(share * (std::exp(log_p) + row.noise_scale) + (1.0 - uncertainty))
+                   : std::log(share) + log_p;
+    slots[j].perturbed.value = static_cast<float>(log_weight);
   }
-  return used;
+}
+
+// g' of methods that draw the token; returns its slot.
+int64_t slots_of_drawn(Slot* slots, int64_t count, const Row& row) {
+  const SlotIds tokens(slots, count);
+  const int64_t first = drawn_slot(slots, count, tokens, row, 0);
+  if (row.noise == kMixtureOfInputs)
+    mixture_slots(slots, count, row, first);
+  else if (row.noise == kMean)
+    for (int64_t j = 0; j < count; ++j) slots[j].perturbed.value = slots[j].logp;
+  else
+    multiplex_slots(slots, count, tokens, row, first);
+  return first;
 }
 
 }  // namespace
 
-int64_t perturb(Slot* slots, int64_t count, const Row& row) {
+void perturb(Slot* slots, int64_t count, const Row& row) {
   const int64_t kind = row.mode == kSoft ? row.noise : int64_t{kGumbel};
+  Slot* sorted = slots;
   if (kind == kGumbel) gumbel_slots(slots, count, row);
   if (kind == kNone)
     for (int64_t j = 0; j < count; ++j) slots[j].perturbed.value = slots[j].logp;
   if (kind == kDirichlet) dirichlet_slots(slots, count, row);
   if (kind == kGaussian) gaussian_slots(slots, count, row);
-  if (kind == kMultiplex) count = multiplex_slots(slots, count, row);
-  std::sort(slots, slots + count,
+  if (kind >= kMultiplex) std::swap(slots[slots_of_drawn(slots, count, row)], *sorted++);
+  std::sort(sorted, slots + count,
             [](const Slot& a, const Slot& b) { return comes_before(a.perturbed, b.perturbed); });
-  return count;
 }
 
 }  // namespace softgrpo

@@ -4,7 +4,7 @@
 
 namespace softgrpo {
 
-// Turns log p into g' and sorts the slots by it. Returns how many stay in use.
-int64_t perturb(Slot* slots, int64_t count, const Row& row);
+// Turns log p, best first, into g' and sorts the slots by it, behind the token where it is drawn.
+void perturb(Slot* slots, int64_t count, const Row& row);
 
 }  // namespace softgrpo

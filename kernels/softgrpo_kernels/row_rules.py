@@ -103,6 +103,7 @@ def surely_sound(low: RowValues, high: RowValues) -> bool:
         scale, methods = low.noise_scale, DRAWS[int(low.noise) : int(high.noise) + 1]
         fine = high.stream <= LAST_STREAM_OF_DRAWS and scale == high.noise_scale
         fine &= not any(method.refuses_scale(scale) for method in methods)
+        fine &= low.reach == torch.inf or not any(method.draws_token for method in methods)
     return fine
 
 
@@ -165,13 +166,20 @@ def _rules_of_noise(v: RowValues, soft: Any) -> Iterator[Rule]:
     )  # fmt: skip
     yield Rule(
         soft & (v.noise >= DIRICHLET) & (v.stream > LAST_STREAM_OF_DRAWS), "stream", v.stream,
-        "stream must be below 2^16 with dirichlet, gaussian, multiplex noise",
+        f"stream must be below 2^16 with {', '.join(NOISES[DIRICHLET:])} noise",
     )  # fmt: skip
     for method in DRAWS:
         yield Rule(
             soft & (v.noise == method.code) & method.refuses_scale(v.noise_scale),
             "noise_scale", v.noise_scale, method.scale_rule,
         )  # fmt: skip
+        if method.draws_token:
+            yield Rule(
+                soft & (v.noise == method.code) & (v.reach < torch.inf),
+                "tau ln(1 / weight_floor)", v.reach,
+                f"weight_floor must be 0 with {method.noise} noise, whose token need not be the "
+                "heaviest",
+            )  # fmt: skip
 
 
 def check_numbers(v: RowValues, k_max: int) -> None:

@@ -85,8 +85,14 @@ def soft_token(
             "none": g' = log p (Soft Thinking, 2505.15778);
             "dirichlet": g' = log x, x ~ Dirichlet(noise_scale p) (2508.03440);
             "gaussian": g' = log max(p + noise_scale N(0, 1), 1e-6);
-            "multiplex": g' = log(count / noise_scale) of noise_scale independent draws from p; the
-            slots are the tokens drawn (2601.08808). The last three go with gumbel_tau 1.
+            "multiplex": g' = log(count / noise_scale) of noise_scale independent draws from p, the
+            token the first of them (2601.08808, 2505.23648);
+            "multiplex_weighted": g' = log(count p), see `methods.multiplex_weighted`;
+            "mixture_of_inputs": of a drawn token and p, noise_scale beta (2505.14827);
+            "mean": g' = log p, beside a drawn token.
+            The last four draw the token from p: it stands in slot 0 before all others, whatever its
+            g', candidates with g' = -inf keep their slots, and there is no weight_floor. All but
+            gumbel, none and mean go with gumbel_tau 1.
         noise_scale: >= 0, see noise; soft rows only. noise_clamp: None or bounds (low, high) or
             [B, 2] of the Gumbel noise before the factor, soft rows only.
         eps: soft rows only. > 0 keeps all top_k candidates, with log(p + eps) for log p, p = 0 for

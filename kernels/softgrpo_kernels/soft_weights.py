@@ -16,10 +16,12 @@ def soft_weights(
     """Weights of the mixture, the one function that engine and trainer share.
 
     Args:
-        gprime: [..., K], perturbed log-probabilities, best first; unused slots -inf.
+        gprime: [..., K], perturbed log-probabilities, unused slots -inf; best first, or the drawn
+            token before the others (methods with `draws_token`).
         kind: uint8 [...], 1 soft, 0 discrete.
         tau: Gumbel-Softmax temperature, a number or [...].
-        weight_floor: 0 .. 1, a number or [...]: a weight below so much of the largest is 0.
+        weight_floor: 0 .. 1, a number or [...]: a weight below so much of slot 0's is 0; 0 for
+            methods with `draws_token`, whose slot 0 need not be the largest.
 
     Returns:
         [..., K] in gprime's dtype: softmax(g'/tau) where kind is 1, over the slots that the floor

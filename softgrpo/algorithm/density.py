@@ -56,8 +56,9 @@ def density_terms(
         soft_logq = soft_logq + mass[:, None]
     soft, soft_counts = settings.method.slot_terms(soft_logq, gprime, rollout)
     result = torch.where(classes.full, token_logp_T, 0.0).to(logq_TK.dtype)
-    # The argmax of log p + c g is a sample from p^(1/c).
-    scale = torch.where(classes.soft_phase, settings.noise_scale, 1.0)
+    # A token that ended a soft phase was drawn from p^(1/c).
+    ending_scale = settings.method.ending_scale(settings.noise_scale)
+    scale = torch.where(classes.soft_phase, ending_scale, 1.0)
     candidates = logq_TK.index_select(0, rows.candidates)
     candidates = candidates / scale.index_select(0, rows.candidates)[:, None]
     result = result.index_copy(0, rows.candidates, candidates.log_softmax(-1)[:, 0])

@@ -89,8 +89,8 @@ def _check_method(config: Sections) -> None:
         raise ConfigError(f"rollout.soft.noise: {soft.noise!r} cannot be trained: {why}")
     if objective not in known:
         raise ConfigError(
-            f"algorithm.objective: {objective!r} is a density of Gumbel noise; "
-            f"rollout.soft.noise {soft.noise!r} needs objective {' or '.join(known)}"
+            f"algorithm.objective: {objective!r} is no density of rollout.soft.noise "
+            f"{soft.noise!r}, which needs objective {' or '.join(known)}"
         )
     method = method_of(soft.noise, objective)
     if soft.noise_clip is not None:
@@ -107,6 +107,11 @@ def _check_method(config: Sections) -> None:
         )
     if method.refuses_scale(soft.noise_scale):
         raise ConfigError(f"rollout.soft.noise_scale: {method.scale_rule}")
+    if method.draws_token and soft.weight_floor:
+        raise ConfigError(
+            f"rollout.soft.weight_floor: noise {soft.noise!r} has none, as the token that it draws "
+            "need not be the heaviest; set weight_floor=0"
+        )
     _check_schedule(config.rollout, method)
     if method.needs_floor and not soft.weight_floor:
         raise ConfigError(

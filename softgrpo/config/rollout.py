@@ -19,8 +19,10 @@ class SoftConfig:
     temperature: of the logits
     tau: temperature of the Gumbel-Softmax; small means nearly one token
     weight_floor: a weight below so much of the largest is 0; 0: none
-    noise: `gumbel`, `dirichlet`, `gaussian`; `multiplex` and `none` have no density to train with
-    noise_scale: factor of Gumbel noise, concentration of Dirichlet, sigma of Gaussian noise
+    noise: the method: `gumbel`, `dirichlet`, `gaussian`, `multiplex`, `multiplex_weighted`,
+        `mixture_of_inputs`, `mean`; `none` has no density to train with
+    noise_scale: factor of Gumbel noise, concentration of Dirichlet, sigma of Gaussian noise, draws
+        of Multiplex, beta of Mixture of Inputs
     noise_clip: bounds of the noise; the objective `official` sets its own
     end_of_thinking: `auto` (`</think>` where the tokenizer has it), a token, its id, or null
     max_soft_tokens: budget, after which the end of thinking is forced

@@ -155,7 +155,8 @@ class AlgorithmConfig:
     """What is maximised.
 
     objective: density of a soft position: `exact`, `official`, `concrete`, `censored`, or the
-        surrogates `argmax`, `lepo` and `latent_grpo`
+        surrogates `argmax`, `lepo` and `latent_grpo`; of draws `exact`, `slot_mean` or `per_slot`,
+        of a drawn token's mixture `token`
     discrete_logprob: a discrete position is scored over its recorded `candidates` or the `full`
         vocabulary; `auto`: its candidates where `rollout.top_k` leaves at most 64
     advantage: `grpo` (R - mean) / std, `dr_grpo` R - mean, `loo` R - mean of the others

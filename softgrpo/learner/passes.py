@@ -182,6 +182,8 @@ class Passes:
         known = ~classes.forced
         if not settings.method.records_density:
             known &= ~classes.soft
+        if not settings.method.keeps_logp:
+            known &= ~classes.soft_phase
         log_ratio = torch.where(known, current.density - behaviour, 0.0)
         weights, beyond = importance_weights(
             log_ratio, positions.sample, positions.num_samples, self.config.algorithm.correction

@@ -113,6 +113,13 @@ METHODS = {
     "gaussian": (
         "rollout.soft.noise=gaussian", "rollout.soft.noise_scale=0.2", "rollout.soft.tau=1",
     ),
+    "multiplex": (
+        "rollout.soft.noise=multiplex", "rollout.soft.noise_scale=3", "rollout.soft.tau=1",
+        "algorithm.objective=slot_mean",
+    ),
+    "mixture of inputs": (
+        "rollout.soft.noise=mixture_of_inputs", "rollout.soft.tau=1", "algorithm.objective=token",
+    ),
 }  # fmt: skip
 
 

@@ -11,6 +11,11 @@ METHODS = {
     "dirichlet": SoftParams(noise="dirichlet", noise_scale=4.0, tau=1.0, end_of_thinking=None),
     "gaussian": SoftParams(noise="gaussian", noise_scale=0.1, tau=1.0, end_of_thinking=None),
     "multiplex": SoftParams(noise="multiplex", noise_scale=3, tau=1.0, end_of_thinking=None),
+    "multiplex_weighted": SoftParams(
+        noise="multiplex_weighted", noise_scale=3, tau=1.0, end_of_thinking=None
+    ),
+    "mixture_of_inputs": SoftParams(noise="mixture_of_inputs", tau=1.0, end_of_thinking=None),
+    "mean": SoftParams(noise="mean", tau=1.0, end_of_thinking=None),
 }
 
 
@@ -33,7 +38,7 @@ def test_a_method_is_reproducible_and_its_record_gives_the_weights(make_llm, pro
     weights = torch.where(live, first[0].soft.gprime.exp(), 0.0)
     if method == "multiplex":
         torch.testing.assert_close(weights * 3, (weights * 3).round(), atol=1e-5, rtol=0)
-    if method != "gaussian":
+    if method not in ("gaussian", "multiplex_weighted"):
         torch.testing.assert_close(weights.sum(-1), torch.ones(8))
     if method == "none":
         assert torch.equal(first[0].soft.gprime, first[1].soft.gprime)
@@ -56,6 +61,7 @@ def test_what_a_sample_draws_does_not_depend_on_its_neighbour(make_llm, prompts)
         ({"noise": "uniform"}, "noise"),
         ({"noise": "multiplex", "noise_scale": 2.5}, "draws"),
         ({"noise": "multiplex", "noise_scale": 100}, "draws"),
+        ({"noise": "mean", "weight_floor": 0.1}, "set weight_floor=0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

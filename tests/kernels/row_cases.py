@@ -3,7 +3,15 @@ row with k_max 8."""
 
 import torch
 
-from softgrpo_kernels.methods import DIRICHLET, GAUSSIAN, MULTIPLEX, NONE
+from softgrpo_kernels.methods import (
+    DIRICHLET,
+    GAUSSIAN,
+    MEAN,
+    MIXTURE_OF_INPUTS,
+    MULTIPLEX,
+    MULTIPLEX_WEIGHTED,
+    NONE,
+)
 from softgrpo_kernels.row_rules import DISCRETE, GREEDY
 
 NAN, INF = torch.nan, torch.inf
@@ -22,9 +30,11 @@ BAD = [
     *({"eps": x} for x in (NAN, INF, -1e-6)),
     *({name: x} for name in ("position", "uid", "stream") for x in (-1, 2**32)),
     {"uid": -1, "mode": GREEDY},
-    {"noise": 5}, {"noise": -1}, {"stream": 2**16, "noise": GAUSSIAN},
+    {"noise": 8}, {"noise": -1}, {"stream": 2**16, "noise": GAUSSIAN},
     {"noise": DIRICHLET, "noise_scale": 0.0},
     *({"noise": MULTIPLEX, "noise_scale": x} for x in (0.0, 2.5, 65.0)),
+    {"noise": MULTIPLEX_WEIGHTED, "noise_scale": 1.5},
+    *({"noise": x, "weight_floor": 0.1} for x in (MULTIPLEX, MIXTURE_OF_INPUTS, MEAN)),
 ]  # fmt: skip
 
 GOOD = [
@@ -35,4 +45,6 @@ GOOD = [
     {"top_p": 0.0}, {"top_p": 7.0}, {"noise_scale": 0.0}, {"noise_clamp": (0.5, 0.5)},
     {"uid": 2**32 - 1, "stream": 2**32 - 1, "seed": -(2**63)},
     {"noise": NONE}, {"noise": MULTIPLEX, "noise_scale": 3.0, "stream": 2**16 - 1},
+    {"noise": MULTIPLEX_WEIGHTED, "noise_scale": 64.0}, {"noise": GAUSSIAN, "weight_floor": 0.1},
+    {"noise": MIXTURE_OF_INPUTS, "noise_scale": 0.0}, {"noise": MEAN, "noise_scale": 2.5},
 ]  # fmt: skip

@@ -4,16 +4,35 @@ import pytest
 import torch
 
 from softgrpo_kernels import soft_density
-from softgrpo_kernels.methods import DRAWS, METHODS, NOISES, OBJECTIVES, method_of, objectives_of
+from softgrpo_kernels.methods import (
+    DRAWS,
+    METHODS,
+    MULTIPLEX,
+    NOISES,
+    OBJECTIVES,
+    method_of,
+    objectives_of,
+)
 from softgrpo_kernels.methods.method import Rollout
 
 
 def test_every_noise_has_the_number_of_its_place():
     assert [method.code for method in DRAWS] == list(range(len(DRAWS)))
-    assert NOISES == ("gumbel", "none", "dirichlet", "gaussian", "multiplex")  # C++ and Triton
-    densities, surrogates = OBJECTIVES[:4], OBJECTIVES[4:]
-    assert densities == ("exact", "official", "concrete", "censored")
-    assert surrogates == ("argmax", "latent_grpo", "lepo")
+    assert NOISES == (
+        "gumbel", "none", "dirichlet", "gaussian",
+        "multiplex", "multiplex_weighted", "mixture_of_inputs", "mean",
+    )  # fmt: skip  # C++ and Triton
+    assert OBJECTIVES == (
+        "exact", "official", "concrete", "censored", "argmax", "latent_grpo", "lepo",
+        "slot_mean", "per_slot", "token",
+    )  # fmt: skip
+
+
+def test_those_that_draw_the_token_have_the_last_numbers():
+    """C++ and Triton tell them by `>= MULTIPLEX`."""
+    assert [method.draws_token for method in DRAWS] == [
+        code >= MULTIPLEX for code in range(len(DRAWS))
+    ]
 
 
 def test_noise_and_objective_name_one_method():

@@ -83,7 +83,7 @@ def test_the_first_multiplex_draw_is_the_discrete_token():
     keys = {"position": torch.arange(200), "top_k": 12}
     one = soft_token(z, noise="multiplex", noise_scale=1.0, **keys)
     assert torch.equal(one.token, soft_token(z, mode=1, **keys).token)
-    assert (one.n == 1).all()
+    assert torch.equal(one.ids.sort().values, soft_token(z, mode=1, **keys).ids.sort().values)
 
 
 @pytest.mark.skipif(cpu_extension() is None, reason="no C++ extension")
@@ -91,11 +91,12 @@ def test_the_first_multiplex_draw_is_the_discrete_token():
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_cpp_equals_the_reference(isa, eps):
     torch.manual_seed(1)
-    rows = 60
+    rows = 80
     kinds = torch.arange(rows) % len(NOISES)
-    scales = torch.tensor([0.7, 1.0, 3.0, 0.1, 7.0])
+    scales = torch.tensor([0.7, 1.0, 3.0, 0.1, 7.0, 5.0, 0.5, 1.0])
     settings = {
-        "top_k": 17, "top_p": 0.97, "gumbel_tau": 1.0, "weight_floor": 0.3,
+        "top_k": 17, "top_p": 0.97, "gumbel_tau": 1.0,
+        "weight_floor": torch.where(kinds < MULTIPLEX, 0.3, 0.0),
         "noise": kinds, "noise_scale": scales[kinds],
         "mode": torch.where(torch.arange(rows) % 11 == 0, 1, 2), "eps": eps,
         "position": torch.arange(rows), "uid": 77, "stream": 1,
@@ -111,7 +112,8 @@ def test_cpp_equals_the_reference(isa, eps):
     assert torch.equal(out.n, expected.n)
     for name in ("gprime", "logp", "weights", "embed"):
         a, b = getattr(out, name), getattr(expected, name)
-        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6, msg=name)
+        # The low bits of weighted multiplex hold a count: an ulp of log p moves g' by 64.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, msg=name)
 
 
 def test_the_kind_of_noise_is_for_soft_rows():
@@ -127,7 +129,9 @@ def test_a_slot_holds_finite_noise_however_improbable_its_token():
     z = torch.tensor([[0.0, -80.0, -200.0, -1e6]])
     for noise in NOISES:
         out = soft_token(z, torch.eye(4), top_k=4, noise=noise, gumbel_tau=1.0)
-        assert torch.isfinite(out.gprime[0, : int(out.n)]).all(), noise
+        not_drawn = noise.startswith("multiplex") & (out.weights == 0)
+        assert (torch.isfinite(out.gprime) | not_drawn)[0, : int(out.n)].all(), noise
+        assert int(out.n) == 4
         assert out.embed.sum() == pytest.approx(1.0)
 
 
@@ -156,10 +160,11 @@ def test_digamma_of_the_log_weights():
     ("arguments", "message"),
     [
         ({"noise": "uniform"}, "noise must be one of gumbel, none, dirichlet"),
-        ({"noise": torch.tensor([0, 5])}, "noise must be 0 .. 4"),
+        ({"noise": torch.tensor([0, 8])}, "noise must be 0 .. 7"),
         ({"noise": "dirichlet", "noise_scale": 0.0}, "Dirichlet's concentration"),
         ({"noise": "multiplex", "noise_scale": 2.5}, "number of draws"),
         ({"noise": "multiplex", "noise_scale": 65.0}, "number of draws"),
+        ({"noise": "mean", "weight_floor": 0.1}, "weight_floor must be 0 with mean noise"),
         ({"noise": "gaussian", "stream": 1 << 16}, "stream must be below 2\\^16"),
     ],
 )

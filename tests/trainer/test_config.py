@@ -234,10 +234,19 @@ def test_noise_and_objective_must_fit(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["rollout.soft.noise=multiplex"], "'multiplex' cannot be trained: its record holds"),
+        (["rollout.soft.noise=multiplex"], "draws the weights themselves; set tau=1"),
+        (["rollout.soft.noise=mean"], "'exact' is no density of rollout.soft.noise 'mean', which"),
+        (
+            [
+                "rollout.soft.noise=mean",
+                "rollout.soft.weight_floor=0.1",
+                "algorithm.objective=token",
+            ],
+            "rollout.soft.weight_floor: noise 'mean' has none",
+        ),
         (
             ["rollout.soft.noise=dirichlet", "algorithm.objective=official"],
-            "'official' is a density of Gumbel noise; rollout.soft.noise 'dirichlet' needs",
+            "'official' is no density of rollout.soft.noise 'dirichlet', which needs",
         ),
         (["algorithm.objective=censored"], "set rollout.soft.weight_floor, such as 0.1"),
         (["rollout.soft.weight_floor=2"], "rollout.soft.weight_floor: 2 is not allowed"),

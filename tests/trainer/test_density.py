@@ -15,7 +15,9 @@ from softgrpo_kernels.methods import method_of
 V, K = 23, 4
 
 
-def make_batch(kinds, forced=None, *, eps=0.0, noise_clamp=None, noise_scale=1.0, seed=5):
+def make_batch(
+    kinds, forced=None, *, eps=0.0, noise_clamp=None, noise="gumbel", noise_scale=1.0, seed=5
+):
     """Samples of one group, recorded from random logits by the op itself."""
     lens = [len(k) for k in kinds]
     total = sum(lens)
@@ -35,6 +37,7 @@ def make_batch(kinds, forced=None, *, eps=0.0, noise_clamp=None, noise_scale=1.0
         uid=uid[owner],
         eps=eps,
         noise_clamp=noise_clamp,
+        noise=noise,
         noise_scale=noise_scale,
         mode=1 + kind,
     )
@@ -119,6 +122,31 @@ def test_official_record_gives_the_kept_probabilities_back():
     assert torch.equal(recovered.isfinite().sum(-1), kept)
     assert (drawn.ids >= 0).all()  # every slot is live on the record
     torch.testing.assert_close(recovered.exp().sum(-1), torch.ones(6), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("noise", ["multiplex", "multiplex_weighted", "mixture_of_inputs", "mean"])
+def test_of_drawn_tokens_the_record_gives_what_it_holds(noise):
+    """Candidates with g' = -inf are neither NaN nor a mismatch; a token that ends the soft phase is
+    scored by log q itself, whatever the noise scale."""
+    method = method_of(noise)
+    batch, drawn, _ = make_batch([[1, 1, 1, 0]] * 3, noise=noise, noise_scale=3.0)
+    settings = DensitySettings(method, tau=1.0, noise_scale=3.0)
+    positions = batch.positions(settings)
+    theirs = rollout_logq(positions, settings)
+    difference, known = mismatch(drawn.logp, theirs, positions.classes)
+    assert known[:, 0].all()
+    assert torch.equal(theirs == -math.inf, drawn.ids < 0)
+    if method.keeps_logp:
+        soft = positions.classes.soft[:, None]
+        assert torch.equal(known & soft, (drawn.ids >= 0) & soft)
+    assert difference[known & positions.classes.soft[:, None]].max() < 1e-5
+    logq = drawn.logp.clone().requires_grad_()
+    density = log_densities(logq, drawn.token_logp, positions, settings)
+    endings = positions.classes.candidates
+    assert endings.sum() == 3
+    torch.testing.assert_close(density[endings], drawn.token_logp[endings])
+    density.sum().backward()
+    assert logq.grad[drawn.ids >= 0].isfinite().all()
 
 
 def test_mismatch_is_zero_for_the_same_probabilities_under_every_objective():

@@ -50,6 +50,20 @@ CASES = {
     "half-scale": ("exact", {"noise_scale": 0.5, **THINKING}, {}),
     "dirichlet": ("exact", {"noise": "dirichlet", "tau": 1.0, "noise_scale": 2.0, **THINKING}, {}),
     "gaussian": ("exact", {"noise": "gaussian", "tau": 1.0, "noise_scale": 0.2, **THINKING}, {}),
+    **{
+        f"{noise}-{objective}": (
+            objective,
+            {"noise": noise, "tau": 1.0, "noise_scale": 3.0, **THINKING},
+            {},
+        )
+        for noise, objective in (
+            ("multiplex", "exact"),
+            ("multiplex_weighted", "slot_mean"),
+            ("multiplex", "per_slot"),
+            ("mixture_of_inputs", "token"),
+            ("mean", "token"),
+        )
+    },
     "discrete": ("exact", None, {}),
     "discrete-full": ("exact", None, {"top_k": -1, "top_p": 1.0}),
 }
@@ -89,7 +103,8 @@ def test_trainer_equals_rollout_on_policy(case, tied):
         difference, known = mismatch(ours.candidates, theirs, classes)
         assert difference[known].max() < 1e-4
     chosen = classes.candidates | classes.full
-    if settings.noise_scale != 1.0:  # whose ending token is not a sample from p
+    # An ending token that is not a sample from p.
+    if settings.method.ending_scale(settings.noise_scale) != 1.0:
         chosen &= ~classes.soft_phase
     if objective != "official":  # whose ending token is scored over more than it was drawn from
         error = (ours.density - positions.logprobs)[chosen].abs()

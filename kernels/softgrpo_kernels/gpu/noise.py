@@ -37,7 +37,8 @@ def _philox(ids, key, draw):
 
 
 @triton.jit
-def _portable_log(x):
+def portable_log(x):
+    """log of positive normal numbers."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -68,14 +69,14 @@ def _exponential(r0, r1):
     v = (_upper_bits(r0) + _open_unit(r1)) * 1.1920928955078125e-07
     v = tl.minimum(v, 0.9999999403953552)
     u = 1.0 - v
-    return 0.0 - (_portable_log(u) + ((1.0 - u) - v))
+    return 0.0 - (portable_log(u) + ((1.0 - u) - v))
 
 
 @triton.jit
 def gumbel(ids, key, draw=0):
     """Standard Gumbel noise of a block of ids."""
     r0, r1, _, _ = _philox(ids, key, draw)
-    return 0.0 - _portable_log(_exponential(r0, r1))
+    return 0.0 - portable_log(_exponential(r0, r1))
 
 
 @triton.jit
@@ -111,10 +112,10 @@ def log_gamma(ids, shape, key):
         root = 1.0 + c * x
         v = root * root * root
         positive = v > 0.0
-        new_log_v = _portable_log(tl.where(positive, v, 1.0))
+        new_log_v = portable_log(tl.where(positive, v, 1.0))
         bound = 0.5 * x * x + (d - d * v + d * new_log_v)
-        good = positive & (_portable_log(_open_unit(r3)) < bound) & (accepted == 0)
+        good = positive & (portable_log(_open_unit(r3)) < bound) & (accepted == 0)
         log_v = tl.where(good, new_log_v, log_v)
         accepted = accepted | good
     r0, r1, _, _ = _philox(ids, key, _GAMMA_ATTEMPTS)
-    return _portable_log(d) + log_v - tl.div_rn(_exponential(r0, r1), shape)
+    return portable_log(d) + log_v - tl.div_rn(_exponential(r0, r1), shape)

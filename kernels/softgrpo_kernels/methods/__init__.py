@@ -15,20 +15,31 @@ from softgrpo_kernels.methods.gaussian import Gaussian
 from softgrpo_kernels.methods.gumbel import Gumbel
 from softgrpo_kernels.methods.latent_grpo import LatentGrpo
 from softgrpo_kernels.methods.lepo import Lepo
+from softgrpo_kernels.methods.mean import Mean
 from softgrpo_kernels.methods.method import Method
-from softgrpo_kernels.methods.multiplex import Multiplex
+from softgrpo_kernels.methods.mixture_of_inputs import MixtureOfInputs
+from softgrpo_kernels.methods.multiplex import Multiplex, PerSlot, SlotMean
+from softgrpo_kernels.methods.multiplex_weighted import (
+    MultiplexWeighted,
+    WeightedPerSlot,
+    WeightedSlotMean,
+)
 from softgrpo_kernels.methods.official import Official
 from softgrpo_kernels.methods.plain import Plain
 
 # Of methods with one noise the first is the one that stands for it where no density is asked for.
 METHODS: tuple[Method, ...] = (
     Gumbel(), Official(), Concrete(), Censored(), Argmax(), LatentGrpo(), Lepo(),
-    Plain(), Dirichlet(), Gaussian(), Multiplex(),
+    Plain(), Dirichlet(), Gaussian(),
+    Multiplex(), SlotMean(), PerSlot(), MultiplexWeighted(), WeightedSlotMean(), WeightedPerSlot(),
+    MixtureOfInputs(), Mean(),
 )  # fmt: skip
 # The methods that draw differently, in the order of their numbers.
 DRAWS = tuple(sorted({m.noise: m for m in reversed(METHODS)}.values(), key=lambda m: m.code))
 NOISES = tuple(method.noise for method in DRAWS)
-GUMBEL, NONE, DIRICHLET, GAUSSIAN, MULTIPLEX = (method.code for method in DRAWS)
+GUMBEL, NONE, DIRICHLET, GAUSSIAN, *_DRAWN = (method.code for method in DRAWS)
+# From MULTIPLEX on they draw the token itself.
+MULTIPLEX, MULTIPLEX_WEIGHTED, MIXTURE_OF_INPUTS, MEAN = _DRAWN
 OBJECTIVES = tuple(dict.fromkeys(m.objective for m in METHODS if m.objective is not None))
 
 

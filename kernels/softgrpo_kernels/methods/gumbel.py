@@ -32,3 +32,6 @@ class Gumbel(Method):
         u = (gprime - logq) / scale
         n = live.sum(-1).to(logq.dtype)
         return torch.where(live, -u - torch.exp(-u), 0.0).sum(-1) - n * math.log(scale)
+
+    def ending_scale(self, noise_scale: float) -> float:
+        return noise_scale  # the argmax of log p + c g is a draw from p^(1/c)

@@ -7,17 +7,23 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from softgrpo_kernels.noise import gumbel_noise
+
+Keys = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 class Noise(NamedTuple):
     """How the noise of some rows is drawn.
 
     scale, clamp_low, clamp_high: float [B, 1]. keys: seed, position, uid, stream, int64 [B] each.
+    drawn: bool [B, K], the token that a discrete row would draw.
     """
 
     scale: Tensor
     clamp_low: Tensor
     clamp_high: Tensor
-    keys: tuple[Tensor, Tensor, Tensor, Tensor]
+    keys: Keys
+    drawn: Tensor
 
 
 class Rollout(NamedTuple):
@@ -36,7 +42,8 @@ class Method:
     A method is a subclass in a file of its own and an entry of `methods.METHODS`; the kernels, the
     engine, the configuration and the trainer ask it for all that differs between methods. What it
     records is the same for all: ids and g' of the candidates, best first, of which the weights are
-    softmax(g' / tau) where they are above the floor.
+    softmax(g' / tau) where they are above the floor. A candidate with g' = -inf has weight 0 and
+    still belongs to the set that q runs over; an unused slot has id -1.
 
     Attributes:
         noise: name of its noise: `noise` of `soft_token`, `rollout.soft.noise`.
@@ -44,13 +51,15 @@ class Method:
         objective: name of its density: `algorithm.objective`. None: it has none.
         why_untrained: why it has none, and what to take instead.
         needs_floor: its density is that of a mixture with a weight floor.
+        draws_token: the token is drawn from p itself and stands in slot 0; the other candidates
+            follow, best g' first. Slot 0 need not be the heaviest: there is no weight floor.
         draws_weights: g' is the logarithm of a weight that was drawn itself: it goes with tau 1.
         keeps_logp: log p of the candidates comes back from the record (`rollout_logp`).
         normalised_over: the set over which the log q of its density is normalised: the recorded
             "candidates", or the whole "vocabulary".
         ending: how the token that ends a soft phase is scored: over its recorded "candidates", over
             the whole "vocabulary", or by the "density" of its g', of which it is a function.
-        per_slot: each drawn slot has a ratio of its own.
+        per_slot: each drawn slot has a ratio of its own (`slot_terms`).
         noise_clip, eps: settings of `soft_token` that belong to its density.
     """
 
@@ -59,6 +68,7 @@ class Method:
     objective: ClassVar[str | None] = None
     why_untrained: ClassVar[str] = ""
     needs_floor: ClassVar[bool] = False
+    draws_token: ClassVar[bool] = False
     draws_weights: ClassVar[bool] = False
     keeps_logp: ClassVar[bool] = True
     normalised_over: ClassVar[Literal["candidates", "vocabulary"]] = "candidates"
@@ -82,8 +92,8 @@ class Method:
     def perturb(self, logp: Tensor, ids: Tensor, used: Tensor, noise: Noise) -> Tensor:
         """g' of every slot in plain PyTorch: the meaning of the C++ and Triton code.
 
-        logp, ids, used: [B, K], of the candidates; a slot that is not used holds anything, in the
-        result too.
+        logp, ids, used: [B, K], of the candidates, the most probable first; a slot that is not used
+        holds anything, in the result too.
         """
         raise NotImplementedError
 
@@ -104,6 +114,11 @@ class Method:
         terms = self.density(logq, gprime, rollout)[:, None]
         return terms, torch.ones_like(terms)
 
+    def ending_scale(self, noise_scale: float) -> float:
+        """c of p^(1/c), from which the token of a position is drawn; where `ending` is
+        "candidates"."""
+        return 1.0
+
     def rollout_logp(self, gprime: Tensor, gumbel: Tensor, scale: float) -> Tensor:
         """log p that the rollout drew from [N, K], recovered from g' and the standard Gumbel noise
         of its candidates; to a rounding of the larger of the two."""
@@ -118,3 +133,12 @@ def live_slots(logq: Tensor, gprime: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     live = gprime != -torch.inf  # NaN is live: it must not vanish
     logq = torch.where(live, logq, 0.0)
     return logq, torch.where(live, gprime, 0.0).to(logq.dtype), live
+
+
+def drawn_candidate(logp: Tensor, ids: Tensor, used: Tensor, keys: Keys, draw: int = 0) -> Tensor:
+    """bool [B, K]: the used slot that wins a draw from p, by Gumbel-max; the lowest id of equals.
+    Draw 0 is that of a discrete row."""
+    value = (logp + gumbel_noise(ids, *keys, draw).to(logp.dtype)).masked_fill(~used, -torch.inf)
+    tied = used & (value == value.amax(-1, keepdim=True))
+    first = torch.where(tied, ids, torch.iinfo(ids.dtype).max).argmin(-1, keepdim=True)
+    return tied & (torch.arange(ids.shape[1], device=ids.device) == first)

@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels.limits import MAX_CANDIDATES
-from softgrpo_kernels.methods.method import Method, Noise
-from softgrpo_kernels.noise import gumbel_noise
+from softgrpo_kernels.methods.method import Method, Noise, Rollout, drawn_candidate
+from softgrpo_kernels.noise import portable_log
 
 
 class Multiplex(Method):
-    """g' = log(count / draws) of independent draws from p, `noise_scale` of them; the slots are the
-    tokens drawn."""
+    """g' = log(count / K) of K independent draws from p, K the noise scale; the first draw is the
+    token. Candidates that were not drawn have g' = -inf.
+
+    Density: sum_i count_i log q_i, the probability of the K draws in their order: one ratio of all.
+    """
 
     noise = "multiplex"
     code = 4
-    why_untrained = (
-        "its record holds the tokens drawn, not the set that they were drawn from, so their "
-        "probability is not known; use gumbel"
-    )
+    objective = "exact"
+    draws_token = True
     draws_weights = True
     keeps_logp = False
     scale_rule = (
@@ -33,12 +34,44 @@ class Multiplex(Method):
         return ((scale >= 1.0) & (scale <= MAX_CANDIDATES) & (scale % 1.0 == 0.0)) ^ True
 
     def perturb(self, logp: Tensor, ids: Tensor, used: Tensor, noise: Noise) -> Tensor:
-        count = torch.zeros_like(logp, dtype=torch.float64)
-        draws = torch.where(used.any(-1), noise.scale[:, 0], 0.0)
-        for draw in range(int(draws.max())):
-            value = logp + gumbel_noise(ids, *noise.keys, draw).to(logp.dtype)
-            value = value.masked_fill(~used, -torch.inf)
-            tied = value == value.amax(-1, keepdim=True)
-            lowest = torch.where(tied, ids, torch.iinfo(ids.dtype).max).argmin(-1, keepdim=True)
-            count.scatter_add_(1, lowest, (draw < draws).to(count.dtype)[:, None])
-        return torch.log(count / noise.scale).to(logp.dtype)
+        count = torch.zeros_like(logp, dtype=torch.float32)
+        for draw in range(int(noise.scale.max())):
+            count += drawn_candidate(logp, ids, used, noise.keys, draw) & (draw < noise.scale)
+        gprime = self.log_weights(count.clamp(min=1), logp.float(), noise.scale.float())
+        return gprime.masked_fill(count == 0, -torch.inf).to(logp.dtype)
+
+    def log_weights(self, count: Tensor, logp: Tensor, draws: Tensor) -> Tensor:
+        """g' of candidates that were drawn so often; all fp32, the same bits in every back end."""
+        return portable_log(count / draws)
+
+    def counts(self, gprime: Tensor, draws: float) -> Tensor:
+        """How often each candidate was drawn [N, K], read from the record: 0, 1 .. draws."""
+        return (gprime.exp() * draws).round()
+
+    def density(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> Tensor:
+        terms, counts = self._terms(logq, gprime, rollout)
+        return (counts * terms).sum(-1)
+
+    def _terms(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """(log q, count) of every candidate, both 0 where it was not drawn."""
+        counts = self.counts(gprime, rollout.noise_scale).to(logq.dtype)
+        return torch.where(gprime != -torch.inf, logq, 0.0), counts
+
+
+class SlotMean(Multiplex):
+    """Density: (1/K) sum_i count_i log q_i, the ratio of CoT2: the geometric mean of the draws'."""
+
+    objective = "slot_mean"
+
+    def density(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> Tensor:
+        return super().density(logq, gprime, rollout) / rollout.noise_scale
+
+
+class PerSlot(Multiplex):
+    """The density of `exact`; ratio and clip are of every draw, summed (Multiplex Thinking)."""
+
+    objective = "per_slot"
+    per_slot = True
+
+    def slot_terms(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        return self._terms(logq, gprime, rollout)

@@ -87,9 +87,12 @@ def _sample_listed(
     used = torch.where(eps > 0, live, kept)
     logp = torch.where(eps > 0, with_eps, logp_64).to(a_BK.dtype)
 
-    gprime = perturb(logp, ids, used, rows)
-    ids, gprime, logp = _sorted(gprime, ids, logp)
-    width, used = ids.shape[1], gprime > -torch.inf
+    gprime, first = perturb(logp, ids, used, rows)
+    # A candidate with g' = -inf still comes before the slots that are not used.
+    order = gprime.clamp(min=torch.finfo(gprime.dtype).min).masked_fill(first, torch.inf)
+    order = order.masked_fill(~used, -torch.inf)
+    ids, _, gprime, logp, used = _sorted(order, ids, gprime, logp, used)
+    width = ids.shape[1]
     out.ids[:, :width] = torch.where(used, ids, -1).int()
     out.gprime[:, :width] = gprime
     out.logp[:, :width] = torch.where(used, logp, -torch.inf)

@@ -8,6 +8,7 @@ from gpu_cases import compare
 from logit_styles import logits_of
 
 from softgrpo_kernels import SoftToken, soft_token, soft_weights
+from softgrpo_kernels.methods import NOISES, method_of
 
 GREEDY, DISCRETE, SOFT, SKIP = range(4)
 STYLES = ["plain", "equal", "integers", "signed zeros", "masked", "one", "negative"]
@@ -58,13 +59,43 @@ def test_every_mode_in_one_batch(device, order):
     assert out.kind.tolist() == [0, 0, 1, 0, 0, 1]
 
 
-@pytest.mark.parametrize("noise", ["none", "dirichlet", "gaussian", "multiplex"])
+SCALES = {"dirichlet": 4.0, "gaussian": 0.1, "mixture_of_inputs": 0.5}
+
+
+@pytest.mark.parametrize("noise", NOISES[1:])
 def test_every_kind_of_noise(device, noise):
-    scale = {"dirichlet": 4.0, "gaussian": 0.1}.get(noise, 3.0)
+    # The low bits of weighted multiplex hold a count: an ulp of log p moves g' by 64.
+    rtol = 1e-5 if noise == "multiplex_weighted" else 2e-6
     compare(
         device, logits_of("plain", 3, 200), torch.randn(200, 9), k_max=8, top_k=8, noise=noise,
-        noise_scale=scale, gumbel_tau=1.0, position=torch.arange(3),
+        noise_scale=SCALES.get(noise, 3.0), gumbel_tau=1.0, position=torch.arange(3), rtol=rtol,
     )  # fmt: skip
+
+
+def test_one_draw_of_multiplex_is_a_discrete_token(device):
+    logits = logits_of("plain", 3, 200).to(device)
+    settings = {"k_max": 8, "top_k": 7, "top_p": 0.9, "position": torch.arange(3, device=device)}
+    one = soft_token(logits, noise="multiplex", backend="triton", **settings)
+    discrete = soft_token(logits, mode=DISCRETE, backend="triton", **settings)
+    assert torch.equal(one.token, discrete.token)
+    assert torch.equal(one.token_logp, discrete.token_logp)
+    assert torch.equal(one.ids.sort().values, discrete.ids.sort().values)
+    assert torch.equal(one.weights, discrete.weights)
+
+
+def test_counts_of_weighted_multiplex_come_back(device):
+    """The integers that the low bits of g' hold are exact, whatever the rounding of log p."""
+    logits = logits_of("plain", 3, 200).to(device)
+    settings = {"k_max": 8, "top_k": 7, "noise_scale": 5.0, "position": torch.arange(3)}
+    settings = {k: v.to(device) if torch.is_tensor(v) else v for k, v in settings.items()}
+    out = soft_token(logits, noise="multiplex_weighted", backend="triton", **settings)
+    plain = soft_token(logits.cpu(), noise="multiplex", **settings | {"position": torch.arange(3)})
+    for row in range(3):
+        counts = method_of("multiplex_weighted").counts(out.gprime[row].cpu(), 5.0)
+        expected = method_of("multiplex").counts(plain.gprime[row], 5.0)
+        assert dict(zip(out.ids[row].tolist(), counts.tolist(), strict=True)) == dict(
+            zip(plain.ids[row].tolist(), expected.tolist(), strict=True)
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "logit_scale": 0.5}])

@@ -149,13 +149,14 @@ def _drawn(
     key = key_of(a, token_of(key)).masked_fill_(~live, NOTHING).sort(descending=True).values
     token, a, live = token_of(key), value_of(key), key != NOTHING
     exact, used = _cut(a, live, slot, rows, mass if joint else None)
-    g = perturb(exact, token, used, rows)
-    key = key_of(g, token).masked_fill_(~(g > -torch.inf), NOTHING)
+    g, ahead = perturb(exact, token, used, rows)
+    rank = g if ahead is None else g.masked_fill(ahead, torch.inf)
+    key = key_of(rank, token).masked_fill_(~used, NOTHING)
     key, order = key.sort(descending=True)
     free = key == NOTHING
     return (
         token_of(key).masked_fill_(free, -1),
-        value_of(key).masked_fill_(free, -torch.inf),
+        g.gather(1, order).masked_fill_(free, -torch.inf),
         exact.gather(1, order).masked_fill_(free, -torch.inf),
     )
 

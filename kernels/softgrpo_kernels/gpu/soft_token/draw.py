@@ -123,13 +123,15 @@ def cut(a, live, slot, soft, mass, row, JOINT: tl.constexpr):
 
 @triton.jit
 def draw_listed(z, token, live, slot, soft, mass, row, JOINT: tl.constexpr):
-    """(token, g', log p) of every slot in the order of g', from the candidates and their logits:
-    -1 and -inf in slots that are not used."""
+    """(token, g', log p) of every slot in the order of g', behind a token that was drawn itself,
+    from the candidates and their logits: -1 and -inf in slots that are not used."""
     a = tl.div_rn(z, float_of(row, TEMPERATURE))
     a, token, live = sorted_candidates(a, token, live)
     logp, used = cut(a, live, slot, soft, mass, row, JOINT)
-    g = perturb(logp, token, used, soft, row)
-    g, moved_token, used = sorted_candidates(g, token, g > -float("inf"))
+    g, first = perturb(logp, token, used, soft, row)
+    g_of_first = tl.sum(tl.where(first, g, 0.0), axis=0)
+    g, moved_token, used = sorted_candidates(tl.where(first, float("inf"), g), token, used)
+    g = tl.where(g == float("inf"), g_of_first, g)
     moved_token = tl.where(used, moved_token, -1)
     # Every token is there once: the sum has one term.
     moved = tl.where(moved_token[:, None] == token[None, :], logp[None, :], 0.0)

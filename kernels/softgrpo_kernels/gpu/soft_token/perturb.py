@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from softgrpo_kernels import methods
-from softgrpo_kernels.gpu.noise import gumbel, log_gamma, normal
+from softgrpo_kernels.gpu.noise import gumbel, log_gamma, normal, portable_log
 from softgrpo_kernels.gpu.soft_token.keys import NOTHING, key_of
 from softgrpo_kernels.gpu.soft_token.row import (
     CLAMP_HIGH,
@@ -17,17 +17,21 @@ from softgrpo_kernels.gpu.soft_token.row import (
     int_of,
     noise_key,
 )
-from softgrpo_kernels.methods import dirichlet, gaussian
+from softgrpo_kernels.methods import dirichlet, gaussian, multiplex_weighted
 
 NONE, DIRICHLET = tl.constexpr(methods.NONE), tl.constexpr(methods.DIRICHLET)
 GAUSSIAN, MULTIPLEX = tl.constexpr(methods.GAUSSIAN), tl.constexpr(methods.MULTIPLEX)
+MULTIPLEX_WEIGHTED = tl.constexpr(methods.MULTIPLEX_WEIGHTED)
+MIXTURE_OF_INPUTS = tl.constexpr(methods.MIXTURE_OF_INPUTS)
 MIN_SHAPE = tl.constexpr(dirichlet.MIN_SHAPE)
 MIN_WEIGHT = tl.constexpr(gaussian.MIN_WEIGHT)
+MIN_LOG_WEIGHT = tl.constexpr(multiplex_weighted.MIN_LOG_WEIGHT)
+COUNT_SIZE = tl.constexpr(1 << multiplex_weighted.COUNT_BITS)
 
 
 @triton.jit
 def perturb(logp, token, used, soft, row):
-    """g' of every slot; meaning: `softgrpo_kernels.reference.perturb`."""
+    """g' of every slot, and which comes first; meaning: `softgrpo_kernels.reference.perturb`."""
     noise, scale, key = int_of(row, NOISE), float_of(row, NOISE_SCALE), noise_key(row)
     value = logp
     if (soft == 0) | (noise != NONE):
@@ -39,9 +43,20 @@ def perturb(logp, token, used, soft, row):
         value = _dirichlet(logp, token, used, scale, key)
     if soft & (noise == GAUSSIAN):
         value = _gaussian(logp, token, scale, key)
-    if soft & (noise == MULTIPLEX):
-        value = _multiplex(logp, token, used, scale.to(tl.int32), key)
-    return tl.where(used, value, -float("inf"))
+    first = used & (token < 0)  # none
+    if soft & (noise >= MULTIPLEX):
+        draws = tl.where(noise <= MULTIPLEX_WEIGHTED, scale, 1.0)
+        count, first = _draws(logp, token, used, draws.to(tl.int32), key)
+        if noise == MULTIPLEX:
+            share = tl.div_rn(tl.maximum(count, 1.0), count * 0.0 + draws)
+            value = tl.where(count > 0.0, portable_log(share), -float("inf"))
+        elif noise == MULTIPLEX_WEIGHTED:
+            value = tl.where(count > 0.0, _weighted(logp, count), -float("inf"))
+        elif noise == MIXTURE_OF_INPUTS:
+            value = _mixture_of_inputs(logp, used, first, scale)
+        else:
+            value = logp
+    return tl.where(used, value, -float("inf")), first
 
 
 @triton.jit
@@ -62,13 +77,39 @@ def _gaussian(logp, token, scale, key):
 
 
 @triton.jit
-def _multiplex(logp, token, used, draws, key):
-    """log(count / draws) of independent draws from p; -inf where nothing was drawn."""
-    count = logp * 0.0
+def _draws(logp, token, used, draws, key):
+    """(how often every slot was drawn from p, which was first)."""
+    count, first = logp * 0.0, used & (token < 0)
     for draw in range(draws):
-        value = logp + gumbel(token, key, draw)
-        order = tl.where(used, key_of(value, token), NOTHING)
-        count += (order == tl.max(order, axis=0)).to(tl.float32)
-    drawn = count > 0.0
-    share = tl.div_rn(tl.where(drawn, count, 1.0), count * 0.0 + draws)
-    return tl.where(drawn, tl.log(share), -float("inf"))
+        order = tl.where(used, key_of(logp + gumbel(token, key, draw), token), NOTHING)
+        won = used & (order == tl.max(order, axis=0))
+        count += won.to(tl.float32)
+        first = first | (won & (draw == 0))
+    return count, first
+
+
+@triton.jit
+def _weighted(logp, count):
+    """log(count p), count - 1 in its low bits."""
+    count = tl.maximum(count, 1.0)
+    value = logp + portable_log(count)
+    value = tl.where(tl.abs(value) < MIN_LOG_WEIGHT, MIN_LOG_WEIGHT, value)
+    low = count.to(tl.int32) - 1
+    word = value.to(tl.int32, bitcast=True) - low + COUNT_SIZE // 2
+    return ((word & -COUNT_SIZE) | low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _mixture_of_inputs(logp, used, drawn, beta):
+    """fp64, as the reference: of a confident p the entropy is a small difference."""
+    best = tl.max(tl.where(used, logp, -float("inf")), axis=0)
+    below = tl.where(used, best - logp, 0.0).to(tl.float64)
+    ratio = tl.where(used, tl.exp(-below), 0.0)
+    total = tl.sum(ratio, axis=0)
+    entropy = tl.log(total) + tl.sum(ratio * below, axis=0) / total
+    n = tl.sum(used.to(tl.int32), axis=0)
+    uncertainty = tl.minimum(entropy / tl.log(tl.maximum(n, 2).to(tl.float64)), 1.0)
+    share = uncertainty / (1.0 + beta.to(tl.float64))
+    log_p = -below - tl.log(total)
+    token = share * (tl.exp(log_p) + beta) + (1.0 - uncertainty)
+    return tl.where(drawn, tl.log(token), tl.log(share) + log_p).to(tl.float32)

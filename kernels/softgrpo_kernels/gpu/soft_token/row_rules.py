@@ -35,10 +35,11 @@ from softgrpo_kernels.limits import (
     MAX_CANDIDATES,
     SMALLEST,
 )
-from softgrpo_kernels.methods import DIRICHLET, GUMBEL, MULTIPLEX
+from softgrpo_kernels.methods import DIRICHLET, GUMBEL, MEAN, MULTIPLEX, MULTIPLEX_WEIGHTED
 
 _GUMBEL, _DIRICHLET = tl.constexpr(GUMBEL), tl.constexpr(DIRICHLET)
-_MULTIPLEX, _MAX_DRAWS = tl.constexpr(MULTIPLEX), tl.constexpr(MAX_CANDIDATES)
+_MULTIPLEX, _MULTIPLEX_WEIGHTED = tl.constexpr(MULTIPLEX), tl.constexpr(MULTIPLEX_WEIGHTED)
+_MEAN, _MAX_DRAWS = tl.constexpr(MEAN), tl.constexpr(MAX_CANDIDATES)
 _SMALLEST, _LARGEST = tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
 _LAST_WORD = tl.constexpr(LAST_WORD)
 _LAST_STREAM_OF_DRAWS = tl.constexpr(LAST_STREAM_OF_DRAWS)
@@ -53,19 +54,20 @@ def _inside(x, LOW: tl.constexpr, HIGH: tl.constexpr):
 @triton.jit
 def _soft_parameters_are_sound(row):
     noise, stream = int_of(row, NOISE), int_of(row, STREAM)
-    scale = float_of(row, NOISE_SCALE)
+    scale, reach = float_of(row, NOISE_SCALE), float_of(row, REACH)
     low, high = float_of(row, CLAMP_LOW), float_of(row, CLAMP_HIGH)
     good = has_listed_size(row)
     good = good & _inside(float_of(row, TAU), _SMALLEST, _LARGEST)
-    good = good & (float_of(row, REACH) >= 0.0)
+    good = good & (reach >= 0.0)
     good = good & _inside(float_of(row, EPS), 0.0, _LARGEST)
     good = good & _inside(scale, 0.0, _LARGEST)
     good = good & (low <= high) & (low <= _LARGEST) & (high >= -_LARGEST)
-    good = good & _inside(noise, _GUMBEL, _MULTIPLEX)
+    good = good & _inside(noise, _GUMBEL, _MEAN)
     good = good & ((noise < _DIRICHLET) | (stream <= _LAST_STREAM_OF_DRAWS))
     good = good & ((noise != _DIRICHLET) | (scale > 0.0))
     draws = _inside(scale, 1.0, _MAX_DRAWS) & (scale == tl.floor(scale))
-    return good & ((noise != _MULTIPLEX) | draws)
+    good = good & ((noise < _MULTIPLEX) | (noise > _MULTIPLEX_WEIGHTED) | draws)
+    return good & ((noise < _MULTIPLEX) | (reach == float("inf")))
 
 
 @triton.jit
