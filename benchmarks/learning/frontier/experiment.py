@@ -1,0 +1,156 @@
+"""Where a mixture means something to the reader: graph reachability, from scratch.
+
+    python benchmarks/learning/frontier/experiment.py            # all cells, each resumable
+    python benchmarks/learning/frontier/experiment.py --starts   # the supervised starts alone
+    python benchmarks/learning/frontier/experiment.py 'multiplex*' --seeds 1
+
+A start is `softgrpo-sft` from random weights: thoughts that are frontiers (mixture), nodes of one
+path, the frontiers listed node by node, or filler. An arm continues it by `Trainer`, at three
+learning rates with seed 0 and at the best of them with the other seeds. What is done is a JSON file
+in cells/, which is committed: the next call goes on from there. `table.py` prints and draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from arms import ARMS, RATES, Arm
+from evaluate import SAMPLES, evaluate, variants_of
+from pathwise import train as train_pathwise
+from toy import ASKED, ID, graphs, write_toy
+
+from softgrpo import Config, Trainer
+from softgrpo.distributed import World
+from softgrpo.run.export import export_model
+from softgrpo_engine.model.weights import load_decoder
+
+HERE = Path(__file__).resolve().parent
+CELLS = HERE / "cells"
+
+
+def right_answer(
+    prompts: list[Any],
+    completions: list[str],
+    completion_ids: list[list[int]],
+    answer: list[str],
+    **columns: Any,
+) -> list[float]:
+    """1 where the token after the thoughts is the answer."""
+    pairs = zip(completion_ids, answer, strict=True)
+    return [float(ids[-1] == ID[right]) for ids, right in pairs]
+
+
+def start_model(root: Path, start: str, seed: int) -> Path:
+    """The model of a supervised start, trained unless it is there."""
+    folder = root / "starts" / f"{start}-{seed}"
+    if not (folder / "model" / "model.safetensors").exists():
+        command: list[object] = [sys.executable, "-m", "softgrpo.cli.sft", "--config"]
+        command += [HERE / "sft.yaml", f"run.name={folder.name}", f"run.output_dir={folder.parent}"]
+        command += [f"run.seed={seed}", f"model.path={root / 'data' / 'model'}"]
+        command += [f"data.train={root / 'data' / start}.jsonl"]
+        status = subprocess.run([str(part) for part in command], check=False).returncode
+        if status:
+            raise SystemExit(status)  # the command has said why
+    return folder / "model"
+
+
+def arm_config(root: Path, arm: Arm, seed: int, model: Path, *more: str) -> Config:
+    data = root / "data"
+    overrides = [f"data.train={data}/asked.jsonl", f"data.eval={data}/held_out.jsonl"]
+    overrides += [f"model.path={model}", f"run.seed={seed}", *arm.overrides, *more]
+    return Config.load(HERE / "rl.yaml", overrides)
+
+
+def run_start(root: Path, start: str, seed: int) -> None:
+    """The cell of a start: tested in the ways of all arms that continue it."""
+    path = CELLS / f"start-{start}-{seed}.json"
+    if path.exists():
+        return
+    model = start_model(root, start, seed)
+    scores: dict[str, Any] = {}
+    for name, arm in ARMS.items():
+        if arm.start == start:
+            config = arm_config(root, arm, seed, model)
+            scores[name] = evaluate(model, config, variants_of(arm))
+    _write(path, {"start": start, "seed": seed, "scores": scores})
+
+
+def run_arm(root: Path, name: str, rate: str, seed: int) -> None:
+    path = cell_path(name, rate, seed)
+    if path.exists():
+        return
+    print(f"== {path.stem}", flush=True)
+    arm = ARMS[name]
+    start = start_model(root, arm.start, seed)
+    more = (f"optim.lr={rate}", f"run.output_dir={root / 'runs'}", f"run.name={path.stem}")
+    config = arm_config(root, arm, seed, start, *more)
+    if arm.pathwise:
+        decoder = load_decoder(start, "float32").train()
+        questions = [([ID[t] for t in g.prompt.split()], ID[g.answer]) for g in graphs("asked", ASKED)]
+        rewards = train_pathwise(
+            decoder,
+            questions,
+            steps=config.run.max_steps,
+            batch=config.rollout.prompts_per_step,
+            lr=config.optim.lr,
+            seed=seed,
+        )
+        model = root / "runs" / path.stem / "model"
+        export_model(decoder.named_parameters(), start, model, None, World())
+    else:
+        folder = Trainer(config, reward_funcs=[right_answer]).train()
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        rewards = [row["reward"] for row in map(json.loads, lines) if "reward" in row]
+        model = folder / "model"
+    scores = evaluate(model, config, variants_of(arm))
+    row = {"arm": name, "start": arm.start, "lr": rate, "seed": seed, "reward": rewards}
+    _write(path, {**row, "scores": scores})
+
+
+def cell_path(name: str, rate: str, seed: int) -> Path:
+    return CELLS / f"{name.replace(', ', '-').replace(' ', '-')}-lr-{rate}-{seed}.json"
+
+
+def best_rate(name: str) -> str | None:
+    """The learning rate whose run of seed 0 has the highest held-out accuracy in its own way."""
+    done = {r: json.loads(cell_path(name, r, 0).read_text()) for r in RATES if cell_path(name, r, 0).exists()}
+    if len(done) < len(RATES):
+        return None
+    return max(done, key=lambda rate: done[rate]["scores"]["own"]["mean"]["value"])
+
+
+def _write(path: Path, row: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**row, "samples": SAMPLES}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arms", nargs="*", default=["*"], help="patterns of names, as 'multiplex*'")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--starts", action="store_true", help="the supervised starts alone")
+    parser.add_argument("--output", type=Path, default=Path("runs/frontier"))
+    arguments = parser.parse_args()
+    chosen = [a for a in ARMS if any(fnmatch.fnmatch(a, p) for p in arguments.arms)]
+    if not chosen:
+        parser.error(f"no arm is called {' or '.join(arguments.arms)}: {', '.join(ARMS)}")
+    root = arguments.output.resolve()
+    write_toy(root / "data")
+    for seed in range(arguments.seeds):
+        for start in dict.fromkeys(ARMS[name].start for name in chosen):
+            run_start(root, start, seed)
+        for name in chosen if not arguments.starts else []:
+            rates = RATES if seed == 0 else [best_rate(name)]
+            for rate in rates:
+                assert rate is not None  # seed 0 has run before
+                run_arm(root, name, rate, seed)
+
+
+if __name__ == "__main__":
+    main()
