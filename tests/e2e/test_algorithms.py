@@ -1,6 +1,7 @@
 """The options of the algorithm in whole runs: what only the loop can get wrong."""
 
 import json
+from importlib.resources import files
 
 import pytest
 
@@ -189,6 +190,24 @@ def test_the_paper_s_recipes_run_on_a_tiny_model(name, tmp_path, tiny_model, tin
         assert row["sampling/sampling_logp_difference/max"] < 1e-3
         assert row["kl"] >= 0
         assert ("soft/top_weight" in row) == (not name.endswith("discrete"))
+
+
+DEMOS = sorted(p.name for p in files("softgrpo").joinpath("recipes").iterdir() if "demo-" in p.name)
+
+
+@pytest.mark.parametrize("name", [file.removesuffix(".yaml") for file in DEMOS])
+def test_the_demo_of_every_method_runs_on_a_tiny_model(name, tmp_path, tiny_model, tiny_reward):
+    data = tmp_path / "letters.jsonl"
+    data.write_text("".join(json.dumps({"expression": c, "answer": c}) + "\n" for c in "abcdefgh"))
+    small = [f"{key}={value}" for key, value in SMALL.items()]
+    overrides = [f"model.path={tiny_model}", f"data.train={data}", f"run.output_dir={tmp_path}"]
+    overrides += ["data.eval=null", "data.few_shot=[]", "run.max_steps=2", "optim.warmup_steps=0"]
+    overrides.append(f'reward.functions=[{{path: "{tiny_reward}:early_letters"}}]')
+    folder = Trainer(Config.load(name, [*QUICK, *small, *overrides])).train()
+    for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        assert row["grad_norm"] > 0
+        assert row["sampling/sampling_logp_difference/max"] < 1e-3
+        assert row["soft/effective_candidates"] >= 1
 
 
 SCHEDULE = [

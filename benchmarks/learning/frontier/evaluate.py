@@ -28,7 +28,11 @@ def variants_of(arm: Arm) -> list[str]:
     deterministic: the distributions themselves, without noise."""
     if arm.start == "filler":
         return ["own"]
-    return ["own", "deterministic", "argmax", "filler"] if arm.start == "mixture" else ["own", "filler"]
+    return (
+        ["own", "deterministic", "argmax", "filler"]
+        if arm.start == "mixture"
+        else ["own", "filler"]
+    )
 
 
 def evaluate(model: Path, config: Config, variants: Sequence[str]) -> dict[str, Any]:

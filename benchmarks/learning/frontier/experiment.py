@@ -92,7 +92,9 @@ def run_arm(root: Path, name: str, rate: str, seed: int) -> None:
     config = arm_config(root, arm, seed, start, *more)
     if arm.pathwise:
         decoder = load_decoder(start, "float32").train()
-        questions = [([ID[t] for t in g.prompt.split()], ID[g.answer]) for g in graphs("asked", ASKED)]
+        questions = [
+            ([ID[t] for t in g.prompt.split()], ID[g.answer]) for g in graphs("asked", ASKED)
+        ]
         rewards = train_pathwise(
             decoder,
             questions,
@@ -119,7 +121,11 @@ def cell_path(name: str, rate: str, seed: int) -> Path:
 
 def best_rate(name: str) -> str | None:
     """The learning rate whose run of seed 0 has the highest held-out accuracy in its own way."""
-    done = {r: json.loads(cell_path(name, r, 0).read_text()) for r in RATES if cell_path(name, r, 0).exists()}
+    done = {
+        r: json.loads(cell_path(name, r, 0).read_text())
+        for r in RATES
+        if cell_path(name, r, 0).exists()
+    }
     if len(done) < len(RATES):
         return None
     return max(done, key=lambda rate: done[rate]["scores"]["own"]["mean"]["value"])
