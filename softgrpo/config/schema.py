@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+# Settings of SoftParams that a policy cannot be trained with.
+_INFERENCE_ONLY = ("cold_stop_entropy", "cold_stop_steps", "switch_window", "max_switches")
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what is allowed."""
@@ -118,6 +121,11 @@ def _convert_scalar(value: Any, kind: type, key: str) -> Any:
 
 def _unknown(cls: type, name: str, path: str, root: type) -> str:
     prefix = f"{path}." if path else ""
+    if name in _INFERENCE_ONLY:
+        return (
+            f"{prefix + name}: is for inference alone (SoftParams, softgrpo-eval): the choice that "
+            "it makes is a function of the policy which no density sees; leave it out"
+        )
     what = "key" if path else "section"
     elsewhere = [key for key in _leaves(root, "") if key.split(".")[-1] == name]
     near = elsewhere[:1] or difflib.get_close_matches(name, _names(cls), n=1)

@@ -139,6 +139,25 @@ def test_argmax_feeds_the_heaviest_candidate_alone(finished, command, tmp_path):
     assert [t[:1] for t in texts[0]["soft"]] == [t[:1] for t in texts[1]["soft"]]
 
 
+def test_rules_of_entropies_are_settings(command, tmp_path):
+    """Of the tiny model: cold at once, so that thinking has two positions."""
+    flags = [
+        "--cold-stop-entropy",
+        "99",
+        "--cold-stop-steps",
+        "2",
+        "--mode",
+        "soft",
+        "--limit",
+        "2",
+    ]
+    assert main(command(tmp_path / "cold", *flags)) == 0
+    results = read(tmp_path / "cold")
+    assert results["settings"]["soft"]["cold_stop_entropy"] == 99
+    assert {s["soft"] for row in results["results"] for s in row["samples"]} <= {0, 1, 2}
+    assert any(s["soft"] == 2 for row in results["results"] for s in row["samples"])
+
+
 def test_filler_thoughts_end_the_prompt(command, tiny_model, tmp_path):
     folder = tmp_path / "filler"
     assert main(command(folder, "--thoughts", "filler:3:b", "--limit", "2")) == 0

@@ -198,6 +198,11 @@ def test_values_are_read_by_the_type_of_their_key(tmp_path):
         ("rollout.top_p=1.5", "rollout.top_p: 1.5 is not allowed: must be > 0 and <= 1"),
         ("rollout.soft.top_k=65", "rollout.soft.top_k: 65 is not allowed: must be >= 1 and <= 64"),
         (
+            "rollout.soft.switch_window=512",
+            "rollout.soft.switch_window: is for inference alone (SoftParams, softgrpo-eval): the "
+            "choice that it makes is a function of the policy which no density sees; leave it out",
+        ),
+        (
             "rollout.soft.min_soft_tokens=40",
             "rollout.soft.min_soft_tokens: 40 is more than rollout.max_new_tokens (32)",
         ),
