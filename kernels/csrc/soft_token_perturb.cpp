@@ -149,14 +149,17 @@ int64_t slots_of_drawn(Slot* slots, int64_t count, const Row& row) {
 
 void perturb(Slot* slots, int64_t count, const Row& row) {
   const int64_t kind = row.mode == kSoft ? row.noise : int64_t{kGumbel};
-  Slot* sorted = slots;
+  int64_t sorted = 0;  // where the order of g' begins
   if (kind == kGumbel) gumbel_slots(slots, count, row);
   if (kind == kNone)
     for (int64_t j = 0; j < count; ++j) slots[j].perturbed.value = slots[j].logp;
   if (kind == kDirichlet) dirichlet_slots(slots, count, row);
   if (kind == kGaussian) gaussian_slots(slots, count, row);
-  if (kind >= kMultiplex) std::swap(slots[slots_of_drawn(slots, count, row)], *sorted++);
-  std::sort(sorted, slots + count,
+  if (kind >= kMultiplex) {
+    std::swap(slots[0], slots[slots_of_drawn(slots, count, row)]);
+    sorted = 1;
+  }
+  std::sort(slots + sorted, slots + count,
             [](const Slot& a, const Slot& b) { return comes_before(a.perturbed, b.perturbed); });
 }
 

@@ -34,7 +34,7 @@ BAD = [
     {"noise": DIRICHLET, "noise_scale": 0.0},
     *({"noise": MULTIPLEX, "noise_scale": x} for x in (0.0, 2.5, 65.0)),
     {"noise": MULTIPLEX_WEIGHTED, "noise_scale": 1.5},
-    *({"noise": x, "weight_floor": 0.1} for x in (MULTIPLEX, MIXTURE_OF_INPUTS, MEAN)),
+    *({"weight_floor": 0.1, "noise": x} for x in (MULTIPLEX, MIXTURE_OF_INPUTS, MEAN)),
 ]  # fmt: skip
 
 GOOD = [

@@ -13,7 +13,7 @@ import torch
 
 from softgrpo_kernels import SoftToken, soft_token
 from softgrpo_kernels import noise as plain
-from softgrpo_kernels.methods import NOISES
+from softgrpo_kernels.methods import MULTIPLEX, NOISES
 from softgrpo_kernels.row_parameters import RowParameters
 from softgrpo_kernels.tensors import DTYPES
 
@@ -126,7 +126,7 @@ def mixed_rows(vocabulary, dtype):
     z[21, -1] = torch.inf
     z[22] = -torch.inf
     noise = torch.arange(rows) % len(NOISES)
-    scales = torch.tensor([1.0, 1.0, 2.0, 0.05, 8.0])
+    scales = torch.tensor([1.0, 1.0, 2.0, 0.05, 8.0, 8.0, 0.5, 1.0])
     mode = torch.full((rows,), 2)
     mode[[0, 13]] = 0
     mode[10:13] = 1
@@ -141,7 +141,7 @@ def mixed_rows(vocabulary, dtype):
         "top_p": top_p,
         "min_p": torch.where(torch.arange(rows) % 3 == 0, 0.02, 0.0),
         "gumbel_tau": 0.2,
-        "weight_floor": torch.where(torch.arange(rows) % 2 == 0, 0.05, 0.0),
+        "weight_floor": torch.where((torch.arange(rows) % 3 == 0) & (noise < MULTIPLEX), 0.05, 0.0),
         "noise_scale": scales[noise],
         "noise_clamp": None,
         "eps": torch.where(torch.arange(rows) % 7 == 1, 1e-6, 0.0),

@@ -35,9 +35,10 @@ class Multiplex(Method):
 
     def perturb(self, logp: Tensor, ids: Tensor, used: Tensor, noise: Noise) -> Tensor:
         count = torch.zeros_like(logp, dtype=torch.float32)
-        for draw in range(int(noise.scale.max())):
-            count += drawn_candidate(logp, ids, used, noise.keys, draw) & (draw < noise.scale)
-        gprime = self.log_weights(count.clamp(min=1), logp.float(), noise.scale.float())
+        draws = noise.scale.masked_fill(~used.any(-1, keepdim=True), 0.0)  # a bad row's may be any
+        for draw in range(int(draws.max())):
+            count += drawn_candidate(logp, ids, used, noise.keys, draw) & (draw < draws)
+        gprime = self.log_weights(count.clamp(min=1), logp.float(), draws.float())
         return gprime.masked_fill(count == 0, -torch.inf).to(logp.dtype)
 
     def log_weights(self, count: Tensor, logp: Tensor, draws: Tensor) -> Tensor:
