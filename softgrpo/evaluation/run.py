@@ -23,6 +23,7 @@ from softgrpo_engine import LLM, Output, Sample, SamplingParams, SoftParams
 from softgrpo_engine.requests.admission import check_thoughts_fit
 from softgrpo_engine.requests.prompts import default_uids
 from softgrpo_kernels import soft_weights
+from softgrpo_kernels.methods import method_of
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,11 @@ def sampling(
 
 
 def _argmax(soft: SoftParams) -> SoftParams:
-    """The same draws, of which the heaviest candidate alone is fed: nothing else reaches a floor of
-    1. Raises ValueError for a method whose mixtures have no floor."""
-    try:
-        return dataclasses.replace(soft, weight_floor=1.0)
-    except ValueError as error:
-        raise ValueError(f"--thoughts argmax: {error}") from None
+    """The same draws, of which one token alone is fed: the heaviest candidate, as nothing else
+    reaches a floor of 1, or the drawn token where the method draws one."""
+    if method_of(soft.noise).draws_token:
+        return dataclasses.replace(soft, noise="multiplex", noise_scale=1.0, tau=1.0)
+    return dataclasses.replace(soft, weight_floor=1.0)
 
 
 def encode_tasks(
