@@ -201,7 +201,8 @@ def test_the_demo_of_every_method_runs_on_a_tiny_model(name, tmp_path, tiny_mode
     data.write_text("".join(json.dumps({"expression": c, "answer": c}) + "\n" for c in "abcdefgh"))
     small = [f"{key}={value}" for key, value in SMALL.items()]
     overrides = [f"model.path={tiny_model}", f"data.train={data}", f"run.output_dir={tmp_path}"]
-    overrides += ["data.eval=null", "data.few_shot=[]", "run.max_steps=2", "optim.warmup_steps=0"]
+    overrides += ["data.eval=null", "data.few_shot=[]", "run.max_steps=2"]
+    overrides += ["reward.require_eos=false"]
     overrides.append(f'reward.functions=[{{path: "{tiny_reward}:early_letters"}}]')
     folder = Trainer(Config.load(name, [*QUICK, *small, *overrides])).train()
     for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
