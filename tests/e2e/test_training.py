@@ -127,8 +127,11 @@ METHODS = {
 def test_it_learns(method, tiny_config, tmp_path):
     quick = ("run.max_steps=25", "checkpoint.every=0", "checkpoint.export_hf=false")
     train(tiny_config, *quick, *METHODS[method])
-    rewards = [row["reward"] for row in rows_of(tmp_path / "runs" / "tiny")]
+    rows = rows_of(tmp_path / "runs" / "tiny")
+    rewards = [row["reward"] for row in rows]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+    ratios = [row.get("sampling/importance_sampling_ratio/mean", 1.0) for row in rows]
+    assert ratios == pytest.approx([1.0] * len(rows), abs=0.05)
 
 
 @ON_THE_CPU
