@@ -26,6 +26,7 @@ class EmbeddingNoise(Plain):
     objective = "exact"
     why_untrained = ""
     adds_noise = True
+    why_no_floor = "its mixture is a smooth function of the policy"
     ending = "none"
 
     def density(self, logq: Tensor, gprime: Tensor, rollout: Rollout) -> Tensor:

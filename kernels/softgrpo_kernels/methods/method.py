@@ -67,10 +67,10 @@ class Method:
         why_untrained: why it has none, and what to take instead.
         needs_floor: its density is that of a mixture with a weight floor.
         adds_noise: noise is added to the mixture (`embedding_noise`), and its density is that of the
-            mixture (`Rollout.mixtures`). The weights are a function of the policy: there is no
-            weight floor, at which they would jump.
+            mixture (`Rollout.mixtures`).
+        why_no_floor: why its weights have no floor; empty where they may have one.
         draws_token: the token is drawn from p itself and stands in slot 0; the other candidates
-            follow, best g' first. Slot 0 need not be the heaviest: there is no weight floor.
+            follow, best g' first. Slot 0 need not be the heaviest.
         draws_weights: g' is the logarithm of a weight that was drawn itself: it goes with tau 1.
         keeps_logp: log p of the candidates comes back from the record (`rollout_logp`).
         normalised_over: the set over which the log q of its density is normalised: the recorded
@@ -88,6 +88,7 @@ class Method:
     why_untrained: ClassVar[str] = ""
     needs_floor: ClassVar[bool] = False
     adds_noise: ClassVar[bool] = False
+    why_no_floor: ClassVar[str] = ""
     draws_token: ClassVar[bool] = False
     draws_weights: ClassVar[bool] = False
     keeps_logp: ClassVar[bool] = True
