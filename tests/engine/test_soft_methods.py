@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softgrpo_engine import SamplingParams, SoftParams
-from softgrpo_kernels.methods import NOISES
+from softgrpo_kernels.methods import SOFT_NOISES
 
 METHODS = {
     "none": SoftParams(noise="none", tau=1.0, end_of_thinking=None),
@@ -16,11 +16,12 @@ METHODS = {
     ),
     "mixture_of_inputs": SoftParams(noise="mixture_of_inputs", tau=1.0, end_of_thinking=None),
     "mean": SoftParams(noise="mean", tau=1.0, end_of_thinking=None),
+    "embedding": SoftParams(noise="embedding", tau=1.0, end_of_thinking=None),
 }
 
 
 def test_every_noise_is_here():
-    assert {"gumbel", *METHODS} == set(NOISES)
+    assert {"gumbel", *METHODS} == set(SOFT_NOISES)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -62,6 +63,7 @@ def test_what_a_sample_draws_does_not_depend_on_its_neighbour(make_llm, prompts)
         ({"noise": "multiplex", "noise_scale": 2.5}, "draws"),
         ({"noise": "multiplex", "noise_scale": 100}, "draws"),
         ({"noise": "mean", "weight_floor": 0.1}, "set weight_floor=0"),
+        ({"noise": "embedding", "weight_floor": 0.1}, "smooth function .* set weight_floor=0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
