@@ -16,7 +16,9 @@ from softgrpo_engine.outputs import FinishReason, Output, Sample
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.requests.prompts import thinking_end_id
 from softgrpo_engine.soft_tokens import SoftTokens
-from softgrpo_kernels import SoftToken, soft_token, soft_weights
+from softgrpo_kernels import SoftToken, embedding_noise, soft_token, soft_weights
+from softgrpo_kernels.embedding_noise import root_mean_square, with_noise
+from softgrpo_kernels.methods import NOISES, method_of
 from softgrpo_kernels.reference import soft_embedding as reference
 
 _DISCRETE, _SOFT = 1, 2  # modes of soft_token
@@ -115,6 +117,10 @@ class HFEngine:
         held_back = [token for token in terminal[0].tolist() if token >= 0]
         soft_B = torch.full((len(uids),), soft is not None, device=self.device)
         phases = [_Phase(soft, thinking_end) for _ in uids] if soft else []
+        word = seed - 2**64 if seed >= 2**63 else seed  # its 64 bits in a signed word
+        uids_B = torch.tensor(uids, device=self.device)
+        noise_scale = soft.noise_scale if soft and method_of(soft.noise).adds_noise else 0.0
+        deviation = (root_mean_square(embed_VH) * noise_scale).float() if noise_scale else 0.0
         cache = DynamicCache()
         inputs_BTH = embed_VH[torch.tensor(prompt, device=self.device)].expand(len(uids), -1, -1)
         steps: list[_Step] = []
@@ -128,9 +134,9 @@ class HFEngine:
             drawn = self._draw(
                 logits_BV,
                 **_parameters(params, soft, soft_B),
-                seed=seed - 2**64 if seed >= 2**63 else seed,  # its 64 bits in a signed word
+                seed=word,
                 position=len(prompt) + index,
-                uid=torch.tensor(uids, device=self.device),
+                uid=uids_B,
                 stream=stream,
                 terminal_ids=terminal.to(self.device, torch.int32).expand(len(uids), -1),
                 k_max=slots,
@@ -161,7 +167,19 @@ class HFEngine:
             weights = soft_weights(
                 step.gprime, step.kind, *((soft.tau, soft.weight_floor) if soft else (1.0,))
             )
-            inputs_BTH = reference.soft_embedding(step.ids, weights, embed_VH)[:, None]
+            inputs_BH = reference.soft_embedding(step.ids, weights, embed_VH)
+            if noise_scale:
+                noise_BH = embedding_noise(
+                    inputs_BH.shape[1],
+                    word,
+                    torch.full_like(uids_B, len(prompt) + index),
+                    uids_B,
+                    stream,
+                    backend="reference",
+                )
+                deviation_B1 = (deviation * step.kind)[:, None]
+                inputs_BH = with_noise(inputs_BH, noise_BH, deviation_B1)
+            inputs_BTH = inputs_BH[:, None]
         return [
             self._sample(steps[: lengths[row]], row, finish[row] or "length", uid)
             for row, uid in enumerate(uids)
@@ -281,7 +299,7 @@ def _parameters(params: SamplingParams, soft: SoftParams | None, soft_B: Tensor)
         **{name: torch.where(soft_B, of_soft[name], discrete[name]) for name in discrete},
         "gumbel_tau": soft.tau,
         "weight_floor": soft.weight_floor,
-        "noise": soft.noise,
+        "noise": NOISES[method_of(soft.noise).code],
         "noise_scale": soft.noise_scale,
         "noise_clamp": soft.noise_clip,
         "eps": soft.eps,

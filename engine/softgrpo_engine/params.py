@@ -65,8 +65,10 @@ class SoftParams:
     """How soft positions are drawn (ALGORITHM.md section 1).
 
     tau: temperature of the Gumbel-Softmax. weight_floor: a weight below so much of the largest is
-    0. noise, noise_scale: the method, as in
-    `softgrpo_kernels.soft_token`, which says what goes with tau 1 and has no floor. noise_clip:
+    0. noise, noise_scale: the method, as in `softgrpo_kernels.soft_token`, which says what goes
+    with tau 1 and has no floor; or "embedding", for Gaussian noise on the mixture (Soft Tokens,
+    arXiv 2509.19170) whose standard deviation is noise_scale times the root mean square of the
+    embedding table, without a floor. noise_clip:
     bounds of the Gumbel noise, and eps: floor added to the probabilities, which keeps all top_k
     slots live; both are of the `official` objective. end_of_thinking: "auto" is the tokenizer's
     </think> if it has one; a token, its id, or None for never. max_soft_tokens: budget, after
@@ -107,17 +109,17 @@ class SoftParams:
         _require(0 < self.tau < math.inf, "tau", self.tau, "finite and > 0")
         _require(0 <= self.weight_floor <= 1, "weight_floor", self.weight_floor, ">= 0 and <= 1")
         # Not at the top: the scheduler, which knows these parameters, knows no torch.
-        from softgrpo_kernels.methods import NOISES, method_of
+        from softgrpo_kernels.methods import SOFT_NOISES, method_of
 
-        _require(self.noise in NOISES, "noise", self.noise, " or ".join(NOISES))
+        _require(self.noise in SOFT_NOISES, "noise", self.noise, " or ".join(SOFT_NOISES))
         _require(0 < self.noise_scale < math.inf, "noise_scale", self.noise_scale, "> 0")
         method = method_of(self.noise)
         if method.refuses_scale(self.noise_scale):
             raise ValueError(f"noise_scale={self.noise_scale}: {method.scale_rule}")
-        if method.draws_token and self.weight_floor:
+        if method.why_no_floor and self.weight_floor:
             raise ValueError(
-                f"weight_floor={self.weight_floor}: {self.noise} has none, as the token that it "
-                "draws need not be the heaviest; set weight_floor=0"
+                f"weight_floor={self.weight_floor}: {self.noise} has none, as "
+                f"{method.why_no_floor}; set weight_floor=0"
             )
         _require(0 <= self.eps < 1, "eps", self.eps, ">= 0 and < 1")
         if self.noise_clip is not None:

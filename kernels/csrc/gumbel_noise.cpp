@@ -1,6 +1,6 @@
 #include "gumbel_noise.h"
 
-#define SOFTGRPO_KERNEL "noise.inc"
+#define SOFTGRPO_KERNEL "gumbel_noise.inc"
 #include "shared/each_isa.h"
 
 namespace softgrpo {

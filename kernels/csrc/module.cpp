@@ -2,6 +2,7 @@
 // so that the build needs no torch; the Python wrappers check shapes and dtypes.
 #include <pybind11/pybind11.h>
 
+#include "embedding_noise.h"
 #include "gumbel_noise.h"
 #include "indexed_dot.h"
 #include "shared/isa.h"
@@ -83,6 +84,13 @@ void bind_gumbel_noise(uintptr_t out, uintptr_t ids, uintptr_t seed, uintptr_t p
                 width});
 }
 
+void bind_embedding_noise(uintptr_t out, uintptr_t seed, uintptr_t position, uintptr_t uid,
+                          uintptr_t stream, int64_t rows, int64_t size) {
+  const pybind11::gil_scoped_release release;
+  embedding_noise({pointer<float>(out), pointer<int64_t>(seed), pointer<int64_t>(position),
+                   pointer<int64_t>(uid), pointer<int64_t>(stream), rows, size});
+}
+
 void bind_indexed_dot(uintptr_t out, uintptr_t hidden, int64_t hidden_stride, uintptr_t ids,
                       int64_t rows, int64_t slots, uintptr_t table, int64_t table_stride,
                       int64_t width, int64_t dtype) {
@@ -134,6 +142,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("soft_token", &bind_soft_token);
   m.def("soft_embedding", &bind_soft_embedding);
   m.def("gumbel_noise", &bind_gumbel_noise);
+  m.def("embedding_noise", &bind_embedding_noise);
   m.def("indexed_dot", &bind_indexed_dot);
   m.def("sort_ids", &bind_sort_ids);
   m.def("segment_sums", &bind_segment_sums);

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, NoReturn
 
+from softgrpo_kernels.embedding_noise import embedding_noise
 from softgrpo_kernels.gumbel_noise import gumbel_noise
 from softgrpo_kernels.linear_logprob import (
     linear_candidate_logprob,
@@ -18,6 +19,7 @@ from softgrpo_kernels.soft_weights import soft_weights
 __all__ = [
     "RowParameters",
     "SoftToken",
+    "embedding_noise",
     "gumbel_noise",
     "linear_candidate_logprob",
     "linear_soft_logprob",

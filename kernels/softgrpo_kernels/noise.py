@@ -150,10 +150,10 @@ def gumbel_noise(
 
 
 def normal_noise(
-    ids: Tensor, seed: Tensor, position: Tensor, uid: Tensor, stream: Tensor
+    ids: Tensor, seed: Tensor, position: Tensor, uid: Tensor, stream: Tensor, draw: int = 0
 ) -> Tensor:
     """Standard normal noise fp32, with the arguments of `gumbel_noise`."""
-    r0, r1, r2, _ = _words(ids, seed, position, uid, stream)
+    r0, r1, r2, _ = _words(ids, seed, position, uid, stream, draw)
     return torch.where(ids >= 0, normal_from_words(r0, r1, r2), 0.0)
 
 

@@ -82,7 +82,8 @@ def soft_token(
             below so much of the largest is 0, and the others add up to 1. Soft rows only.
         noise: of soft rows; a name or a tensor of their indices in `NOISES`:
             "gumbel": as above;
-            "none": g' = log p (Soft Thinking, 2505.15778);
+            "none": g' = log p (Soft Thinking, 2505.15778; Soft Tokens, 2509.19170, whose noise
+            goes on the mixture: `embedding_noise`);
             "dirichlet": g' = log x, x ~ Dirichlet(noise_scale p) (2508.03440);
             "gaussian": g' = log max(p + noise_scale N(0, 1), 1e-6);
             "multiplex": g' = log(count / noise_scale) of noise_scale independent draws from p, the

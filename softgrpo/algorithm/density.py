@@ -47,7 +47,7 @@ def density_terms(
     classes, rows = positions.classes, positions.classes.rows
     gprime = positions.gprime.index_select(0, rows.soft).to(logq_TK.dtype)
     soft_logq = logq_TK.index_select(0, rows.soft)
-    rollout = settings.rollout
+    rollout = settings.rollout._replace(mixtures=positions.mixtures)
     if rewarded_T is not None:
         rollout = rollout._replace(rewarded=rewarded_T.index_select(0, rows.soft))
     if settings.method.normalised_over == "vocabulary":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softgrpo_kernels.methods import METHODS
-from softgrpo_kernels.methods.method import Method, Rollout
+from softgrpo_kernels.methods.method import Method, NoisyMixtures, Rollout
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class PositionClasses:
     """Every response position is in exactly one of the first four classes. All bool [T].
 
     soft: the density of the recorded g'. candidates: log q of the token over its recorded
-    candidates. full: log-softmax of the token over the vocabulary. forced: no choice, no loss.
+    candidates. full: log-softmax of the token over the vocabulary. forced: no choice, no loss: put
+    there by a budget, or a function of the policy.
     soft_phase: sampled with the soft parameters (soft positions and the token that ended them).
     listed: the candidates that it was drawn from are on the record. rows: the positions of some
     classes, int64: counted on the host, for a mask on a device would have to be waited for.
@@ -87,6 +88,8 @@ def classify(
     full = ~soft_phase & settings.discrete_full
     if settings.method.ending == "vocabulary":
         full |= soft_phase & ~kind
+    if settings.method.ending == "none":
+        forced = forced | (soft_phase & ~kind)
     full &= ~forced
     soft = kind | soft_phase if settings.method.ending == "density" else kind
     masks = {
@@ -115,7 +118,7 @@ class Positions:
     ids, gprime: [T, K], kind, token: [T], the record (`softgrpo_engine.SoftTokens`). logprobs:
     float32 [T], the rollout's log p of the token. uid, position: int64 [T], counters of the noise.
     sample: int64 [T], the sample of each, of num_samples. seed, stream: the other keys of the
-    noise.
+    noise. mixtures: of the soft positions, where their noise is scored; set by the policy.
     """
 
     ids: Tensor
@@ -130,3 +133,4 @@ class Positions:
     num_samples: int
     seed: int
     stream: int
+    mixtures: NoisyMixtures | None = None

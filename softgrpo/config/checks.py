@@ -72,11 +72,11 @@ def check_optim(optim: AdamWConfig) -> None:
 def _check_method(config: Sections) -> None:
     """There is such a method, it has a density, and what it needs of the other settings holds."""
     # Imported here: PyTorch comes with it, which takes seconds, and all keys have been read.
-    from softgrpo_kernels.methods import NOISES, OBJECTIVES, method_of, objectives_of
+    from softgrpo_kernels.methods import OBJECTIVES, SOFT_NOISES, method_of, objectives_of
 
     soft, objective = config.rollout.soft, config.algorithm.objective
     for key, value, names in (
-        ("rollout.soft.noise", soft.noise, NOISES),
+        ("rollout.soft.noise", soft.noise, SOFT_NOISES),
         ("algorithm.objective", objective, OBJECTIVES),
     ):
         if value not in names:
@@ -107,10 +107,10 @@ def _check_method(config: Sections) -> None:
         )
     if method.refuses_scale(soft.noise_scale):
         raise ConfigError(f"rollout.soft.noise_scale: {method.scale_rule}")
-    if method.draws_token and (soft.weight_floor or config.rollout.schedule.weight_floor):
+    if method.why_no_floor and (soft.weight_floor or config.rollout.schedule.weight_floor):
         raise ConfigError(
-            f"rollout.soft.weight_floor: noise {soft.noise!r} has none, as the token that it draws "
-            "need not be the heaviest; set weight_floor=0"
+            f"rollout.soft.weight_floor: noise {soft.noise!r} has none, as {method.why_no_floor}; "
+            "set weight_floor=0"
         )
     _check_schedule(config.rollout, method)
     if method.needs_floor and not soft.weight_floor:
@@ -144,6 +144,11 @@ def _check_schedule(rollout: RolloutConfig, method: Method) -> None:
         raise ConfigError(
             f"rollout.schedule.tau: noise {rollout.soft.noise!r} draws the weights themselves, "
             "with tau 1; leave it null"
+        )
+    if method.why_no_floor and schedule.weight_floor:
+        raise ConfigError(
+            f"rollout.schedule.weight_floor: noise {rollout.soft.noise!r} has none, as "
+            f"{method.why_no_floor}; leave it null"
         )
     for step in range(1, schedule.steps):
         scale = soft_at(rollout, step).noise_scale

@@ -20,9 +20,10 @@ class SoftConfig:
     tau: temperature of the Gumbel-Softmax; small means nearly one token
     weight_floor: a weight below so much of the largest is 0; 0: none
     noise: the method: `gumbel`, `dirichlet`, `gaussian`, `multiplex`, `multiplex_weighted`,
-        `mixture_of_inputs`, `mean`; `none` has no density to train with
+        `mixture_of_inputs`, `mean`, `embedding`; `none` has no density to train with
     noise_scale: factor of Gumbel noise, concentration of Dirichlet, sigma of Gaussian noise, draws
-        of Multiplex, beta of Mixture of Inputs
+        of Multiplex, beta of Mixture of Inputs; of `embedding`, the noise's standard deviation in
+        units of the root mean square of the embedding table
     noise_clip: bounds of the noise; the objective `official` sets its own
     end_of_thinking: `auto` (`</think>` where the tokenizer has it), a token, its id, or null
     max_soft_tokens: budget, after which the end of thinking is forced

@@ -43,7 +43,7 @@ class Passes:
         self.statistics = Statistics()
         self.sample_T = batch.sample_of_token
         self.mask_T = loss_mask(
-            batch.soft.forced.bool(), batch.is_cut, config.algorithm.mask_truncated
+            batch.classes(policy.settings).forced, batch.is_cut, config.algorithm.mask_truncated
         )
 
     @property

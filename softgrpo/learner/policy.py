@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,14 @@ from softgrpo_engine.model.decoder import Decoder
 from softgrpo_engine.training.group_attention import GroupAttention
 from softgrpo_engine.transfer import on_device
 from softgrpo_kernels import (
+    embedding_noise,
     linear_candidate_logprob,
     linear_token_logprob,
     soft_embedding,
     soft_weights,
 )
+from softgrpo_kernels.embedding_noise import root_mean_square, with_noise
+from softgrpo_kernels.methods.method import NoisyMixtures
 
 
 class PositionLogProbs(NamedTuple):
@@ -68,6 +72,8 @@ class Policy(nn.Module):
         # Here a batch goes to the device; all that depends on its values was worked out before.
         positions = on_device(batch.positions(self.settings), device)
         packed = on_device(PackedInputs.of(batch), device)
+        if self.settings.method.adds_noise:
+            positions = dataclasses.replace(positions, mixtures=self._mixtures(positions))
         attention = GroupAttention(
             packed.prompt_lens,
             packed.response_lens,
@@ -94,7 +100,28 @@ class Policy(nn.Module):
         )
         weights = soft_weights(gprime, kind, self.settings.tau, self.settings.weight_floor)
         mixture = soft_embedding(ids, weights, master_VH.detach().to(self.dtype))
+        if positions.mixtures is not None:
+            noise, deviation = positions.mixtures.noise, positions.mixtures.deviation
+            rows = torch.searchsorted(positions.classes.rows.soft, packed.mixed_from)
+            mixture = with_noise(mixture, noise.index_select(0, rows), deviation)
         return embeds.index_copy(0, packed.mixed, mixture)
+
+    @torch.no_grad()
+    def _mixtures(self, positions: Positions) -> NoisyMixtures:
+        """The noise of the soft positions, drawn again, in units of the table that the engine has;
+        its density reads the master's."""
+        master_VH = self.decoder.embed_weight.detach()
+        rows = positions.classes.rows.soft
+        position, uid = (x.index_select(0, rows) for x in (positions.position, positions.uid))
+        unit = root_mean_square(master_VH.to(self.dtype))
+        return NoisyMixtures(
+            ids=positions.ids.index_select(0, rows),
+            noise=embedding_noise(
+                master_VH.shape[1], positions.seed, position, uid, positions.stream
+            ),
+            deviation=(unit * self.settings.noise_scale).float(),
+            table=master_VH.float(),
+        )
 
     def _score(
         self, hidden_TH: Tensor, positions: Positions, rewarded_T: Tensor | None

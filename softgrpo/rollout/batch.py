@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softgrpo.algorithm.positions import DensitySettings, Positions, classify
+from softgrpo.algorithm.positions import DensitySettings, PositionClasses, Positions, classify
 from softgrpo_engine import Output, SoftTokens
 
 FINISH_REASONS = ("stop", "length", "abort")
@@ -99,6 +99,12 @@ class RolloutBatch:
         """Whether the length limit cut the response of each token, bool [T]."""
         return (self.finish == FINISH_REASONS.index("length"))[self.sample_of_token]
 
+    def classes(self, settings: DensitySettings) -> PositionClasses:
+        """What the response positions are to their density, on the host."""
+        return classify(
+            self.soft.kind, self.soft.forced.bool(), self.index_in_response, settings
+        )
+
     def positions(self, settings: DensitySettings) -> Positions:
         """The response positions, on the host as they are."""
         soft, sample = self.soft, self.sample_of_token
@@ -111,7 +117,7 @@ class RolloutBatch:
             uid=self.uid[sample],
             position=self.position,
             sample=sample,
-            classes=classify(soft.kind, soft.forced.bool(), self.index_in_response, settings),
+            classes=self.classes(settings),
             num_samples=len(self.group),
             seed=self.seed,
             stream=self.stream,

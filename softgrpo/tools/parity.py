@@ -155,11 +155,18 @@ def _transformers_logq(
     device, phase = head_VH.device, positions.classes.soft_phase
     prompts = batch.prompt_ids.long().to(device).split(batch.prompt_lens.tolist())
     weights_TK = soft_weights(positions.gprime, positions.kind, settings.tau, settings.weight_floor)
+    noise_TH = None
+    if positions.mixtures is not None:
+        scaled = positions.mixtures.deviation * positions.mixtures.noise
+        noise_TH = scaled.new_zeros(len(positions.token), scaled.shape[1])
+        noise_TH[positions.classes.rows.soft] = scaled
     logq, token_logp, start = [], [], 0
     for group, length in zip(batch.group.tolist(), batch.response_lens.tolist(), strict=True):
         rows = slice(start, start + length)
         start += length
         mixtures = reference.soft_embedding(positions.ids[rows], weights_TK[rows], embed_VH)
+        if noise_TH is not None:
+            mixtures = (mixtures.float() + noise_TH[rows]).to(mixtures.dtype)
         inputs = torch.cat([F.embedding(prompts[group], embed_VH), mixtures])[None, :-1]
         hidden = model.base_model(inputs_embeds=inputs).last_hidden_state[0, -length:]
         temperature = torch.where(

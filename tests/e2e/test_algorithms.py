@@ -119,6 +119,13 @@ OPTIONS = {
         "rollout.soft.tau=1",
         "rollout.soft.noise_scale=0.1",
     ],
+    "embedding": [
+        "rollout.soft.noise=embedding",
+        "rollout.soft.tau=1",
+        "rollout.soft.noise_scale=0.5",
+        "algorithm.kl_coef=0.01",
+        "algorithm.correction.mode=truncate",
+    ],
     "half": ["rollout.soft.noise_scale=0.5"],
     "latent-grpo": ["algorithm.objective=latent_grpo", "rollout.soft.tau=1"],
     "discrete-full": ["rollout.soft.enabled=false", "algorithm.discrete_logprob=full"],

@@ -78,10 +78,11 @@ def test_shapes_come_in_few_sizes():
     assert [bucket(DecodeShape(1, n, 0), 8).pages for n in (1, 32, 33, 65)] == [32, 32, 64, 128]
     assert [bucket(DecodeShape(1, 1, n), 8).ends for n in (0, 1, 3)] == [0, 1, 4]
     assert [bucket(DecodeShape(1, 1, 0, n), 8).entropies for n in (0, 1)] == [0, 1]
+    assert [bucket(DecodeShape(1, 1, 0, 0, n), 8).noises for n in (0, 1)] == [0, 1]
 
 
 def test_inputs_are_views_of_one_block():
-    shape = DecodeShape(rows=3, pages=5, ends=2, entropies=1)
+    shape = DecodeShape(rows=3, pages=5, ends=2, entropies=1, noises=1)
     words = torch.arange(shape.words, dtype=torch.int32)
     inputs = DecodeInputs.views(words, shape)
     parts = list(vars(inputs).values())
@@ -92,6 +93,7 @@ def test_inputs_are_views_of_one_block():
     assert inputs.held_back.shape == (3, 2)
     assert inputs.block_table.shape == (3, 5)
     assert inputs.temperature.shape == (3, 1)
+    assert inputs.deviation.shape == (3, 1)
 
 
 @pytest.mark.skipif(cpu_extension() is None, reason="only the C++ products have rows of their own")
@@ -187,9 +189,10 @@ def test_a_decode_step_reads_nothing_back(hf_model, monkeypatch):
         "softgrpo_engine.model.attention.paged_attention",
         lambda q, *args, **kwargs: torch.empty_like(q),
     )
-    shape = DecodeShape(rows=4, pages=2, ends=2)
-    words = torch.empty(shape.words, dtype=torch.int32, device="meta")
-    with torch.inference_mode():
-        drawn = runner._decode(DecodeInputs.views(words, shape))
-    assert drawn.shape == (3, 4)
-    assert drawn.is_meta
+    for entropies, noises in ((0, 0), (1, 0), (0, 1)):
+        shape = DecodeShape(4, pages=2, ends=2, entropies=entropies, noises=noises)
+        words = torch.empty(shape.words, dtype=torch.int32, device="meta")
+        with torch.inference_mode():
+            drawn = runner._decode(DecodeInputs.views(words, shape))
+        assert drawn.shape == (3 + entropies, 4)
+        assert drawn.is_meta

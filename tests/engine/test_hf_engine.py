@@ -35,6 +35,7 @@ CASES = {
     "official": (SoftParams(top_k=5, noise_clip=(-1.5, 3.0), eps=1e-6), {}),
     "floor": (SoftParams(top_k=5, tau=1.0, weight_floor=0.3), {}),
     "dirichlet": (SoftParams(top_k=5, noise="dirichlet", tau=1.0, noise_scale=5.0), {}),
+    "embedding": (SoftParams(top_k=5, noise="embedding", tau=1.0, **THINKING), {}),
     "candidates": (False, {"top_k": 6}),
     "vocabulary": (False, {"top_k": -1, "top_p": 0.9}),
     "greedy": (False, {"temperature": 0.0}),

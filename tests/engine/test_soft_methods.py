@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softgrpo_engine import SamplingParams, SoftParams
-from softgrpo_kernels.methods import NOISES
+from softgrpo_kernels.methods import SOFT_NOISES
 
 METHODS = {
     "none": SoftParams(noise="none", tau=1.0, end_of_thinking=None),
@@ -16,11 +16,12 @@ METHODS = {
     ),
     "mixture_of_inputs": SoftParams(noise="mixture_of_inputs", tau=1.0, end_of_thinking=None),
     "mean": SoftParams(noise="mean", tau=1.0, end_of_thinking=None),
+    "embedding": SoftParams(noise="embedding", tau=1.0, end_of_thinking=None),
 }
 
 
 def test_every_noise_is_here():
-    assert {"gumbel", *METHODS} == set(NOISES)
+    assert {"gumbel", *METHODS} == set(SOFT_NOISES)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -55,6 +56,30 @@ def test_what_a_sample_draws_does_not_depend_on_its_neighbour(make_llm, prompts)
         assert alone.token_ids == other.token_ids
 
 
+def test_noise_on_mixtures_comes_again_after_preemption(make_llm, prompts):
+    params = SamplingParams(max_tokens=40, ignore_eos=True, n=3, seed=5)
+    plenty, few = make_llm(max_batch_size=32), make_llm(max_batch_size=32, pages=9)
+    expected, samples = (
+        [
+            s
+            for o in llm.generate(prompts, params, METHODS["embedding"], progress=False)
+            for s in o.samples
+        ]
+        for llm in (plenty, few)
+    )
+    assert few.metrics()["preemptions"] > 0
+    for a, b in zip(expected, samples, strict=True):
+        assert torch.equal(a.soft.ids, b.soft.ids)
+        torch.testing.assert_close(a.soft.gprime, b.soft.gprime, atol=1e-3, rtol=1e-3)
+
+
+def test_the_stream_leaves_room_for_the_noise_on_mixtures(make_llm, prompts):
+    with pytest.raises(ValueError, match="stream 65536 is not allowed: must be >= 0 and < 2\\^16"):
+        make_llm().submit(
+            prompts[:1], SamplingParams(max_tokens=8), METHODS["embedding"], stream=2**16
+        )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -62,6 +87,7 @@ def test_what_a_sample_draws_does_not_depend_on_its_neighbour(make_llm, prompts)
         ({"noise": "multiplex", "noise_scale": 2.5}, "draws"),
         ({"noise": "multiplex", "noise_scale": 100}, "draws"),
         ({"noise": "mean", "weight_floor": 0.1}, "set weight_floor=0"),
+        ({"noise": "embedding", "weight_floor": 0.1}, "smooth function .* set weight_floor=0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

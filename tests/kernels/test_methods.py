@@ -10,10 +10,11 @@ from softgrpo_kernels.methods import (
     MULTIPLEX,
     NOISES,
     OBJECTIVES,
+    SOFT_NOISES,
     method_of,
     objectives_of,
 )
-from softgrpo_kernels.methods.method import Rollout
+from softgrpo_kernels.methods.method import NoisyMixtures, Rollout
 
 
 def test_every_noise_has_the_number_of_its_place():
@@ -22,6 +23,8 @@ def test_every_noise_has_the_number_of_its_place():
         "gumbel", "none", "dirichlet", "gaussian",
         "multiplex", "multiplex_weighted", "mixture_of_inputs", "mean",
     )  # fmt: skip  # C++ and Triton
+    assert (*NOISES, "embedding") == SOFT_NOISES  # drawn as none
+    assert method_of("embedding").code == method_of("none").code
     assert OBJECTIVES == (
         "exact", "official", "concrete", "censored", "argmax", "latent_grpo", "lepo",
         "slot_mean", "per_slot", "token",
@@ -65,7 +68,10 @@ def test_a_method_has_a_density_or_says_why_not(method):
             method.density(logq, gprime, Rollout())
     else:
         assert not method.why_untrained
-        assert method.density(logq, gprime, Rollout()).isfinite().all()
+        ids = torch.arange(3).expand(4, 3)
+        mixtures = NoisyMixtures(ids, torch.randn(4, 5), torch.tensor(0.3), torch.randn(3, 5))
+        rollout = Rollout(mixtures=mixtures if method.adds_noise else None)
+        assert method.density(logq, gprime, rollout).isfinite().all()
 
 
 @pytest.mark.parametrize("objective", objectives_of("gumbel"))

@@ -64,6 +64,8 @@ CASES = {
             ("mean", "token"),
         )
     },
+    "embedding": ("exact", {"noise": "embedding", "tau": 1.0, **THINKING}, {}),
+    "embedding-tau": ("exact", {"noise": "embedding", "tau": 0.4, "noise_scale": 0.3}, {}),
     "discrete": ("exact", None, {}),
     "discrete-full": ("exact", None, {"top_k": -1, "top_p": 1.0}),
 }

@@ -15,6 +15,7 @@ LISTING = (
     f"{SOFT}.max_soft_tokens={LISTED}",
     f"rollout.max_new_tokens={LISTED + 1}",
 )
+MEAN = (f"{SOFT}.noise=mean", f"{SOFT}.tau=1.0", "algorithm.objective=token")
 FILLER = (
     f"{SOFT}.enabled=false",
     f"{SOFT}.min_soft_tokens=0",

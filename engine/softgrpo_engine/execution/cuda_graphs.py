@@ -25,6 +25,7 @@ def bucket(shape: DecodeShape, max_batch_size: int) -> DecodeShape:
         pages=max(_LEAST_PAGES, 1 << (shape.pages - 1).bit_length()),
         ends=0 if shape.ends == 0 else 1 << (shape.ends - 1).bit_length(),
         entropies=shape.entropies,
+        noises=shape.noises,
     )
 
 

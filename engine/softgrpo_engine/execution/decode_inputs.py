@@ -11,17 +11,20 @@ from torch import Tensor
 
 class DecodeShape(NamedTuple):
     """rows: B. pages: W, the width of the block table. ends: E, ids held back from a row.
-    entropies: M, 1 where the step gives entropies, else 0."""
+    entropies: M, 1 where the step gives entropies, else 0. noises: N, 1 where noise is added to
+    mixtures, else 0."""
 
     rows: int
     pages: int
     ends: int
     entropies: int = 0
+    noises: int = 0
 
     @property
     def words(self) -> int:
         """32-bit words of the block."""
-        return 2 * self.rows * (4 + self.ends) + self.rows * (self.pages + 1 + self.entropies)
+        narrow = self.pages + 1 + self.entropies + self.noises
+        return self.rows * (2 * (4 + self.ends) + narrow)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class DecodeInputs:
     """row, index: int64 [B], places in the record. position: int64 [B], in the sequence. slot:
     int64 [B], where its keys go. held_back: int64 [B, E], tokens that a row may not draw, -1 pads.
     block_table: int32 [B, W]. seq_lens: int32 [B], this position included. temperature: float32
-    [B, M], of the entropies.
+    [B, M], of the entropies. deviation: float32 [B, N], of the noise on mixtures.
     """
 
     row: Tensor
@@ -40,15 +43,19 @@ class DecodeInputs:
     block_table: Tensor
     seq_lens: Tensor
     temperature: Tensor
+    deviation: Tensor
 
     @staticmethod
     def views(words: Tensor, shape: DecodeShape) -> DecodeInputs:
         """The inputs in a block of int32 [shape.words], on the host or on the device: one copy
         moves them all."""
-        rows, pages, ends, entropies = shape
-        wide, narrow = words.split([2 * rows * (4 + ends), rows * (pages + 1 + entropies)])
+        rows, pages, ends, entropies, noises = shape
+        wide_words = 2 * rows * (4 + ends)
+        wide, narrow = words.split([wide_words, shape.words - wide_words])
         *places, held_back = wide.view(torch.int64).split([rows] * 4 + [rows * ends])
-        block_table, seq_lens, temperature = narrow.split([rows * pages, rows, rows * entropies])
+        block_table, seq_lens, temperature, deviation = narrow.split(
+            [rows * pages, rows, rows * entropies, rows * noises]
+        )
         row, index, position, slot = places
         return DecodeInputs(
             row,
@@ -59,4 +66,5 @@ class DecodeInputs:
             block_table.view(rows, pages),
             seq_lens,
             temperature.view(torch.float32).view(rows, entropies),
+            deviation.view(torch.float32).view(rows, noises),
         )

@@ -20,7 +20,8 @@ from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
 from softgrpo_engine.scheduling.scheduler import Chunk, Plan
 from softgrpo_engine.scheduling.sequence import Sequence
 from softgrpo_engine.transfer import ToHost, to_device
-from softgrpo_kernels import soft_embedding, soft_token_of_rows
+from softgrpo_kernels import embedding_noise, soft_embedding, soft_token_of_rows
+from softgrpo_kernels.embedding_noise import root_mean_square, with_noise
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Runner:
     @decoder.setter
     def decoder(self, decoder: Decoder) -> None:
         self._decoder = decoder
+        self._embedding_unit: float | None = None
         self._weights = tuple(tensor.data_ptr() for tensor in decoder.tensors())
 
     def allocate_pages(self) -> None:
@@ -141,7 +143,10 @@ class Runner:
         held_back = _held_back([chunk.sequence for chunk in plan.chunks])
         table = _block_table(plan.chunks)
         asks = any(chunk.sequence.asks_entropy for chunk in plan.chunks)
-        shape = DecodeShape(len(plan.chunks), table.shape[1], held_back.shape[1], int(asks))
+        noisy = any(chunk.sequence.embedding_noise for chunk in plan.chunks)
+        shape = DecodeShape(
+            len(plan.chunks), table.shape[1], held_back.shape[1], int(asks), int(noisy)
+        )
         if self.graphs is None:
             words = self._decode_words(shape, plan.chunks, table, held_back)
             inputs = DecodeInputs.views(words.to(self.device, non_blocking=True), shape)
@@ -175,11 +180,13 @@ class Runner:
             ("seq_lens", position + 1, 1),
         ):
             inputs[name][:count], inputs[name][count:] = values, padding
-        temperature = _entropy_temperature([chunk.sequence for chunk in chunks])
+        sequences = [chunk.sequence for chunk in chunks]
+        temperature, deviation = _entropy_temperature(sequences), self._deviation(sequences)
         for name, rows, padding in (
             ("block_table", table, self.padding_page),
             ("held_back", held_back, -1),
             ("temperature", temperature, 1),
+            ("deviation", deviation, 0),
         ):
             inputs[name].fill(padding)
             inputs[name][:count, : rows.shape[1]] = rows
@@ -188,8 +195,7 @@ class Runner:
     def _decode(self, inputs: DecodeInputs, attend: Attend = attend_by_kernels) -> Tensor:
         """One position of every sequence, on the device alone: see `_draw`."""
         attention = self._attention(inputs.slot, inputs.block_table, inputs.seq_lens, None, attend)
-        candidates = self.record.inputs(inputs.row, inputs.index - 1)
-        embeds_BH = soft_embedding(*candidates, self.decoder.embed_weight)
+        embeds_BH = self._mixtures(inputs.row, inputs.index - 1, inputs.deviation)
         hidden_BH = self.decoder(embeds_BH, inputs.position, attention)
         return self._draw(hidden_BH, inputs.row, inputs.index, inputs.held_back, inputs.temperature)
 
@@ -216,7 +222,7 @@ class Runner:
             self._to_device(starts),
             self.attention.plan(HostBatch(table, seq_lens, starts)),
         )
-        embeds_TH = self._embed(chunks, row[chunk_T], position_T - split[chunk_T])
+        embeds_TH = self._embed(chunks, chunk_T, row[chunk_T], position_T - split[chunk_T])
         return self.decoder(embeds_TH, self._to_device(position_T), attention)
 
     def _attention(
@@ -238,10 +244,13 @@ class Runner:
             attend=attend,
         )
 
-    def _embed(self, chunks: Seq[Chunk], row_T: np.ndarray, index_T: np.ndarray) -> Tensor:
+    def _embed(
+        self, chunks: Seq[Chunk], chunk_T: np.ndarray, row_T: np.ndarray, index_T: np.ndarray
+    ) -> Tensor:
         """Input embeddings [T, H]: rows of the table for the prompt, mixtures from the record.
 
-        index_T: place of the position among the generated ones, negative in the prompt.
+        chunk_T: index into chunks. index_T: place of the position among the generated ones,
+        negative in the prompt.
         """
         table = self.decoder.embed_weight
         generated = index_T >= 0
@@ -251,9 +260,32 @@ class Runner:
         embeds[self._to_device(np.flatnonzero(~generated))] = table[tokens]
         if generated.any():
             rows, index = self._to_device(np.stack([row_T[generated], index_T[generated]]))
-            mixtures = soft_embedding(*self.record.inputs(rows, index), table)
+            deviation_C = self._deviation([chunk.sequence for chunk in chunks])
+            deviation = self._to_device(deviation_C[chunk_T[generated]])
+            mixtures = self._mixtures(rows, index, deviation)
             embeds[self._to_device(np.flatnonzero(generated))] = mixtures
         return embeds
+
+    def _mixtures(self, row_T: Tensor, index_T: Tensor, deviation_TN: Tensor) -> Tensor:
+        """What stands for generated positions [T, H]: mixtures from the record, and on soft ones
+        noise of that standard deviation, float32 [T, N]; N is 0 where there is none."""
+        mixtures_TH = soft_embedding(*self.record.inputs(row_T, index_T), self.decoder.embed_weight)
+        if not deviation_TN.shape[1]:
+            return mixtures_TH
+        keys = self.record.noise_keys(row_T, index_T)
+        noise_TH = embedding_noise(mixtures_TH.shape[1], **keys)
+        soft_T = self.record.drawn.kind[row_T, index_T]
+        return with_noise(mixtures_TH, noise_TH, deviation_TN * soft_T[:, None])
+
+    def _deviation(self, sequences: Seq[Sequence]) -> np.ndarray:
+        """Of the noise on their mixtures, float32 [B, 1], where one of the sequences has it, else
+        [B, 0]."""
+        scales = np.array([sequence.embedding_noise for sequence in sequences])[:, None]
+        if not scales.any():
+            return np.empty((len(sequences), 0), dtype=np.float32)
+        if self._embedding_unit is None:
+            self._embedding_unit = float(root_mean_square(self.decoder.embed_weight))
+        return (scales * self._embedding_unit).astype(np.float32)
 
     def _draw(
         self,

@@ -11,6 +11,8 @@ from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.requests.prompts import thinking_end_id
 from softgrpo_engine.scheduling.entropy_rules import entropy_rule
 from softgrpo_engine.scheduling.sequence import Sequence, pages_for
+from softgrpo_kernels.limits import LAST_STREAM_OF_DRAWS
+from softgrpo_kernels.methods import method_of
 
 _GROUP_NUMBERS = itertools.count()
 
@@ -81,6 +83,10 @@ def make_groups(
     end_ids = frozenset(params.stop_token_ids)
     if not params.ignore_eos:
         end_ids |= frozenset(config.eos_token_ids)
+    adds_noise = soft is not None and method_of(soft.noise).adds_noise
+    if adds_noise and not 0 <= stream <= LAST_STREAM_OF_DRAWS:
+        raise ValueError(f"stream {stream} is not allowed: must be >= 0 and < 2^16")
+    embedding_noise = soft.noise_scale if soft and adds_noise else 0.0
     # A discrete position keeps its candidates where there are at most K_MAX of them.
     discrete_slots = params.top_k if 1 <= params.top_k <= K_MAX else 1
 
@@ -101,6 +107,7 @@ def make_groups(
                 soft_phase=soft is not None,
                 thinking=soft is not None,
                 rule=entropy_rule(soft),
+                embedding_noise=embedding_noise,
             )
             for uid in uids
         ]

@@ -24,7 +24,8 @@ class Sequence:
     host may not have read yet. num_computed: positions whose keys and values are in ``pages``. row:
     its row in the record, kept while it is preempted. soft_phase: the next position is drawn
     softly. thinking: the end of thinking is still to come; only a rule of entropies makes it differ
-    from soft_phase. thinking_over: it is forced at the next position. tokens: those read, for text
+    from soft_phase. thinking_over: it is forced at the next position. embedding_noise: scale of the
+    noise on its mixtures, 0 without. tokens: those read, for text
     and stop strings; the inputs of the model are rebuilt from the record alone. followers: siblings
     that wait for its prompt. sample: what it has come to, once it has ended; error: what the step
     raised that ended it.
@@ -48,6 +49,7 @@ class Sequence:
     thinking: bool = False
     thinking_over: bool = False
     rule: EntropyRule | None = None
+    embedding_noise: float = 0.0
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     followers: list[Sequence] = field(default_factory=list)

@@ -11,6 +11,7 @@ from softgrpo_kernels.methods.argmax import Argmax
 from softgrpo_kernels.methods.censored import Censored
 from softgrpo_kernels.methods.concrete import Concrete
 from softgrpo_kernels.methods.dirichlet import Dirichlet
+from softgrpo_kernels.methods.embedding import EmbeddingNoise
 from softgrpo_kernels.methods.gaussian import Gaussian
 from softgrpo_kernels.methods.gumbel import Gumbel
 from softgrpo_kernels.methods.latent_grpo import LatentGrpo
@@ -32,11 +33,13 @@ METHODS: tuple[Method, ...] = (
     Gumbel(), Official(), Concrete(), Censored(), Argmax(), LatentGrpo(), Lepo(),
     Plain(), Dirichlet(), Gaussian(),
     Multiplex(), SlotMean(), PerSlot(), MultiplexWeighted(), WeightedSlotMean(), WeightedPerSlot(),
-    MixtureOfInputs(), Mean(),
+    MixtureOfInputs(), Mean(), EmbeddingNoise(),
 )  # fmt: skip
 # The methods that draw differently, in the order of their numbers.
-DRAWS = tuple(sorted({m.noise: m for m in reversed(METHODS)}.values(), key=lambda m: m.code))
+DRAWS = tuple(sorted({m.code: m for m in reversed(METHODS)}.values(), key=lambda m: m.code))
 NOISES = tuple(method.noise for method in DRAWS)
+# All of them, also those that draw as another does and add noise to the mixture.
+SOFT_NOISES = (*NOISES, *dict.fromkeys(m.noise for m in METHODS if m.noise not in NOISES))
 GUMBEL, NONE, DIRICHLET, GAUSSIAN, *_DRAWN = (method.code for method in DRAWS)
 # From MULTIPLEX on they draw the token itself.
 MULTIPLEX, MULTIPLEX_WEIGHTED, MIXTURE_OF_INPUTS, MEAN = _DRAWN
@@ -54,8 +57,8 @@ def method_of(noise: str, objective: str | None = None) -> Method:
     Raises:
         ValueError: there is none; the message lists the names.
     """
-    if noise not in NOISES:
-        raise ValueError(f"noise must be one of {', '.join(NOISES)}, not {noise!r}")
+    if noise not in SOFT_NOISES:
+        raise ValueError(f"noise must be one of {', '.join(SOFT_NOISES)}, not {noise!r}")
     for method in METHODS:
         if method.noise == noise and objective in (None, method.objective):
             return method

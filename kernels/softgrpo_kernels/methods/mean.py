@@ -20,6 +20,7 @@ class Mean(Method):
     code = 7
     objective = "token"
     draws_token = True
+    why_no_floor = "the token that it draws need not be the heaviest"
 
     def perturb(self, logp: Tensor, ids: Tensor, used: Tensor, noise: Noise) -> Tensor:
         return logp

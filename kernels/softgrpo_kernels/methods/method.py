@@ -26,14 +26,29 @@ class Noise(NamedTuple):
     drawn: Tensor
 
 
+class NoisyMixtures(NamedTuple):
+    """Mixtures of embeddings with noise: sum_i w_i table[ids_i] + deviation * noise.
+
+    ids: int [N, K]. noise: float32 [N, H], standard normal. deviation: float32, a number. table:
+    [V, H], detached.
+    """
+
+    ids: Tensor
+    noise: Tensor
+    deviation: Tensor
+    table: Tensor
+
+
 class Rollout(NamedTuple):
     """What a density reads of the rollout: the settings that it was drawn with, as `soft_token` has
-    them, and which of the rows earned an advantage above 0, bool [N]; None: nobody asks."""
+    them; which of the rows earned an advantage above 0, bool [N], None: nobody asks; and the
+    mixtures of methods that add noise to them."""
 
     noise_scale: float = 1.0
     tau: float = 0.1
     weight_floor: float = 0.0
     rewarded: Tensor | None = None
+    mixtures: NoisyMixtures | None = None
 
 
 class Method:
@@ -51,14 +66,18 @@ class Method:
         objective: name of its density: `algorithm.objective`. None: it has none.
         why_untrained: why it has none, and what to take instead.
         needs_floor: its density is that of a mixture with a weight floor.
+        adds_noise: noise is added to the mixture (`embedding_noise`), and its density is that of the
+            mixture (`Rollout.mixtures`).
+        why_no_floor: why its weights have no floor; empty where they may have one.
         draws_token: the token is drawn from p itself and stands in slot 0; the other candidates
-            follow, best g' first. Slot 0 need not be the heaviest: there is no weight floor.
+            follow, best g' first. Slot 0 need not be the heaviest.
         draws_weights: g' is the logarithm of a weight that was drawn itself: it goes with tau 1.
         keeps_logp: log p of the candidates comes back from the record (`rollout_logp`).
         normalised_over: the set over which the log q of its density is normalised: the recorded
             "candidates", or the whole "vocabulary".
         ending: how the token that ends a soft phase is scored: over its recorded "candidates", over
-            the whole "vocabulary", or by the "density" of its g', of which it is a function.
+            the whole "vocabulary", by the "density" of its g', of which it is a function, or not at
+            all, for it is a function of the policy: "none".
         per_slot: each drawn slot has a ratio of its own (`slot_terms`).
         noise_clip, eps: settings of `soft_token` that belong to its density.
     """
@@ -68,11 +87,13 @@ class Method:
     objective: ClassVar[str | None] = None
     why_untrained: ClassVar[str] = ""
     needs_floor: ClassVar[bool] = False
+    adds_noise: ClassVar[bool] = False
+    why_no_floor: ClassVar[str] = ""
     draws_token: ClassVar[bool] = False
     draws_weights: ClassVar[bool] = False
     keeps_logp: ClassVar[bool] = True
     normalised_over: ClassVar[Literal["candidates", "vocabulary"]] = "candidates"
-    ending: ClassVar[Literal["candidates", "vocabulary", "density"]] = "candidates"
+    ending: ClassVar[Literal["candidates", "vocabulary", "density", "none"]] = "candidates"
     per_slot: ClassVar[bool] = False
     noise_clip: ClassVar[tuple[float, float] | None] = None
     eps: ClassVar[float] = 0.0

@@ -23,6 +23,7 @@ class Multiplex(Method):
     code = 4
     objective = "exact"
     draws_token = True
+    why_no_floor = "the token that it draws need not be the heaviest"
     draws_weights = True
     keeps_logp = False
     scale_rule = (
