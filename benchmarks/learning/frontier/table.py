@@ -1,6 +1,6 @@
 """The tables of the cells that are done, in Markdown, and their picture.
 
-    python benchmarks/learning/frontier/table.py
+python benchmarks/learning/frontier/table.py
 """
 
 from __future__ import annotations
