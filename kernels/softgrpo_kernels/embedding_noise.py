@@ -30,9 +30,7 @@ def embedding_noise(
     GPU it is plain PyTorch.
     """
     seed, position, uid, stream = (
-        key.expand(position.shape)
-        if isinstance(key, Tensor)
-        else torch.full_like(position, key)
+        key.expand(position.shape) if isinstance(key, Tensor) else torch.full_like(position, key)
         for key in (seed, position, uid, stream)
     )
     if backend_of(backend, position.device) == "cpu":

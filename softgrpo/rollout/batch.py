@@ -101,9 +101,7 @@ class RolloutBatch:
 
     def classes(self, settings: DensitySettings) -> PositionClasses:
         """What the response positions are to their density, on the host."""
-        return classify(
-            self.soft.kind, self.soft.forced.bool(), self.index_in_response, settings
-        )
+        return classify(self.soft.kind, self.soft.forced.bool(), self.index_in_response, settings)
 
     def positions(self, settings: DensitySettings) -> Positions:
         """The response positions, on the host as they are."""

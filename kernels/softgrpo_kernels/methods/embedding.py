@@ -35,8 +35,6 @@ class EmbeddingNoise(Plain):
         logq, logp, live = live_slots(logq, gprime)
         # A row without live slots would have the gradient of a softmax over nothing.
         dead = ~live & live.any(-1, keepdim=True)
-        q, p = (
-            (x / rollout.tau).masked_fill(dead, -torch.inf).softmax(-1) for x in (logq, logp)
-        )
+        q, p = ((x / rollout.tau).masked_fill(dead, -torch.inf).softmax(-1) for x in (logq, logp))
         moved = soft_embedding(mixtures.ids, q - p, mixtures.table) / mixtures.deviation
         return (moved * (mixtures.noise - 0.5 * moved)).sum(-1).to(logq.dtype)
