@@ -159,7 +159,15 @@ def step_counts(llm, simulated_gpu):
     return counts
 
 
-@pytest.mark.parametrize("soft", [False, SOFT, SoftParams(noise="dirichlet", tau=1.0)])
+@pytest.mark.parametrize(
+    "soft",
+    [
+        False,
+        SOFT,
+        SoftParams(noise="dirichlet", tau=1.0),
+        SoftParams(noise="embedding", tau=1.0, max_soft_tokens=9),
+    ],
+)
 def test_waits_of_a_step(make_llm_on, simulated_gpu, prompts, soft):
     """One for the tokens, and one more where samples end, whatever their number."""
     llm = make_llm_on("cuda")

@@ -133,7 +133,7 @@ def test_score_has_mean_0_its_energy_and_gives_the_gradient_of_an_expectation():
 
 
 def test_fp32_loses_nothing_to_the_length_of_the_noise():
-    """H 4096: |eps|^2 is about 4096, of which fp32 has 5e-4; a small step of the policy is finer."""
+    """|eps|^2 is about 4096, of which fp32 has 5e-4; a small step of the policy is finer."""
     generator = torch.Generator().manual_seed(1)
     table = torch.randn(50, 4096, generator=generator)
     ids = torch.randint(50, (20, 5), generator=generator)

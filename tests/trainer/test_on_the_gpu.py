@@ -61,6 +61,10 @@ CASES = {
         DensitySettings(method_of("gaussian"), tau=1.0, noise_scale=0.2),
         SoftParams(top_k=5, noise="gaussian", tau=1.0, noise_scale=0.2),
     ),
+    "embedding": Case(
+        DensitySettings(method_of("embedding"), tau=1.0, noise_scale=0.5),
+        SoftParams(top_k=5, noise="embedding", tau=1.0, noise_scale=0.5),
+    ),
     "discrete": Case(DensitySettings(soft_enabled=False), None),
     "whole vocabulary": Case(DensitySettings(soft_enabled=False, discrete_full=True), None),
     "kl": Case(algorithm=AlgorithmConfig(kl_coef=0.01), kl=True),

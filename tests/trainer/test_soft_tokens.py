@@ -42,8 +42,9 @@ def roll(monkeypatch, dtype, soft=SOFT):
 
     def watched(rows, index, deviation):
         result = mixtures(rows, index, deviation)
-        keys, soft = runner.record.noise_keys(rows, index), runner.record.drawn.kind[rows, index]
-        names = zip(keys["uid"].tolist(), keys["position"].tolist(), soft.tolist(), strict=True)
+        _, position, uid, _ = runner.record.noise_keys(rows, index)
+        soft = runner.record.drawn.kind[rows, index]
+        names = zip(uid.tolist(), position.tolist(), soft.tolist(), strict=True)
         for name, row in zip(names, result, strict=True):
             if name[2]:
                 fed.setdefault(name[:2], []).append(row.clone())

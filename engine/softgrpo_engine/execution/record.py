@@ -184,14 +184,14 @@ class Record:
         weights = weights_within(drawn.gprime[places], drawn.kind[places], tau, reach)
         return drawn.ids[places], weights
 
-    def noise_keys(self, rows_T: Tensor, index_T: Tensor) -> dict[str, Tensor]:
-        """Of the noise on the mixtures of generated positions, each int64 [T]."""
+    def noise_keys(self, rows_T: Tensor, index_T: Tensor) -> tuple[Tensor, ...]:
+        """Seed, position, uid, stream of the noise on generated positions, each int64 [T]."""
         draws, columns = self.draws, self.rows + rows_T
         seed, position, uid, stream = (
             key.index_select(0, columns)
             for key in (draws.seed, draws.position, draws.uid, draws.stream)
         )
-        return {"seed": seed, "position": position + index_T, "uid": uid, "stream": stream}
+        return seed, position + index_T, uid, stream
 
     def soft_tokens(self, sequences: Seq[Sequence]) -> list[tuple[SoftTokens, Tensor]]:
         """The records of samples so far [T, slots] and their log-probabilities [T], copied.

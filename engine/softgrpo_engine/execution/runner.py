@@ -272,8 +272,8 @@ class Runner:
         mixtures_TH = soft_embedding(*self.record.inputs(row_T, index_T), self.decoder.embed_weight)
         if not deviation_TN.shape[1]:
             return mixtures_TH
-        keys = self.record.noise_keys(row_T, index_T)
-        noise_TH = embedding_noise(mixtures_TH.shape[1], **keys)
+        seed, position, uid, stream = self.record.noise_keys(row_T, index_T)
+        noise_TH = embedding_noise(mixtures_TH.shape[1], seed, position, uid, stream)
         soft_T = self.record.drawn.kind[row_T, index_T]
         return with_noise(mixtures_TH, noise_TH, deviation_TN * soft_T[:, None])
 

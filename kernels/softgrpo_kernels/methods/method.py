@@ -66,8 +66,8 @@ class Method:
         objective: name of its density: `algorithm.objective`. None: it has none.
         why_untrained: why it has none, and what to take instead.
         needs_floor: its density is that of a mixture with a weight floor.
-        adds_noise: noise is added to the mixture (`embedding_noise`), and its density is that of the
-            mixture (`Rollout.mixtures`).
+        adds_noise: noise is added to the mixture (`embedding_noise`), of which its density is
+            (`Rollout.mixtures`).
         why_no_floor: why its weights have no floor; empty where they may have one.
         draws_token: the token is drawn from p itself and stands in slot 0; the other candidates
             follow, best g' first. Slot 0 need not be the heaviest.
