@@ -17,6 +17,7 @@ CASES = {
     "nucleus": ["rollout.soft.enabled=false", "rollout.top_k=-1", "rollout.top_p=0.9"],
     "official": ["algorithm.objective=official", "rollout.soft.max_soft_tokens=4"],
     "dirichlet": ["rollout.soft.noise=dirichlet", "rollout.soft.tau=1"],
+    "embedding": ["rollout.soft.noise=embedding", "rollout.soft.tau=1"],
 }
 
 
@@ -31,7 +32,7 @@ def test_the_three_agree_in_float32(case, tiny_config, capsys):
     assert "within bounds" in shown
     phases = {row[0] for row in table(shown)} & {"soft", "discrete"}
     soft = set() if case in ("candidates", "vocabulary", "nucleus") else {"soft"}
-    assert phases == soft | (set() if case in ("exact", "dirichlet") else {"discrete"})
+    assert phases == soft | (set() if case in ("exact", "dirichlet", "embedding") else {"discrete"})
 
 
 def test_a_model_by_its_path_has_both_phases(tiny_model, capsys):

@@ -11,7 +11,14 @@ UIDS = [[4, 2**32 - 1, 77], [0, 1, 2], [3, 5, 8]]
 THINKING = {"end_of_thinking": 40}
 # Soft to the end; an answer after it; budgets with and without a token that ends the phase; the
 # noise of `official`; other noises; discrete from candidates, from the vocabulary, greedy.
-FORCED = ("budget", "exact-budget", "cold-stop", "cold-stop-least", "switches-spent")
+FORCED = (
+    "budget",
+    "exact-budget",
+    "embedding-budget",
+    "cold-stop",
+    "cold-stop-least",
+    "switches-spent",
+)
 COLD = {"cold_stop_entropy": 4.0, "cold_stop_steps": 2}
 SWITCH = {"top_k": 5, "top_p": 1.0, "noise": "none", "tau": 1.0}
 CASES = {
@@ -35,7 +42,12 @@ CASES = {
     "official": (SoftParams(top_k=5, noise_clip=(-1.5, 3.0), eps=1e-6), {}),
     "floor": (SoftParams(top_k=5, tau=1.0, weight_floor=0.3), {}),
     "dirichlet": (SoftParams(top_k=5, noise="dirichlet", tau=1.0, noise_scale=5.0), {}),
-    "embedding": (SoftParams(top_k=5, noise="embedding", tau=1.0, **THINKING), {}),
+    "embedding": (SoftParams(top_k=5, noise="embedding", tau=1.0), {}),
+    # Tokens after thinking are fed without noise.
+    "embedding-budget": (
+        SoftParams(top_k=5, noise="embedding", max_soft_tokens=4, **THINKING),
+        {},
+    ),
     "candidates": (False, {"top_k": 6}),
     "vocabulary": (False, {"top_k": -1, "top_p": 0.9}),
     "greedy": (False, {"temperature": 0.0}),

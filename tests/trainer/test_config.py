@@ -253,6 +253,22 @@ def test_noise_and_objective_must_fit(tmp_path):
             ["rollout.soft.noise=dirichlet", "algorithm.objective=official"],
             "'official' is no density of rollout.soft.noise 'dirichlet', which needs",
         ),
+        (
+            ["rollout.soft.noise=embedding", "rollout.soft.weight_floor=0.1"],
+            "rollout.soft.weight_floor: noise 'embedding' has none, as its mixture is a smooth",
+        ),
+        (
+            [
+                "rollout.soft.noise=embedding",
+                "rollout.schedule.steps=4",
+                "rollout.schedule.weight_floor=0.1",
+            ],
+            "rollout.schedule.weight_floor: noise 'embedding' has none",
+        ),
+        (
+            ["rollout.soft.noise=embedding", "algorithm.objective=concrete"],
+            "is no density of rollout.soft.noise 'embedding', which needs objective exact",
+        ),
         (["algorithm.objective=censored"], "set rollout.soft.weight_floor, such as 0.1"),
         (["rollout.soft.weight_floor=2"], "rollout.soft.weight_floor: 2 is not allowed"),
         (["rollout.soft.noise=gaussian"], "draws the weights themselves; set tau=1"),
