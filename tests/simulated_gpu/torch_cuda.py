@@ -205,9 +205,11 @@ class _Pools:
     """Memory of graphs. PyTorch counts who has captured into a pool; one whose graphs are all gone
     is dead until empty_cache finds none of its memory held (create_or_incref_pool)."""
 
+    # Of the process, not of a device: what an earlier test still holds is in no pool of this one.
+    _numbers = itertools.count(1)
+
     def __init__(self, core: Any) -> None:
         self._core = core
-        self._numbers = itertools.count(1)
         self._users: dict[Any, int] = {}
 
     def handle(self) -> tuple[int, int]:

@@ -55,7 +55,7 @@ ARMS = {
         (f"{SOFT}.tau=1.0", f"{SOFT}.weight_floor=0.1", "algorithm.objective=censored"),
     ),
     "gumbel exact": Arm("mixture", (f"{SOFT}.tau=1.0", "algorithm.objective=exact")),
-    "mean": Arm("mixture", (f"{SOFT}.noise=mean", f"{SOFT}.tau=1.0", "algorithm.objective=token")),
-    "mean, pathwise": Arm("mixture", (f"{SOFT}.noise=mean", f"{SOFT}.tau=1.0"), pathwise=True),
+    "mean": Arm("mixture", MEAN),
+    "mean, pathwise": Arm("mixture", MEAN, pathwise=True),
 }
 RATES = ("1e-4", "3e-4", "1e-3")
