@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from arms import ARMS, RATES, Arm
 from evaluate import SAMPLES, evaluate, variants_of
 from pathwise import train as train_pathwise
@@ -91,7 +92,7 @@ def run_arm(root: Path, name: str, rate: str, seed: int) -> None:
     more = (f"optim.lr={rate}", f"run.output_dir={root / 'runs'}", f"run.name={path.stem}")
     config = arm_config(root, arm, seed, start, *more)
     if arm.pathwise:
-        decoder = load_decoder(start, "float32").train()
+        decoder = load_decoder(start, torch.float32, torch.device("cpu")).train()
         questions = [
             ([ID[t] for t in g.prompt.split()], ID[g.answer]) for g in graphs("asked", ASKED)
         ]
