@@ -107,7 +107,7 @@ def _check_method(config: Sections) -> None:
         )
     if method.refuses_scale(soft.noise_scale):
         raise ConfigError(f"rollout.soft.noise_scale: {method.scale_rule}")
-    if method.why_no_floor and (soft.weight_floor or config.rollout.schedule.weight_floor):
+    if method.why_no_floor and soft.weight_floor:
         raise ConfigError(
             f"rollout.soft.weight_floor: noise {soft.noise!r} has none, as {method.why_no_floor}; "
             "set weight_floor=0"
