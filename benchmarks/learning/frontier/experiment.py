@@ -134,7 +134,7 @@ def best_rate(name: str) -> str | None:
 
 def _write(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**row, "samples": SAMPLES}, indent=1) + "\n")
+    path.write_text(json.dumps({**row, "samples": SAMPLES}) + "\n")
 
 
 def main() -> None:
