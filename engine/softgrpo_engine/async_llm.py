@@ -68,9 +68,9 @@ class AsyncLLM:
                 for item in await self._on_worker(lambda: list(call.news())):
                     yield item
 
-    async def abort(self, uid: int) -> None:
+    async def abort(self, sample: Sample) -> None:
         """As `LLM.abort`."""
-        await self._on_worker(lambda: self.llm.abort(uid))
+        await self._on_worker(lambda: self.llm.abort(sample))
 
     @asynccontextmanager
     async def _call(

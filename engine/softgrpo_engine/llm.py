@@ -23,7 +23,7 @@ from softgrpo_engine.params import SamplingParams, SoftParams
 from softgrpo_engine.requests.admission import check_fits, make_groups
 from softgrpo_engine.requests.call import Call
 from softgrpo_engine.requests.progress import TokenRate, load_metrics, sample_progress
-from softgrpo_engine.requests.prompts import Prompt, as_list, default_uids, encode
+from softgrpo_engine.requests.prompts import Prompt, as_list, encode, uids_of_call
 from softgrpo_engine.requests.samples import as_sample, hits_stop_string
 from softgrpo_engine.scheduling.kv_cache import BlockPool
 from softgrpo_engine.scheduling.scheduler import Plan, Scheduler
@@ -189,7 +189,7 @@ class LLM:
         if seed is None:
             seed = params.seed if params.seed is not None else secrets.randbits(63)
         if uids is None:
-            uids = [default_uids(prompt, params.n) for prompt in ids]
+            uids = uids_of_call(ids, params.n)
         groups = make_groups(ids, params, soft, seed, uids, stream, self.config, self.tokenizer)
         slots = max((sequence.slots for group in groups for sequence in group), default=1)
         self.runner.record.reserve(params.max_tokens, slots)
@@ -232,9 +232,11 @@ class LLM:
         if not self.scheduler.has_work:
             self.scheduler.check()
 
-    def abort(self, uid: int) -> None:
-        """Ends the samples of that name; they come back with finish_reason "abort"."""
-        self._abort([s for s in self.scheduler.active if s.uid == uid])
+    def abort(self, sample: Sample | Sequence) -> None:
+        """Ends a sample that ``stream`` gave, or one of a Call; it comes back with what it has and
+        finish_reason "abort". Those of other callers go on, whatever their uids."""
+        name = (sample.group, sample.uid)
+        self._abort([s for s in self.scheduler.active if (s.group, s.uid) == name])
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces the weights in place (Hugging Face names, every parameter once).

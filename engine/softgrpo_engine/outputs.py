@@ -19,7 +19,8 @@ class Sample:
 
     token_ids: generated ids, an ending EOS included. logprobs: float32 [T], log p of the token at
     every position, under the distribution it was drawn from. soft: SoftTokens [T, K]. uid: its name
-    for the noise. finish_reason is None while it is still being generated.
+    for the noise. finish_reason is None while it is still being generated. group: a number that the
+    samples of its prompt in its call share with no others: `LLM.abort` finds it by that.
     """
 
     text: str
@@ -28,6 +29,7 @@ class Sample:
     soft: SoftTokens
     finish_reason: FinishReason | None
     uid: int
+    group: int = -1
 
 
 @dataclass(frozen=True)

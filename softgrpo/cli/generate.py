@@ -169,7 +169,7 @@ class _Session:
                 sys.stdout.flush()
                 seen = sample.text
             if self.interrupted:
-                self.llm.abort(sample.uid)
+                self.llm.abort(sample)
         if self.params.n == 1:
             print(f"\n{done[0].text}" if self.show_candidates else "")
         return done[-1]

@@ -128,7 +128,7 @@ def test_a_stream_left_early_and_an_abort_by_name(make_llm, prompts):
         async for _, sample in engine.stream(prompts[0], endless):
             seen.append(sample)
             if len(sample.token_ids) == 3:
-                await engine.abort(sample.uid)
+                await engine.abort(sample)
         return seen[-1]
 
     last = run(main())

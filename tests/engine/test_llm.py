@@ -304,7 +304,7 @@ def test_abort_gives_back_what_there_is_and_disturbs_nobody(make_llm, prompts):
         if sample.finish_reason:
             done[sample.uid] = sample
         if sample.uid == expected[0].uid and len(sample.token_ids) == 4:
-            llm.abort(expected[0].uid)
+            llm.abort(sample)
     assert {uid: s.finish_reason for uid, s in done.items()} == {
         expected[0].uid: "abort",
         expected[1].uid: "length",
@@ -347,7 +347,7 @@ def test_news_are_of_the_moment_at_which_they_were_asked_for(make_llm, prompts):
     for _ in range(3):
         llm.step()
     first, other = call.sequences
-    llm.abort(first.uid)
+    llm.abort(first)
     news, length = call.news(), len(other.tokens)
     assert next(news)[1].finish_reason == "abort"
     while llm.scheduler.has_work:

@@ -109,7 +109,7 @@ def test_an_abort_meets_a_step_under_way(make_overlapping, prompts):
     for _ in range(4):
         llm.step()
     for sequence in call.sequences:
-        llm.abort(sequence.uid)
+        llm.abort(sequence)
     ended = [output.samples[0] for _, output in call.ended()]
     assert {sample.finish_reason for sample in ended} == {"abort"}
     assert all(len(sample.soft.token) == len(sample.token_ids) for sample in ended)

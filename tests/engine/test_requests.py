@@ -1,10 +1,12 @@
 """What may be asked: prompts of every kind, and the refusals, each in one clear line."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
+from softgrpo_engine.requests.samples import hits_stop_string
 
 VOCABULARY = 97
 
@@ -142,3 +144,61 @@ def test_soft_settings_of_the_model_directory_are_the_default(tmp_path, hf_model
     (tmp_path / "softgrpo.json").write_text('{"soft": {"topk": 3}}')
     with pytest.raises(ValueError, match=r"softgrpo.json.*unknown soft setting 'topk'"):
         LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64)
+
+
+def test_an_abort_leaves_the_same_prompt_of_another_caller_alone(make_llm, prompts):
+    """Both callers have samples of the same uids."""
+    llm = make_llm()
+    params = SamplingParams(n=2, max_tokens=8, seed=1, ignore_eos=True)
+    one, other = llm.stream(prompts[0], params), llm.stream(prompts[0], params)
+    (_, sample), _ = next(one), next(other)
+    llm.abort(sample)
+    reasons = [[s.finish_reason for _, s in stream if s.finish_reason] for stream in (one, other)]
+    assert reasons == [["abort", "length"], ["length", "length"]]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_prompt_given_twice_is_one_with_twice_the_samples(make_llm, prompts, seed):
+    params = {"max_tokens": 12, "seed": seed, "ignore_eos": True}
+    pair = [prompts[0], prompts[1], prompts[0]]
+    outputs = make_llm().generate(pair, SamplingParams(n=2, **params), progress=False)
+    assert outputs[2].prompt_token_ids == prompts[0]
+    twice = [sample.token_ids for i in (0, 2) for sample in outputs[i].samples]
+    assert len({tuple(ids) for ids in twice}) == 4
+    if seed is not None:
+        (once,) = make_llm().generate(prompts[0], SamplingParams(n=4, **params), progress=False)
+        assert twice == [sample.token_ids for sample in once.samples]
+
+
+@pytest.mark.parametrize("min_tokens", [0, 3, 4, 24])
+def test_a_stop_string_seen_before_min_tokens_does_not_end_the_sample(
+    make_llm, prompts, tokenizer, min_tokens
+):
+    """Not later either, and the text is not cut there; one seen from then on does."""
+    params = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
+    (free,) = make_llm().generate(prompts[0], SamplingParams(**params), progress=False)
+    text, stop = free.samples[0].text, free.samples[0].text[1:4]  # in the first two tokens
+    settings = SamplingParams(**params, stop=stop, min_tokens=min_tokens)
+    (output,) = make_llm().generate(prompts[0], settings, progress=False)
+    sample = output.samples[0]
+    # Tokens are of two letters. The string is there twice: from the second to the fourth letter,
+    # and from the fourth to the sixth.
+    assert [i for i in range(len(text)) if text.startswith(stop, i)] == [1, 3]
+    if min_tokens <= 3:
+        assert sample.finish_reason == "stop"
+        assert len(sample.token_ids) == max(2, min_tokens)
+        assert sample.text == text[: 1 if min_tokens == 0 else 3]
+    else:
+        assert sample.finish_reason == "length"
+        assert sample.text == text
+
+
+def test_a_stop_string_may_end_in_a_character_of_several_tokens():
+    """The text of all tokens but the newest has a replacement character there."""
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode(errors="replace"))
+    sequence = SimpleNamespace(params=SamplingParams(stop="né"), min_tokens=0, tokens=[])
+    hits = []
+    for token in "née".encode():
+        sequence.tokens.append(token)
+        hits.append(hits_stop_string(sequence, tokenizer))
+    assert hits == [False, False, True, False]

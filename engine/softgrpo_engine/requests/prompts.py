@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,11 +38,22 @@ def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
     return list(prompt)  # type: ignore[arg-type]
 
 
-def default_uids(token_ids: Sequence[int], n: int) -> list[int]:
+def uids_of_call(prompts: Sequence[list[int]], n: int) -> list[list[int]]:
+    """Names of the n samples of every prompt. A prompt that comes again goes on where it ended:
+    copies are one prompt with more samples, not the same samples again."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    uids = []
+    for prompt in map(tuple, prompts):
+        uids.append(default_uids(prompt, n, first=n * seen[prompt]))
+        seen[prompt] += 1
+    return uids
+
+
+def default_uids(token_ids: Sequence[int], n: int, first: int = 0) -> list[int]:
     """Names of the samples of a prompt: (hash32(prompt ids) + sample index) mod 2^32, so that they
-    do not depend on what else is generated."""
+    do not depend on what else is generated. first: the index of the first of the n."""
     digest = zlib.crc32(np.asarray(token_ids, dtype="<i4").tobytes())
-    return [(digest + i) % 2**32 for i in range(n)]
+    return [(digest + i) % 2**32 for i in range(first, first + n)]
 
 
 def thinking_end_id(setting: str | int | None, tokenizer: Any) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +22,7 @@ def hits_stop_string(sequence: Sequence, tokenizer: Any) -> bool:
     # long the sample is, its tail is enough.
     tail = sequence.tokens[-4 * max(map(len, stop)) - 4 :]
     text = tokenizer.decode(tail, skip_special_tokens=True)
-    return any(string in text for string in stop)
+    return _stop_index(text, tail, stop, tokenizer) is not None
 
 
 def as_sample(sequence: Sequence, soft: SoftTokens, logprobs: Tensor, tokenizer: Any) -> Sample:
@@ -32,13 +34,30 @@ def as_sample(sequence: Sequence, soft: SoftTokens, logprobs: Tensor, tokenizer:
         soft=soft,
         finish_reason=sequence.finish_reason,
         uid=sequence.uid,
+        group=sequence.group,
     )
 
 
 def _text(sequence: Sequence, tokenizer: Any) -> str:
-    """The text generated so far, cut before the first stop string; empty without a tokenizer."""
+    """The text generated so far, cut before a stop string that ended it; empty without a
+    tokenizer."""
     if tokenizer is None:
         return ""
     text: str = tokenizer.decode(sequence.tokens, skip_special_tokens=True)
-    cuts = [text.find(string) for string in sequence.params.stop if string in text]
-    return text[: min(cuts)] if cuts else text
+    if sequence.finish_reason != "stop":
+        return text
+    return text[: _stop_index(text, sequence.tokens, sequence.params.stop, tokenizer)]
+
+
+def _stop_index(text: str, tokens: list[int], stop: Seq[str], tokenizer: Any) -> int | None:
+    """Where the first of the stop strings that end in the newest token starts in the text.
+
+    One that ended before was seen before `min_tokens`, and counts no more.
+    """
+    if not any(string in text for string in stop):
+        return None
+    before = tokenizer.decode(tokens[:-1], skip_special_tokens=True)
+    # Not its length: the newest token may complete a character that was a replacement there.
+    old = len(os.path.commonprefix([before, text]))
+    starts = [text.find(string, max(0, old - len(string) + 1)) for string in stop]
+    return min((start for start in starts if start >= 0), default=None)
