@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from softgrpo.learner.update import Update, learning_rate
 from softgrpo.log.metrics import rollout_metrics
 from softgrpo.rewards import RewardFunc, RewardRunner
 from softgrpo.rollout.batch import RolloutBatch
-from softgrpo.rollout.engines import load_engine, make_engine
+from softgrpo.rollout.engines import load_engine, make_engine, sleeps
 from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
 from softgrpo.rollout.scored import ScoredRollout
 from softgrpo.run.held_out import evaluation_rollout
@@ -66,7 +67,9 @@ class Trainer:
         tokenizer = AutoTokenizer.from_pretrained(str(model_path))
         prompts = [prompt.token_ids for prompt in self.data.prepare(tokenizer)]
         longest = max(r.max_new_tokens for r in (config.rollout, evaluation_rollout(config)))
-        self.llm = make_engine(config, model_path, tokenizer, max(map(len, prompts)) + longest)
+        self.llm = make_engine(
+            config, model_path, tokenizer, max(map(len, prompts)) + longest, self._most_samples()
+        )
         self.llm.check_fits(prompts, SamplingParams(max_tokens=longest))
         self.policy, reference = load_policies(config, model_path, self.llm.device, self.world)
         optimizer = make_optimizer(self.policy.decoder, config.optim)
@@ -97,6 +100,8 @@ class Trainer:
         drawn = self._sample(replace(config.rollout, soft=soft), times)
         rollout_row = rollout_metrics(drawn, self._batch(drawn), self.policy.settings, config)
         with self._timed("train", times):
+            if sleeps(config, self.llm.device):
+                self.llm.sleep(weights=config.rollout.sleep == "always")
             chosen = drawn.choose(config.rollout.prompts_per_step)
             batch = self._batch(chosen)
             penalty_S = overlong_penalty(
@@ -108,9 +113,11 @@ class Trainer:
             lr = learning_rate(config.optim, step, config.run.max_steps)
             update_row, updates = self.update(batch, advantages_S, lr, config)
         with self._timed("sync", times):
-            if updates:
+            if updates or config.rollout.sleep == "always":
                 version = self.llm.weight_version + updates
                 self.llm.update_weights(merged_tensors(self.policy.decoder), version=version)
+            if sleeps(config, self.llm.device):
+                self.llm.wake()
         self.state.step = step
         self.state.num_tokens += drawn.num_tokens
         if self.state.is_due(config.log.samples_every):
@@ -167,6 +174,13 @@ class Trainer:
                 f"warning: rewards of {lost} samples hung or crashed: none"
             )
         return drawn
+
+    def _most_samples(self) -> int:
+        """The most samples that this process draws at a time, in steps and in evaluations."""
+        rollout, size = self.config.rollout, self.world.size
+        drawn = math.ceil(rollout.prompts_per_step / size) * rollout.group_size
+        held_out = math.ceil(len(self.data.held_out) / size) * self.config.eval.samples
+        return max(drawn, held_out)
 
     def _batch(self, rollout: ScoredRollout) -> RolloutBatch:
         return RolloutBatch.from_outputs(

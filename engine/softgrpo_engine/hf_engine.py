@@ -55,6 +55,7 @@ class HFEngine:
         if self.max_model_len > longest:
             raise ValueError(f"max_model_len={max_model_len} is more than the model's {longest}")
         self.weight_version = 0
+        self.has_weights = True
         self._parameters = dict(self.model.named_parameters())
 
     def check_fits(self, prompts: Seq[list[int]], params: SamplingParams) -> None:
@@ -80,6 +81,8 @@ class HFEngine:
         stream: int = 0,
     ) -> list[Output]:
         """Samples prompt i once for each uid of ``uids[i]``; soft False or None is discrete."""
+        if not self.has_weights:
+            raise RuntimeError("the engine has no weights since it slept: call update_weights()")
         self.check_fits(prompts, params)
         settings = (params, soft or None, seed)
         return [
@@ -89,14 +92,31 @@ class HFEngine:
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replaces the weights in place (Hugging Face names, every parameter once)."""
+        """Replaces the weights (Hugging Face names, every parameter once)."""
         missing = set(self._parameters)
         for name, tensor in named_tensors:
-            self._parameters[name].copy_(tensor)
+            parameter = self._parameters[name]
+            if not self.has_weights:
+                parameter.data = torch.empty(
+                    parameter.shape, dtype=parameter.dtype, device=self.device
+                )
+            parameter.copy_(tensor)
             missing.remove(name)
         if missing:
             raise ValueError(f"update_weights without {sorted(missing)[0]!r}")
         self.weight_version = version
+        self.has_weights = True
+
+    def sleep(self, weights: bool = True) -> None:
+        """Frees the weights; they come again by ``update_weights``. There is no KV cache between
+        calls."""
+        if weights:
+            self.has_weights = False
+            for parameter in self._parameters.values():  # of their shape, and one number large
+                parameter.data = parameter.new_zeros(1).expand(parameter.shape)
+
+    def wake(self) -> None:
+        """Nothing: what slept comes by ``update_weights``."""
 
     @torch.inference_mode()
     def _group(

@@ -40,8 +40,9 @@ class LLM:
 
     model: hub id, local directory, alias, or a Decoder with its tokenizer. dtype: "bfloat16" or
     "float32". kv_memory: GiB of KV cache; by default what max_batch_size samples of max_model_len
-    need, at most a quarter of the free memory. max_model_len: tokens of prompt and answer, by
-    default what the model was made for. max_batch_size: samples in progress at once.
+    need, at most a quarter of the free memory; math.inf: what they need, or a ValueError.
+    max_model_len: tokens of prompt and answer, by default what the model was made for.
+    max_batch_size: samples in progress at once.
     max_batch_tokens: positions computed in one step; longer prompts are computed in chunks.
     batch_invariant: a sample has the same bits whatever it shares a batch with, on any CPU; where
     the CPU has a matrix unit for bfloat16 that is so in any case. attention: "kernels" (ours), or
@@ -255,16 +256,20 @@ class LLM:
         self._take_weights(decoder)
         self.weight_version = version
 
-    def sleep(self) -> None:
-        """Frees the KV cache and the weights until ``wake``. The engine must be idle."""
+    def sleep(self, weights: bool = True) -> None:
+        """Frees the KV cache, and with ``weights`` these and the graphs, until ``wake``. The
+        engine must be idle."""
         self._check_idle("sleep")
-        self._drop_weights()
+        self.pool.clear()
         self.runner.free_pages()
         self._awake = False
-        return_freed_memory(self.runner.device)
+        if weights:
+            self._drop_weights()
+            self.runner.drop_graphs()
+        return_freed_memory(self.device, of_modules=weights)
 
     def wake(self) -> None:
-        """Makes an empty KV cache after ``sleep``.
+        """Takes the memory of the KV cache again after ``sleep``.
 
         The weights of ``model_path`` are read again if they had never been updated. All others
         (updated ones, those of a Decoder) must come by ``update_weights``, before or after this.

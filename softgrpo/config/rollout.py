@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from softgrpo.config.ranges import Count, Fraction, Positive, Size
 from softgrpo.config.schema import Range
@@ -103,7 +103,9 @@ class RolloutConfig:
     top_k: of discrete positions; 0 or -1: the whole vocabulary
     max_batch_size: samples decoded at a time
     max_batch_tokens: tokens of one forward pass over prompts
-    kv_memory: GiB of the KV cache; null: for a full batch, at most a quarter of the free memory
+    kv_memory: GiB of the KV cache; null: what the fullest batch needs at full length
+    sleep: the engine's memory during the update. `auto`: the KV cache is given back on a GPU;
+        `always`: it and the weights are, on any device; `never`: all stays
     """
 
     engine: str = "native"
@@ -116,6 +118,7 @@ class RolloutConfig:
     max_batch_size: Size = 256
     max_batch_tokens: Size = 8192
     kv_memory: Positive | None = None
+    sleep: Literal["auto", "always", "never"] = "auto"
     soft: SoftConfig = field(default_factory=SoftConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     filler_thoughts: FillerConfig = field(default_factory=FillerConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -45,33 +46,57 @@ class RolloutEngine(Protocol):
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces the weights (Hugging Face names, every parameter once), forgets what was
-        computed with the old ones, and sets weight_version."""
+        computed with the old ones, and sets weight_version. The engine may sleep."""
+
+    def sleep(self, weights: bool) -> None:
+        """Frees what an update does not need: the KV cache, and with ``weights`` these, which then
+        come by ``update_weights``."""
+
+    def wake(self) -> None:
+        """Takes the KV cache again."""
+
+
+_METHODS = [name for name in vars(RolloutEngine) if not name.startswith("_")]
 
 
 def load_engine(name: str) -> Callable[..., RolloutEngine]:
-    """The class of the engine. Raises ConfigError when it cannot be imported."""
+    """The class of the engine. Raises ConfigError when it cannot be imported, or is none."""
     point = find_engine(name)
     try:
         engine: Callable[..., RolloutEngine] = point.load()
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"rollout.engine: {name!r} cannot be imported: {error}") from None
+    if missing := [method for method in _METHODS if not hasattr(engine, method)]:
+        raise ConfigError(
+            f"rollout.engine: {name!r} has no {missing[0]}(): an engine has the methods of "
+            "softgrpo.rollout.engines.RolloutEngine"
+        )
     return engine
 
 
-def make_engine(
-    config: Config, model_path: Path, tokenizer: Any, max_model_len: int
-) -> RolloutEngine:
-    """The engine of a run with the model; max_model_len: the longest prompt with its response.
+def sleeps(config: Config, device: torch.device) -> bool:
+    """Whether the engine sleeps during the update: a function of these alone, as the run is to be
+    the same whatever else is in memory."""
+    mode = config.rollout.sleep
+    return mode == "always" or (mode == "auto" and device.type == "cuda")
 
-    No longer than the run needs: the size of the KV cache, and with it the schedule, then does not
-    depend on how much memory happens to be free.
+
+def make_engine(
+    config: Config, model_path: Path, tokenizer: Any, max_model_len: int, max_samples: int
+) -> RolloutEngine:
+    """The engine of a run with the model.
+
+    max_model_len: the longest prompt with its response. max_samples: the most that this process
+    asks for at a time. The KV cache, and with it the schedule, hangs on these and on the
+    configuration, never on how much memory happens to be free.
     """
+    kv_memory = config.rollout.kv_memory
     return load_engine(config.rollout.engine)(
         model_path,
         tokenizer=tokenizer,
         dtype=config.model.dtype,
         max_model_len=max_model_len,
-        kv_memory=config.rollout.kv_memory,
-        max_batch_size=config.rollout.max_batch_size,
+        kv_memory=math.inf if kv_memory is None else kv_memory,
+        max_batch_size=min(config.rollout.max_batch_size, max_samples),
         max_batch_tokens=config.rollout.max_batch_tokens,
     )

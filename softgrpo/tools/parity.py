@@ -99,7 +99,8 @@ def _draw(
     """A rollout of the run's engine, and where it was made."""
     rollout = config.rollout
     longest = max(map(len, prompts)) + rollout.max_new_tokens
-    engine = make_engine(config, model_path, tokenizer, longest)
+    samples = len(prompts) * rollout.group_size
+    engine = make_engine(config, model_path, tokenizer, longest, samples)
     outputs = collect(
         engine,
         prompts,

@@ -39,3 +39,16 @@ def test_an_unknown_engine_lists_what_there_is(monkeypatch):
     monkeypatch.setattr(engines, "entry_points", lambda group: [broken])
     with pytest.raises(ConfigError, match=r"'broken' cannot be imported: No module named 'nowh"):
         load_engine("broken")
+
+
+def test_an_engine_without_a_method_is_refused(monkeypatch):
+    """One that was written before engines slept."""
+    point = EntryPoint("old", f"{OldEngine.__module__}:OldEngine", engines.GROUP)
+    monkeypatch.setattr(engines, "entry_points", lambda group: [point])
+    monkeypatch.setattr(EntryPoint, "load", lambda self: OldEngine)
+    with pytest.raises(ConfigError, match=r"'old' has no sleep\(\): .*RolloutEngine"):
+        load_engine("old")
+
+
+class OldEngine:
+    check_fits = generate_groups = update_weights = None

@@ -166,6 +166,17 @@ def test_graphs_are_kept_until_a_tensor_moves(make_llm, prompts, hf_model):
     for a, b in zip(updated, samples_of(fresh, prompts[:2]), strict=True):
         assert a.token_ids == b.token_ids
 
+    recorded = Replayed.recorded
+    llm.sleep(weights=False)
+    assert len(llm.runner.graphs) > 0
+    llm.wake()
+    runner = llm.runner
+    moved = runner.graphs._recorded_with != runner._addresses()
+    for a, b in zip(samples_of(llm, prompts[:2]), updated, strict=True):
+        assert a.token_ids == b.token_ids
+    assert (Replayed.recorded > recorded) == moved
+    recorded = Replayed.recorded
+
     longer = SamplingParams(max_tokens=50, ignore_eos=True, min_tokens=4)
     samples_of(llm, prompts[:2], longer)  # the record grows
     assert Replayed.recorded > recorded

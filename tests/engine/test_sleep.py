@@ -52,6 +52,25 @@ def test_sleep_gives_the_memory_of_cache_and_weights_back(of_directory, prompts)
     assert llm.metrics()["prefix_tokens_reused"] == 0, "the cache of before is gone"
 
 
+def test_sleep_of_the_cache_alone_keeps_the_weights(make_llm, prompts):
+    llm = make_llm()
+    first = tokens(llm, prompts[3])
+    cache = llm.runner.k_pages.nbytes + llm.runner.v_pages.nbytes
+    on_gpu = llm.device.type == "cuda"
+    count = torch.cuda.memory_allocated if on_gpu else tensor_bytes
+    decoder, before = llm.runner.decoder, count()
+    for _ in range(2):  # a second time, nothing is left to give back
+        llm.sleep(weights=False)
+        assert before - count() == cache
+        with pytest.raises(RuntimeError, match=r"wake\(\)"):
+            tokens(llm, prompts[3])
+    llm.wake()
+    assert count() == before
+    assert llm.runner.decoder is decoder
+    assert tokens(llm, prompts[3]) == first
+    assert llm.metrics()["prefix_tokens_reused"] == 0, "the cache of before is gone"
+
+
 @pytest.mark.parametrize("update_first", [True, False])
 def test_updated_weights_do_not_fall_back_to_those_of_the_model(
     of_directory, hf_model, prompts, update_first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import sys
 from pathlib import Path
@@ -27,8 +28,22 @@ def page_bytes(decoder: Decoder) -> int:
 def pages_that_fit(
     decoder: Decoder, kv_memory: float | None, max_batch_size: int, max_model_len: int
 ) -> int:
-    """Pages for ``kv_memory`` GiB; by default for the fullest batch, within the free memory."""
+    """Pages for the fullest batch, within ``kv_memory`` GiB; None is a quarter of the free memory.
+
+    With math.inf there are as many as the batch needs. Raises ValueError when the device does not
+    have that much, and when ``kv_memory`` does not hold a page.
+    """
     wanted = max_batch_size * pages_for(max_model_len)
+    if kv_memory == math.inf:
+        needed, free = wanted * page_bytes(decoder), free_memory(decoder.embed_weight.device)
+        if needed > free:
+            raise ValueError(
+                f"the KV cache of max_batch_size={max_batch_size} samples of {max_model_len} "
+                f"tokens needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: "
+                "lower max_batch_size, or set kv_memory (of a run: rollout.max_batch_size, "
+                "rollout.kv_memory)"
+            )
+        return wanted
     if kv_memory is None:
         kv_memory = _SHARE_OF_FREE_MEMORY * free_memory(decoder.embed_weight.device) / 2**30
     pages = min(wanted, int(kv_memory * 2**30 // page_bytes(decoder)))
@@ -51,9 +66,13 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def return_freed_memory(device: torch.device) -> None:
-    """Gives what tensors have left behind back to the machine, so that others can have it."""
-    gc.collect()  # the modules of a decoder refer to each other
+def return_freed_memory(device: torch.device, of_modules: bool) -> None:
+    """Gives what tensors have left behind back to the machine, so that others can have it.
+
+    of_modules: tensors of a decoder are among them.
+    """
+    if of_modules:
+        gc.collect()  # the modules refer to each other
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif sys.platform == "linux":

@@ -73,7 +73,7 @@ class Runner:
         self.record.skip(rows)
         self.max_batch_size, self.padding_row = rows, rows
         self.num_pages = self.padding_page = num_pages
-        self.allocate_pages()
+        self.k_pages, self.v_pages = self._new_pages(), self._new_pages()
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and self.attention.in_graphs:
             self.graphs = DecodeGraphs(self._decode, self._addresses, self.device)
@@ -88,8 +88,8 @@ class Runner:
         self._embedding_unit: float | None = None
         self._weights = tuple(tensor.data_ptr() for tensor in decoder.tensors())
 
-    def allocate_pages(self) -> None:
-        """Makes the KV cache: [layers, pages, Hkv, page_size, D] for keys and for values."""
+    def _new_pages(self) -> Tensor:
+        """Keys or values of the KV cache, [layers, pages, Hkv, page_size, D]."""
         config = self.decoder.config
         shape = (
             config.num_layers,
@@ -99,12 +99,24 @@ class Runner:
             config.head_dim,
         )
         dtype = self.decoder.embed_weight.dtype
-        self.k_pages = torch.empty(shape, dtype=dtype, device=self.device)
-        self.v_pages = torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def free_pages(self) -> None:
-        """Drops the KV cache; ``allocate_pages`` makes an empty one."""
-        self.k_pages = self.v_pages = torch.empty(0)
+        """Gives the memory of the KV cache back until ``allocate_pages``.
+
+        The tensors stay, without memory. So do the graphs: they are recorded again only if the
+        memory comes back at another address.
+        """
+        for pages in (self.k_pages, self.v_pages):
+            pages.untyped_storage().resize_(0)
+
+    def allocate_pages(self) -> None:
+        """Takes the memory of the KV cache again; what it holds is undefined."""
+        for pages in (self.k_pages, self.v_pages):
+            pages.untyped_storage().resize_(pages.nbytes)
+
+    def drop_graphs(self) -> None:
+        """Gives the memory of recorded graphs back; they are recorded again when needed."""
         if self.graphs is not None:
             self.graphs.clear()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence as Seq
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -58,6 +58,8 @@ def _stop_index(text: str, tokens: list[int], stop: Seq[str], tokenizer: Any) ->
         return None
     before = tokenizer.decode(tokens[:-1], skip_special_tokens=True)
     # Not its length: the newest token may complete a character that was a replacement there.
-    old = len(os.path.commonprefix([before, text]))
+    old = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False))
+    )
     starts = [text.find(string, max(0, old - len(string) + 1)) for string in stop]
     return min((start for start in starts if start >= 0), default=None)
