@@ -95,7 +95,8 @@ def test_the_oracle_draws_what_the_native_engine_draws(case, pair):
     assert len({tuple(s.token_ids) for s in a}) == (3 if case == "greedy" else 9)
 
 
-def test_the_oracle_takes_new_weights(hf_model, pair):
+@pytest.mark.parametrize("asleep", [False, True])
+def test_the_oracle_takes_new_weights(hf_model, pair, asleep):
     native, oracle = pair
     torch.manual_seed(1)
     state = hf_model.state_dict()
@@ -104,7 +105,13 @@ def test_the_oracle_takes_new_weights(hf_model, pair):
     params, soft = SamplingParams(max_tokens=8), SoftParams()
     before = oracle.generate_groups(PROMPTS, params, soft, **options)
     for engine in pair:
+        if asleep:
+            engine.sleep(weights=True)
+            with pytest.raises(RuntimeError, match=r"wake\(\)|since it slept: call update_weights"):
+                engine.generate_groups(PROMPTS, params, soft, **options)
         engine.update_weights(iter(changed.items()), version=7)
+        if asleep:
+            engine.wake()
     ours, theirs = (engine.generate_groups(PROMPTS, params, soft, **options) for engine in pair)
     tokens = [[[s.token_ids for s in o.samples] for o in side] for side in (ours, theirs, before)]
     assert tokens[0] == tokens[1] != tokens[2]
