@@ -1,6 +1,5 @@
 """What must come before PyTorch and Triton: the simulated GPU, and Triton as an interpreter."""
 
-import itertools
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from simulated_gpu import found  # noqa: F401, I001
 
+import allocations
 import torch
 
 pytest_plugins = ["simulated_gpu.plugin"]
@@ -31,14 +31,5 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def peak_memory():
-    """peak_memory(run): the most bytes that PyTorch's CPU allocator held at a time during `run()`,
-    above those at its start; what operators allocate inside counts too."""
-
-    def measure(run):
-        with torch.autograd.profiler.profile(profile_memory=True) as profile:
-            run()
-        events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-        held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-        return max(held, default=0)
-
-    return measure
+    """`allocations.peak_memory`."""
+    return allocations.peak_memory

@@ -11,7 +11,8 @@ What the functions share:
     sparse gradient with the rows in use only; every row must be soft. "accumulate": adds straight
     into lm_head.grad, without a temporary of its size, and autograd sees no gradient: hooks do not
     run; lm_head must be a leaf. A leaf [V, H]: the same into the .grad of that tensor, of which
-    lm_head is a copy in another dtype (master weights). The last three are for eager mode.
+    lm_head is a copy in another dtype (master weights). Both .grad have the leaf's grad_dtype. The
+    last three are for eager mode.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ class SpecialWeightGradient(torch.autograd.Function):
         target = None
         if (need_master or need_weight) and not ctx.sparse:
             if ctx.parameter.grad is None:
-                ctx.parameter.grad = torch.zeros_like(ctx.parameter)
+                ctx.parameter.grad = torch.zeros_like(ctx.parameter, dtype=ctx.parameter.grad_dtype)
             target = ctx.parameter.grad
         d_hidden, d_bias = differentiate(
             inputs, lse, entropy, grads, target, need_hidden=need_hidden, need_bias=need_bias

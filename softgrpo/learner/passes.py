@@ -12,6 +12,7 @@ from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
 from softgrpo.algorithm.loss import loss_mask, policy_loss, token_weights
 from softgrpo.config.sections import Sections
 from softgrpo.distributed import World
+from softgrpo.learner.lora import WithoutAdapters
 from softgrpo.learner.microbatches import microbatches
 from softgrpo.learner.policy import Policy, PositionLogProbs
 from softgrpo.learner.statistics import Statistics
@@ -33,7 +34,7 @@ class Passes:
     def __init__(
         self,
         policy: Policy,
-        reference: Policy | None,
+        reference: Policy | WithoutAdapters | None,
         batch: RolloutBatch,
         config: Sections,
         world: World,

@@ -48,6 +48,7 @@ class Policy(nn.Module):
 
     The master weights stay in the decoder's dtype (float32); the layers cast them where they use
     them, so that the forward is the engine's and gradients accumulate in the master's precision.
+    Of sharded weights a pass sees what FSDP has gathered, in the compute dtype.
     """
 
     def __init__(
@@ -108,19 +109,19 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _mixtures(self, positions: Positions) -> NoisyMixtures:
-        """The noise of the soft positions, drawn again, in units of the table that the engine has;
-        its density reads the master's."""
-        master_VH = self.decoder.embed_weight.detach()
+        """The noise of the soft positions, drawn again, on mixtures of the table that the engine
+        has: the master's in the dtype of the computation."""
+        table_VH = self.decoder.embed_weight.detach().to(self.dtype)
         rows = positions.classes.rows.soft
         position, uid = (x.index_select(0, rows) for x in (positions.position, positions.uid))
-        unit = root_mean_square(master_VH.to(self.dtype))
+        unit = root_mean_square(table_VH)
         return NoisyMixtures(
             ids=positions.ids.index_select(0, rows),
             noise=embedding_noise(
-                master_VH.shape[1], positions.seed, position, uid, positions.stream
+                table_VH.shape[1], positions.seed, position, uid, positions.stream
             ),
             deviation=(unit * self.settings.noise_scale).float(),
-            table=master_VH.float(),
+            table=table_VH.float(),
         )
 
     def _score(
@@ -158,6 +159,12 @@ class Policy(nn.Module):
 def _embedding(ids: Tensor, master_VH: Tensor) -> Tensor:
     """Rows of the master's table. Its gradient holds these rows only and is added into .grad, which
     must then be dense: the optimizer and the norm of the gradient know no other."""
-    if master_VH.requires_grad and torch.is_grad_enabled() and master_VH.grad is None:
-        master_VH.grad = torch.zeros_like(master_VH)
-    return F.embedding(ids, master_VH, sparse=True)
+
+    def make_dense(_: Tensor) -> None:
+        if master_VH.grad is None:
+            master_VH.grad = torch.zeros_like(master_VH, dtype=master_VH.grad_dtype)
+
+    rows = F.embedding(ids, master_VH, sparse=True)
+    if rows.requires_grad:
+        rows.register_hook(make_dense)  # then: until the backward pass it takes no memory
+    return rows

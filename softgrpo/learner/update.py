@@ -10,6 +10,7 @@ from torch import Tensor
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.config.sections import AdamWConfig, Sections
 from softgrpo.distributed import World
+from softgrpo.learner.lora import WithoutAdapters
 from softgrpo.learner.passes import CLIP_HIGH, CLIP_LOW, DIFFERENCE, RATIO, Passes
 from softgrpo.learner.policy import Policy
 from softgrpo.learner.sharding import full
@@ -38,7 +39,7 @@ class Update:
     def __init__(
         self,
         policy: Policy,
-        reference: Policy | None,
+        reference: Policy | WithoutAdapters | None,
         optimizer: torch.optim.Optimizer,
         world: World | None = None,
     ) -> None:
@@ -49,7 +50,7 @@ class Update:
     def score_by(self, settings: DensitySettings) -> None:
         """Scores the rollouts to come as those settings say."""
         self.policy.settings = settings
-        if self.reference is not None:
+        if isinstance(self.reference, Policy):
             self.reference.settings = settings
 
     def __call__(

@@ -197,6 +197,19 @@ def test_accumulate_adds_to_the_gradient_that_is_there(dtype):
     torch.testing.assert_close(twice, 2 * plain[2], rtol=tolerance, atol=tolerance)
 
 
+def test_accumulate_rounds_nothing_into_a_gradient_of_a_wider_dtype():
+    hidden, head, _, ids, *_ = problem(torch.bfloat16)
+    head.grad_dtype = torch.float32
+    _, label = mixed()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
+    for (x, weight), way in (((hidden, head), "accumulate"), (exact, "dense")):
+        logq = linear_candidate_logprob(x, weight, ids, grad_weight=way)
+        logp = linear_token_logprob(x, weight, label, grad_weight=way)
+        (logp.sum() + torch.where(ids >= 0, logq, 0.0).sum()).backward()
+    assert head.grad.dtype == torch.float32
+    assert (head.grad - exact[1].grad).abs().max() < 1e-5 * head.grad.abs().max()
+
+
 def test_accumulate_works_with_a_constant_hidden():
     hidden, head, _, ids, *_ = problem()
     out = linear_candidate_logprob(hidden.detach(), head, ids, grad_weight="accumulate")

@@ -10,7 +10,7 @@ from softgrpo.algorithm.density import mismatch, rollout_logq
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.cli.train import main
 from softgrpo.config.sections import LoraConfig
-from softgrpo.learner.lora import add_adapters, merged_tensors
+from softgrpo.learner.lora import WithoutAdapters, add_adapters, merged_tensors
 from softgrpo.learner.policy import Policy
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.run.export import export_adapter
@@ -60,6 +60,16 @@ def adapted(path, config=LORA):
     return decoder.train()
 
 
+def engine_of(path):
+    return LLM(load_decoder(path, torch.float32), kv_memory=0.01, max_batch_size=16)
+
+
+def roll(engine):
+    params = SamplingParams(max_tokens=12)
+    outputs = engine.generate_groups([[5, 6, 7]], params, SoftParams(), seed=3, uids=[[0, 1, 2]])
+    return RolloutBatch.from_outputs(outputs, seed=3, stream=0, weight_version=0)
+
+
 def logits_of(decoder, ids):
     config = decoder.config
     attention = GroupAttention([len(ids)], [[]], config.num_heads, config.num_kv_heads)
@@ -87,12 +97,7 @@ def test_the_exported_adapter_gives_the_same_logits_in_peft(model_path, modules,
 
 def test_the_engine_draws_from_the_merged_weights(model_path):
     decoder = adapted(model_path)
-    engine = LLM(load_decoder(model_path, torch.float32), kv_memory=0.01, max_batch_size=16)
-    params, soft = SamplingParams(max_tokens=12), SoftParams()
-
-    def roll():
-        outputs = engine.generate_groups([[5, 6, 7]], params, soft, seed=3, uids=[[0, 1, 2]])
-        return RolloutBatch.from_outputs(outputs, seed=3, stream=0, weight_version=0)
+    engine = engine_of(model_path)
 
     def difference(batch):
         scored = Policy(decoder, SETTINGS, torch.float32)(batch)
@@ -100,9 +105,30 @@ def test_the_engine_draws_from_the_merged_weights(model_path):
         difference, known = mismatch(scored.candidates, theirs, scored.positions.classes)
         return difference[known].max()
 
-    assert difference(roll()) > 1e-2
+    assert difference(roll(engine)) > 1e-2
     engine.update_weights(merged_tensors(decoder), version=1)
-    assert difference(roll()) < 1e-4
+    assert difference(roll(engine)) < 1e-4
+
+
+def test_without_adapters_the_policy_is_the_first_model(model_path):
+    """Bit for bit that of a copy, and the policy's own pass does not notice, recomputed or not."""
+    batch = roll(engine_of(model_path))
+    policy = Policy(adapted(model_path), SETTINGS, torch.bfloat16)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    found = []
+    for recompute in (False, True):
+        policy.decoder.gradient_checkpointing = recompute
+        new = policy(batch)
+        with torch.no_grad():
+            first = WithoutAdapters(policy)(batch)
+        found.append(torch.autograd.grad(new.density.sum(), trained))
+    copy = Policy(load_decoder(model_path, torch.float32), SETTINGS, torch.bfloat16)
+    assert torch.equal(first.terms, copy(batch).terms)
+    assert (first.terms - new.terms).abs().max() > 1e-2
+    alone = torch.autograd.grad(policy(batch).density.sum(), trained)
+    for gradients in found:
+        assert all(map(torch.equal, gradients, alone))
+    assert all(p.requires_grad for p in trained)
 
 
 def test_gradients_are_those_of_the_merged_weight(model_path):

@@ -14,7 +14,7 @@ from softgrpo.config.sections import (
     OptimConfig,
     Sections,
 )
-from softgrpo.learner.lora import add_adapters
+from softgrpo.learner.lora import WithoutAdapters, add_adapters
 from softgrpo.learner.optimizer import make_optimizer
 from softgrpo.learner.policy import Policy
 from softgrpo.learner.update import Update
@@ -75,6 +75,7 @@ CASES = {
     ),
     "checkpointing": Case(checkpointing=True),
     "adapters": Case(rank=2),
+    "adapters and kl": Case(algorithm=AlgorithmConfig(kl_coef=0.01), kl=True, rank=2),
 }
 
 
@@ -102,15 +103,17 @@ def rollouts():
 def make_update(case, device, dtype=torch.float32):
     decoder = make_decoder(num_hidden_layers=2).to(device)
     decoder.gradient_checkpointing = case.checkpointing
+    if case.rank:
+        add_adapters(decoder, LoraConfig(rank=case.rank), seed=0)
+    policy = Policy(decoder, case.settings, dtype)
     reference = None
-    if case.kl:
+    if case.kl and case.rank:
+        reference = WithoutAdapters(policy)
+    elif case.kl:
         frozen = make_decoder(num_hidden_layers=2).to(device).requires_grad_(False)
         with torch.no_grad():
             frozen.embed_weight.mul_(1.05)
         reference = Policy(frozen, case.settings, dtype)
-    if case.rank:
-        add_adapters(decoder, LoraConfig(rank=case.rank), seed=0)
-    policy = Policy(decoder, case.settings, dtype)
     return Update(policy, reference, make_optimizer(decoder, case.optim))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.model.decoder import Decoder, rope_parameters
@@ -41,33 +42,64 @@ def load_decoder(
 
 def empty_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
     """A Decoder whose weights are still to be loaded; on the device "meta" it takes no memory."""
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    frequencies, decoder.rope_scale = rope_parameters(config)
-    decoder.to_empty(device=device)
-    decoder.to(dtype)
-    decoder.register_buffer("inverse_frequencies", frequencies.to(device), persistent=False)
+    decoder = meta_decoder(config, dtype)
+    allocate(decoder, device)
     return decoder
 
 
-def read_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of every ``*.safetensors`` file of a directory, one by one."""
+def meta_decoder(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
+    """A Decoder whose weights have no memory before `allocate`, so that they can be changed or
+    sharded before; its buffers are on the CPU."""
+    with torch.device("meta"):
+        decoder = Decoder(config).to(dtype)
+    frequencies, decoder.rope_scale = rope_parameters(config)
+    decoder.register_buffer("inverse_frequencies", frequencies, persistent=False)
+    return decoder
+
+
+def allocate(module: nn.Module, device: torch.device | str) -> None:
+    """Gives tensors without memory one on the device, uninitialised, and moves the others there."""
+    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file: what is read is what is asked for, rows by ``[first:end]``."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+def stored_weights(path: str | Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Yields (name, what can be read) of every ``*.safetensors`` file of a directory."""
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
         raise ValueError(f"no *.safetensors file in {path}")
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, tensors.get_tensor(name)
+                yield name, tensors.get_slice(name)
+
+
+def read_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) of every ``*.safetensors`` file of a directory, one by one."""
+    return ((name, stored[:]) for name, stored in stored_weights(path))
 
 
 @torch.no_grad()
-def load_weights(decoder: Decoder, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+def load_weights(
+    decoder: Decoder,
+    named_tensors: Iterator[tuple[str, Tensor]],
+    parameters: Mapping[str, Tensor] | None = None,
+) -> None:
     """Copies tensors with Hugging Face names into the decoder's parameters, in place.
 
-    Raises ValueError for an unknown name, a wrong shape, or a parameter that did not come.
+    parameters: by those names; the decoder's own by default. None of the tensors is held while the
+    next one is made. Raises ValueError for an unknown name, a wrong shape, or a parameter that did
+    not come.
     """
-    parameters = dict(decoder.named_parameters())
+    if parameters is None:
+        parameters = dict(decoder.named_parameters())
     missing = set(parameters)
     for name, tensor in named_tensors:
         if name == "lm_head.weight" and decoder.config.tie_word_embeddings:
@@ -80,6 +112,7 @@ def load_weights(decoder: Decoder, named_tensors: Iterator[tuple[str, Tensor]]) 
                 f"the model has {list(parameters[name].shape)}"
             )
         parameters[name].copy_(tensor)
+        del tensor
         missing.discard(name)
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, first: {sorted(missing)[0]!r}")
