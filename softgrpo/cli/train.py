@@ -90,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
         help="metrics also to tensorboard, wandb or trackio (log.report_to)",
     )
     add("--dry-run", action="store_true", help="check everything, try a tiny step, leave nothing")
-    add("--plan", action="store_true", help="memory and time on 1, 8 and 64 GPUs; 1: it fits on none")
+    add(
+        "--plan",
+        action="store_true",
+        help="memory and time on 1, 8 and 64 GPUs; 1: it fits on none",
+    )
     add("--json", metavar="FILE", help="with --plan: also its rows as JSON")
     add("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     return parser

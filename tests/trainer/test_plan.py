@@ -1,6 +1,7 @@
 """The plan of a run, against runs of small models whose memory is really there."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from softgrpo.tools.plan import make_plan
 from softgrpo.tools.plan.depth import peaks_and_flops
 from softgrpo.tools.plan.device import FakeGPU
 from softgrpo.tools.plan.model import model_config, write_empty_model
-from softgrpo.tools.plan.plan from softgrpo.tools.plan.seconds import Size
+from softgrpo.tools.plan.plan import GIB, changes
+from softgrpo.tools.plan.seconds import Hardware, Size, kv_cache
 from softgrpo.tools.plan.walk import PHASES, walk
 from softgrpo_engine.model.config import DecoderConfig
 
@@ -77,7 +79,7 @@ class CountingGPU(RealGPU):
 
     def products(self):
         counted = self.counter.get_flop_counts()["Global"]
-        return sum(counted.get(op, 0) for op in (aten.mm, aten.addmm, aten.bmm))
+        return sum(counted.get(op, 0) for op in (aten.mm, aten.addmm))  # not of stand-ins
 
     def enter_place(self, phase, part=""):
         super().enter_place(phase, part)
@@ -92,7 +94,7 @@ def test_a_small_model_takes_what_is_planned(simulated_gpu, checkpointing):
     before, _ = simulated_gpu.core.memory()
     walk(real, config, SMALL, SMALL.num_hidden_layers, 1)
     measured = {phase: peak - before for phase, peak in of_phases(real.peaks).items()}
-    fake = FakeGPU(80e9)
+    fake = FakeGPU()
     walk(fake, config, SMALL, SMALL.num_hidden_layers, 1)
     planned = of_phases(fake.peaks)
     assert set(measured) == set(planned) == set(PHASES)
@@ -103,8 +105,8 @@ def test_a_small_model_takes_what_is_planned(simulated_gpu, checkpointing):
 def test_two_shallow_models_tell_of_a_deep_one():
     gpus = 64
     model, config = deep(9), small("optim.gradient_checkpointing=true")
-    peaks, flops = peaks_and_flops(config, model, gpus, 80e9)
-    whole = FakeGPU(80e9)
+    peaks, flops = peaks_and_flops(config, model, gpus)
+    whole = FakeGPU()
     walk(whole, config, model, 9, gpus)
     assert flops == pytest.approx(whole.flops)
     assert peaks == pytest.approx(of_phases(whole.peaks), rel=1e-3)
@@ -115,7 +117,7 @@ def test_the_operations_are_those_of_a_real_step(simulated_gpu):
     with FlopCounterMode(display=False) as counter:
         real = CountingGPU(simulated_gpu, counter)
         walk(real, config, SMALL, SMALL.num_hidden_layers, 1)
-    fake = FakeGPU(80e9)
+    fake = FakeGPU()
     walk(fake, config, SMALL, SMALL.num_hidden_layers, 1)
     assert sum(fake.flops.values()) == real.products() - real.before
 
@@ -128,19 +130,35 @@ def test_the_recipes_are_planned_without_a_network():
         assert size.parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
 
-def test_the_command_says_what_to_change_and_exits_1(tmp_path, capsys):
+def test_the_command_says_what_to_change_and_exits_1(tmp_path, capsys, monkeypatch):
     write_empty_model(SMALL, 4, tmp_path / "model")
     rows, model = tmp_path / "rows.json", f"model.path={tmp_path / 'model'}"
-    plan = ["--plan", "--json", str(rows), "--config", "paper-1.5b", model, *SETTINGS]
-    few = ["rollout.prompts_per_step=1", "optim.minibatch_prompts=null"]
-    assert main([*plan, *few]) == 0
-    assert {row["gpus"] for row in json.loads(rows.read_text())} == {1}
-    assert [row["phase"] for row in json.loads(rows.read_text())] == [
-        phase for phase in PHASES if phase != "old densities"
+    one = ["rollout.prompts_per_step=1", "optim.minibatch_prompts=null", "rollout.group_size=8"]
+    command = ["--plan", "--json", str(rows), "--config", "paper-1.5b", model, *SETTINGS, *one]
+    assert main(command) == 0
+    found = json.loads(rows.read_text())
+    assert [row["phase"] for row in found] == [p for p in PHASES if p != "old densities"]
+    assert {row["gpus"] for row in found} == {1}
+    peak = max(row["peak_gib"] for row in found)
+    assert "does not fit" not in capsys.readouterr().out
+    tiny = Hardware(memory=0.5 * peak * 2**30, reserved=0)
+    monkeypatch.setattr("softgrpo.tools.plan.plan.Hardware", lambda: tiny)
+    assert main([*command, "optim.gradient_checkpointing=false"]) == 1
+    assert "set optim.gradient_checkpointing=true" in capsys.readouterr().out
+
+
+def test_the_cache_takes_what_is_left():
+    """The proposed rollout.kv_memory fits, and one GiB more would not."""
+    config = small("rollout.max_new_tokens=80000", "rollout.max_batch_size=1024")
+    config = replace(config, optim=replace(config.optim, tokens_per_microbatch=100000))
+    model = deep(40)
+    size = Size.of(DecoderConfig.from_hf(model, ()))
+    cache = kv_cache(config, size, 1)
+    usable = cache - 3.5 * GIB
+    peaks = {phase: round(cache + GIB) for phase in ("start", "rollout", "sync")}
+    assert changes(config, size, 1, peaks, usable) == [
+        f"set rollout.kv_memory={int(cache / GIB - 4.5)}"
     ]
-    capsys.readouterr()
-    assert main([*plan, *few, "rollout.kv_memory=90"]) == 1
-    assert "set rollout.kv_memory=7" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ SHALLOW = (4, 5)  # layer_name tells two layers at each end: from 4 on these are
 
 
 def peaks_and_flops(
-    config: Config, model: PretrainedConfig, gpus: int, memory: float
+    config: Config, model: PretrainedConfig, gpus: int
 ) -> tuple[dict[str, int], dict[str, float]]:
     """By phase: the most bytes that one of so many GPUs holds, and the operations of its matrix
     products in the part of a step that is walked (`walk.Share`).
@@ -25,7 +25,7 @@ def peaks_and_flops(
     shallow = [n for n in SHALLOW if n < depth] if depth > SHALLOW[-1] else [depth]
     walks = []
     for layers in shallow:
-        gpu = FakeGPU(memory)
+        gpu = FakeGPU()
         walk(gpu, config, model, layers, gpus)
         walks.append(gpu)
     places = {place for place in walks[0].peaks if place[0]}

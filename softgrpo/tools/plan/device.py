@@ -30,6 +30,7 @@ from softgrpo.config import ConfigError
 
 DEVICE = torch.device("cuda", 0)
 _IN_CPP = torch.device("meta", 1)
+_ENDLESS = 2**60
 _BLOCK = 512  # PyTorch's allocator rounds to it
 
 Place = tuple[str, str]  # phase of the run, part of the model
@@ -38,14 +39,13 @@ Place = tuple[str, str]  # phase of the run, part of the model
 class FakeGPU(TorchDispatchMode):
     """While it is entered, `torch.cuda` finds one GPU, this one.
 
-    memory: its size in bytes. held: bytes in use. place: what the program is doing, set from
+    It is as large as one likes. held: bytes in use. place: what the program is doing, set from
     outside. peaks: for every place the most bytes that were in use there. flops: operations of
     matrix products by phase; attention is not among them.
     """
 
-    def __init__(self, memory: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.memory = memory
         self.held = 0
         self.place: Place = ("", "")
         self.peaks: dict[Place, int] = defaultdict(int)
@@ -220,13 +220,13 @@ def _visible(gpu: FakeGPU) -> Iterator[None]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_capability": lambda _=None: (9, 0),
-        "mem_get_info": lambda _=None: (int(gpu.memory) - gpu.held, int(gpu.memory)),
+        "mem_get_info": lambda _=None: (_ENDLESS, _ENDLESS),
         "is_current_stream_capturing": lambda: False,
         "current_stream": _Stream,
         "stream": _Stream,
         "Stream": _Stream,
         "Event": _Stream,
-    } | {name: _nothing for name in ("_lazy_init", "set_device", "synchronize", "empty_cache")}
+    } | dict.fromkeys(("_lazy_init", "set_device", "synchronize", "empty_cache"), _nothing)
     resize, move = torch.UntypedStorage.resize_, Tensor.to
     address = torch.UntypedStorage.data_ptr
     real_device = Tensor.device.__get__  # type: ignore[attr-defined]

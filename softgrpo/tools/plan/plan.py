@@ -132,32 +132,32 @@ def make_plan(config: Config, hardware: Hardware | None = None) -> Plan:
     size = Size.of(DecoderConfig.from_hf(model, ()))
     columns = []
     for gpus in (n for n in GPUS if n <= config.rollout.prompts_per_step):
-        peaks, flops = peaks_and_flops(config, model, gpus, hardware.memory)
+        peaks, flops = peaks_and_flops(config, model, gpus)
         times = seconds(config, size, gpus, hardware, flops)
-        changes = _changes(config, size, gpus, peaks, hardware.usable)
-        columns.append(Column(gpus, peaks, times, changes))
+        remedies = changes(config, size, gpus, peaks, hardware.usable)
+        columns.append(Column(gpus, peaks, times, remedies))
     return Plan(config, hardware, size.parameters, columns)
 
 
-def _changes(
+def changes(
     config: Config, size: Size, gpus: int, peaks: dict[str, int], usable: float
 ) -> list[str]:
     """What to set, the cheapest first, where a phase needs more than there is."""
     over = {phase: peak - usable for phase, peak in peaks.items() if peak > usable}
-    changes = []
+    found = []
     with_cache = [over[phase] for phase in (START, ROLLOUT, SYNC) if phase in over]
     if with_cache:
         share, cache = Share.of(config, gpus), kv_cache(config, size, gpus)
         left = math.floor((cache - max(with_cache)) / GIB)
         if left * GIB >= share.group_size * (share.prompt + share.response) * size.kv_bytes:
-            changes.append(f"set rollout.kv_memory={left}")
+            found.append(f"set rollout.kv_memory={left}")
         else:
-            changes.append("the engine and the weights leave no room for the KV cache")
+            found.append("the engine and the weights leave no room for the KV cache")
     if any(phase in over for phase in (OLD, REFERENCE, UPDATE)):
-        changes += _changes_of_passes(config)
-    if over and (not changes or "no room" in changes[-1]):
-        changes.append("take more GPUs, or train adapters (lora.rank=64)")
-    return changes
+        found += _changes_of_passes(config)
+    if over and (not found or "no room" in found[-1]):
+        found.append("take more GPUs, or train adapters (lora.rank=64)")
+    return found
 
 
 def _changes_of_passes(config: Config) -> list[str]:

@@ -86,7 +86,7 @@ def seconds(
     tokens = share.samples * (share.response + share.prompt / share.group_size)
     passes = ceil(tokens / config.optim.tokens_per_microbatch)
     gathered = 2.0 * size.parameters * (shards - 1) / shards
-    times = {ROLLOUT: _rollout(config, size, share, hardware)}
+    times = {ROLLOUT: _rollout(size, share, hardware, kv_cache(config, size, gpus))}
     # Forward; a backward pass computes each product of attention twice and its scores again.
     weight = {OLD: 1.0, REFERENCE: 1.0, UPDATE: 3.5 + config.optim.gradient_checkpointing}
     traffic = {OLD: gathered, REFERENCE: gathered, UPDATE: 4 * gathered}  # and gradients, float32
@@ -102,19 +102,14 @@ def seconds(
 def kv_cache(config: Config, size: Size, gpus: int) -> float:
     """Bytes of KV pages that the engine of a GPU has."""
     share, rollout = Share.of(config, gpus), config.rollout
-    if rollout.kv_memory is not None:
-        return rollout.kv_memory * 2**30
     rows = min(rollout.max_batch_size, share.samples)
-    return float(rows * (share.prompt + share.response) * size.kv_bytes)
+    wanted = float(rows * (share.prompt + share.response) * size.kv_bytes)
+    return wanted if rollout.kv_memory is None else min(wanted, rollout.kv_memory * 2**30)
 
 
-def _rollout(config: Config, size: Size, share: Share, hardware: Hardware) -> float:
-    cache = kv_cache(config, size, 1) if config.rollout.kv_memory is not None else float("inf")
+def _rollout(size: Size, share: Share, hardware: Hardware, cache: float) -> float:
     length = share.prompt + share.response
-    at_a_time = max(
-        1.0,
-        min(share.samples, config.rollout.max_batch_size, cache // (length * size.kv_bytes)),
-    )
+    at_a_time = max(1.0, cache // (length * size.kv_bytes))
     context = share.prompt + share.response / 2
     products = 2.0 * size.products
     decode_step = max(
