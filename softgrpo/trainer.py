@@ -22,6 +22,7 @@ from softgrpo.distributed import World, patience
 from softgrpo.learner.device import check_device, device_type
 from softgrpo.learner.load import load_policies
 from softgrpo.learner.lora import merged_tensors
+from softgrpo.learner.microbatches import check_budget
 from softgrpo.learner.optimizer import make_optimizer
 from softgrpo.learner.update import Update, learning_rate
 from softgrpo.log.metrics import rollout_metrics
@@ -66,6 +67,7 @@ class Trainer:
         model_path = resolve_model(config.model.path)
         tokenizer = AutoTokenizer.from_pretrained(str(model_path))
         prompts = [prompt.token_ids for prompt in self.data.prepare(tokenizer)]
+        check_budget(config, max(map(len, prompts)))
         longest = max(r.max_new_tokens for r in (config.rollout, evaluation_rollout(config)))
         self.llm = make_engine(
             config, model_path, tokenizer, max(map(len, prompts)) + longest, self._most_samples()

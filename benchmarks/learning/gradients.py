@@ -90,7 +90,7 @@ def gradient(policy: Policy, batch: RolloutBatch, advantages_S: Tensor) -> Tenso
     for parameter in parameters:
         parameter.grad = None
     for group in range(batch.num_groups):
-        part, rows = batch.select_groups([group])
+        part, rows = batch.select_samples((batch.group == group).nonzero().flatten().tolist())
         if bool((advantages_T[rows] != 0).any()):
             density_T = policy(part).density
             (-(weights_T * advantages_T)[rows] * density_T).sum().backward()

@@ -121,17 +121,18 @@ class RolloutBatch:
             stream=self.stream,
         )
 
-    def select_groups(self, keep: Sequence[int]) -> tuple[RolloutBatch, Tensor]:
-        """The batch of some groups (in ascending order), and the rows [T'] kept of the T tokens."""
-        keep_tensor = torch.tensor(sorted(keep), dtype=torch.int64)
-        samples = torch.isin(self.group.long(), keep_tensor)
-        rows = samples[self.sample_of_token].nonzero().squeeze(1)
+    def select_samples(self, keep: Sequence[int]) -> tuple[RolloutBatch, Tensor]:
+        """The batch of some samples (in ascending order) and of their prompts, and the rows [T']
+        kept of the T tokens."""
+        samples = torch.tensor(sorted(keep), dtype=torch.int64)
+        rows = torch.isin(self.sample_of_token, samples).nonzero().squeeze(1)
+        groups, group = self.group[samples].long().unique(return_inverse=True)
         prompts = self.prompt_ids.split(self.prompt_lens.tolist())
         return (
             RolloutBatch(
-                prompt_ids=torch.cat([prompts[g] for g in keep_tensor.tolist()]),
-                prompt_lens=self.prompt_lens[keep_tensor],
-                group=torch.searchsorted(keep_tensor, self.group[samples].long()).int(),
+                prompt_ids=torch.cat([prompts[g] for g in groups.tolist()]),
+                prompt_lens=self.prompt_lens[groups],
+                group=group.int(),
                 response_lens=self.response_lens[samples],
                 soft=SoftTokens(
                     **{f.name: getattr(self.soft, f.name)[rows] for f in fields(SoftTokens)}

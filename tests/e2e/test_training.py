@@ -199,6 +199,7 @@ BAD = {
     "missing column": (["data.prompt_key=question"], "prompt, answer"),
     "prompt too long": (["data.max_prompt_tokens=3"], "data.max_prompt_tokens"),
     "context too short": (["rollout.max_new_tokens=500"], "more than the model's 128"),
+    "pass too small": (["optim.tokens_per_microbatch=12"], "is less than one sample"),
     "missing reward": (["reward.functions=[{path: softgrpo.rewards.maths}]"], "maths"),
     "missing model": (["model.path=./nowhere"], "nowhere"),
     "no checkpoint": (["run.resume=./nowhere"], "no checkpoint"),
