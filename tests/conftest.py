@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # simulated_gpu
+sys.path.insert(0, str(Path(__file__).parent))  # simulated_gpu, checkpoints, processes
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A thread for each worker, and for the processes that it starts: more would only spin.

@@ -1,15 +1,11 @@
 """softgrpo-train from the outside: what it leaves, that it learns, resumes and refuses."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from checkpoints import tensors_of
+from processes import exit_status, kill_in_the_middle, start
 from simulated_gpu.plugin import ON_THE_CPU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -141,29 +137,14 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_config, tmp_path, soft):
     common = (f"rollout.soft.enabled={soft}", "run.max_steps=12", "checkpoint.every=5")
     train(tiny_config, *common, "run.name=whole")
     runs = tmp_path / "runs"
-    command = [
-        sys.executable,
-        "-m",
-        "softgrpo.cli.train",
-        "--config",
-        str(tiny_config),
-        *common,
-        "run.name=killed",
-        "run.resume=auto",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    command = ("softgrpo.cli.train", "--config", tiny_config, *common)
+    command += ("run.name=killed", "run.resume=auto")
     metrics = runs / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
     # After the checkpoint of step 5, before that of step 10.
-    while not (metrics.exists() and metrics.read_text().count('"reward"') >= 6):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_in_the_middle(start(*command), metrics, '"reward"', 6)
     with metrics.open("a") as file:
         file.write('{"step": 13, "rew')  # what a kill in the middle of a write leaves
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert exit_status(start(*command)) == 0
     assert rows_of(runs / "killed") == rows_of(runs / "whole")
     paths = [runs / r / "checkpoints" / "step_000012" for r in ("killed", "whole")]
     killed, whole = map(tensors_of, paths)
