@@ -1,7 +1,9 @@
 """What must come before PyTorch and Triton: the simulated GPU, and Triton as an interpreter."""
 
+import functools
 import itertools
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -42,3 +44,21 @@ def peak_memory():
         return max(held, default=0)
 
     return measure
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch):
+    """run_benchmark(script, *arguments): a script of benchmarks/ in this process, which has its
+    imports. The machine's rate of products is that of small ones: large ones take seconds."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+
+    def run(script, *arguments):
+        monkeypatch.syspath_prepend(folder)
+        import _machine
+
+        small = functools.partial(_machine.gemm_gflops, size=256)
+        monkeypatch.setattr(_machine, "gemm_gflops", small)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(folder / script), run_name="__main__")
+
+    return run

