@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from softgrpo_engine.execution.attention_backends import Attend, HostBatch, attention_backend
 from softgrpo_engine.execution.cuda_graphs import DecodeGraphs, bucket
-from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape
+from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape, DecodeTables
 from softgrpo_engine.execution.record import Record
 from softgrpo_engine.model.attention import PagedAttention, attend_by_kernels
 from softgrpo_engine.model.decoder import Decoder
@@ -36,15 +35,6 @@ class Drawn:
     soft: list[bool]
     valid: list[bool]
     entropy: list[float] | None
-
-
-class _Tables(NamedTuple):
-    """Those of `DecodeInputs` with a row for every sequence, of the widths of `DecodeShape`."""
-
-    block_table: np.ndarray
-    held_back: np.ndarray
-    temperature: np.ndarray
-    deviation: np.ndarray
 
 
 class Launched:
@@ -151,13 +141,13 @@ class Runner:
     def _launch_decode(self, plan: Plan) -> Tensor:
         """What `_draw` gives; on a GPU from a graph where the attention can be in one."""
         sequences = [chunk.sequence for chunk in plan.chunks]
-        tables = _Tables(
+        tables = DecodeTables(
             _block_table(plan.chunks),
             _held_back(sequences),
             _entropy_temperature(sequences),
             self._deviation(sequences),
         )
-        shape = DecodeShape(len(sequences), *(table.shape[1] for table in tables))
+        shape = tables.shape
         if self.graphs is None:
             words = self._decode_words(shape, plan.chunks, tables)
             inputs = DecodeInputs.views(words.to(self.device, non_blocking=True), shape)
@@ -166,11 +156,11 @@ class Runner:
             return self._decode(inputs, self.attention.plan(batch))
         padded = bucket(shape, self.max_batch_size)
         words = self._decode_words(padded, plan.chunks, tables)
-        none = _Tables(*(table[:0] for table in tables))
+        none = DecodeTables(*(table[:0] for table in tables))
         drawn = self.graphs(words, lambda: self._decode_words(padded, [], none), padded)
         return drawn[:, : shape.rows]
 
-    def _decode_words(self, shape: DecodeShape, chunks: Seq[Chunk], tables: _Tables) -> Tensor:
+    def _decode_words(self, shape: DecodeShape, chunks: Seq[Chunk], tables: DecodeTables) -> Tensor:
         """The inputs of these chunks on the host, filled up with padding to the shape."""
         words = torch.empty(shape.words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         parts = vars(DecodeInputs.views(words, shape))
@@ -190,7 +180,7 @@ class Runner:
         ):
             inputs[name][:count], inputs[name][count:] = values, padding
         for name, table, padding in zip(
-            _Tables._fields, tables, (self.padding_page, -1, 1, 0), strict=True
+            DecodeTables._fields, tables, (self.padding_page, -1, 1, 0), strict=True
         ):
             inputs[name].fill(padding)
             inputs[name][:count, : table.shape[1]] = table
