@@ -145,8 +145,9 @@ def test_the_kernels_alone_are_built_as_with_the_rest():
         for folder in (ROOT, ROOT / "kernels")
     )
     assert kernels["build-system"] == whole["build-system"]
-    for key in ("version", "license", "requires-python"):
+    for key in ("version", "license", "license-files", "requires-python"):
         assert kernels["project"][key] == whole["project"][key]
+    assert (ROOT / "kernels" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     (torch,) = kernels["project"]["dependencies"]
     assert torch in whole["project"]["dependencies"]
     wheels = [project["tool"]["scikit-build"]["wheel"]["packages"] for project in (whole, kernels)]

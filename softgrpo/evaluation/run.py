@@ -161,7 +161,7 @@ def _finish(
     example = cell.task.examples[index]
     grades = grader.grade(example, [sample.text for sample in output.samples])
     _, soft = sampling(settings, cell.mode, cell.temperature)
-    mixture = (soft.tau, soft.weight_floor) if soft else (1.0, 0.0)
+    mixture = soft.mixture if soft else (1.0, 0.0)
     pairs = zip(output.samples, grades, strict=True)
     shown = [
         {"sample": i, "positions": position_rows(output.samples[i].soft, mixture, llm.tokenizer)}

@@ -1,18 +1,16 @@
 """Several processes train as one does, and a lost one ends the job."""
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import tensors_of
+from processes import exit_status, free_port, ranks, variables_of_ranks
 from safetensors.torch import load_file
 from simulated_gpu import found
 
@@ -40,28 +38,11 @@ def torchrun(*arguments, **options):
     return subprocess.Popen(command, start_new_session=True, **options)
 
 
-def on_gpus(count, *arguments):
-    """Processes that each see simulated GPUs; gloo stands in for NCCL."""
+def on_gpus(*arguments):
+    """Two processes that each see simulated GPUs; gloo stands in for NCCL."""
     script = Path(__file__).parents[1] / "simulated_gpu" / "train.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-    command += [f"--master-port={free_port()}", str(script), *map(str, arguments)]
-    return subprocess.Popen(command, start_new_session=True)
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def two_nodes(*arguments):
-    """Two processes as on two machines of one GPU each: the weights are on both."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "softgrpo.train", *map(str, arguments)]
-    return [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}) for rank in (0, 1)
-    ]
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return [subprocess.Popen(command, env=os.environ | rank) for rank in variables_of_ranks()]
 
 
 def adapters_of(folder):
@@ -79,13 +60,15 @@ def test_two_processes_train_as_one_and_continue_each_others_checkpoints(
     common = ["--config", str(tiny_config), f"data.eval={tiny_data}", "data.eval_size=3"]
     common += OVERRIDES
     one, begun, ended = (tmp_path / "runs" / name for name in ("one", "begun", "ended"))
+    # By torchrun itself, once.
     both = torchrun(*common, "run.name=begun", "run.max_steps=4")
     main([*common, "run.name=one"])
     main([*common, "run.name=ended", "run.max_steps=4"])
     assert both.wait(120) == 0
     main([*common, "run.name=begun", "run.resume=auto"])
-    for process in two_nodes(*common, "run.name=ended", "run.resume=auto"):
-        assert process.wait(120) == 0
+    # As on two machines of one GPU each: the weights are on both.
+    for process in ranks(*common, "run.name=ended", "run.resume=auto", machines=2):
+        assert exit_status(process) == 0
     whole = tensors_of(one / "checkpoints" / "step_000006")
     for run in (begun, ended):
         tensors = tensors_of(run / "checkpoints" / "step_000006")
@@ -113,9 +96,9 @@ def test_two_gpus_train_as_one_cpu(tiny_config, tmp_path):
     # A pass has room for one sample of a full response: of three samples, one of four is idle.
     one_a_pass = ("rollout.group_size=3", "optim.tokens_per_microbatch=21")
     common = ["--config", str(tiny_config), *OVERRIDES, *one_a_pass, "run.max_steps=2"]
-    gpus = on_gpus(2, *common, "run.name=gpus")
+    gpus = on_gpus(*common, "run.name=gpus")
     main([*common, "run.name=one"])
-    assert gpus.wait(240) == 0
+    assert [process.wait(240) for process in gpus] == [0, 0]
     one, two = (tmp_path / "runs" / name for name in ("one", "gpus"))
     for row, other in zip(rows_of(two), rows_of(one), strict=True):
         assert row == pytest.approx(other, abs=1e-4)
@@ -130,9 +113,9 @@ def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
     # A rank that two processes cannot share equally.
     common = ["--config", str(tiny_config), *OVERRIDES, "lora.rank=3", "run.max_steps=4"]
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
-    both = torchrun(*common, "run.name=two")
+    both = ranks(*common, "run.name=two")
     main([*common, "run.name=one"])
-    assert both.wait(120) == 0
+    assert [exit_status(process) for process in both] == [0, 0]
     for read, part in ((tensors_of, "checkpoints/step_000004"), (adapters_of, "adapter")):
         tensors, expected = read(two / part), read(one / part)
         assert tensors.keys() == expected.keys()
@@ -143,42 +126,50 @@ def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
     assert (two / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
-def test_a_lost_process_ends_the_job_with_one_line(number, tiny_config, tmp_path):
-    reward = tmp_path / "deadly.py"
-    reward.write_text(
+def deadly_reward(folder, number):
+    """Gives process 1 the signal at its fourth call."""
+    path = folder / "deadly.py"
+    path.write_text(
         "import os, pathlib\n"
         "calls = 0\n"
         "def deadly(prompts, completions, **columns):\n"
         "    global calls\n"
         "    calls += 1\n"
         "    if calls == 4 and os.environ.get('RANK') == '1':\n"
-        f"        pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getppid()))\n"
         f"        os.kill(os.getppid(), {int(number)})\n"
         "    return [float(i % 2) for i in range(len(completions))]\n"
     )
+    return f"reward.functions=[{{path: '{path}:deadly'}}]"
+
+
+LOST = "softgrpo-train: error: process 0 lost contact with another one ("
+
+
+def check_lost(said, run):
+    assert said.startswith(LOST)
+    assert "run.resume=auto continues from the last checkpoint" in said
+    assert "step_000002" in [path.name for path in (run / "checkpoints").iterdir()]
+
+
+def test_a_killed_process_ends_the_job_with_one_line(tiny_config, tmp_path):
     job = torchrun(
-        "--config", tiny_config, f"reward.functions=[{{path: '{reward}:deadly'}}]",
-        "run.timeout_s=3", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        "--config", tiny_config, deadly_reward(tmp_path, signal.SIGKILL), "run.timeout_s=3",
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        said = ""
-        while "lost contact" not in said:
-            assert time.monotonic() < deadline
-            said = job.stderr.readline()
-        assert said.startswith("softgrpo-train: error: process 0 lost contact with another one (")
-        assert "run.resume=auto continues from the last checkpoint" in said
-        if number == signal.SIGKILL:
-            assert job.wait(30) != 0
-            assert "softgrpo/" not in job.stderr.read()  # no traceback of ours
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            # torchrun's processes have sessions of their own.
-            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-        job.wait(60)
-    steps = [path.name for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()]
-    assert "step_000002" in steps
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    (said,) = [line for line in errors.splitlines() if LOST in line]
+    check_lost(said, tmp_path / "runs" / "tiny")
+    assert "softgrpo/" not in errors  # no traceback of ours
+
+
+def test_a_hung_process_ends_the_other_with_one_line(tiny_config, tmp_path):
+    arguments = (deadly_reward(tmp_path, signal.SIGSTOP), "run.timeout_s=3")
+    first, hung = ranks("--config", tiny_config, *arguments, output=tmp_path / "said")
+    assert exit_status(first) > 0
+    hung.kill()
+    (said,) = [x for x in (tmp_path / "said").read_text().splitlines() if LOST in x]
+    check_lost(said, tmp_path / "runs" / "tiny")
 
 
 def test_shares_are_a_partition_in_order():

@@ -43,6 +43,7 @@ def test_training_does_not_see_the_evaluation(tiny_config, tiny_data, tmp_path, 
         "".join(json.dumps({"prompt": f"tell {c}", "answer": c}) + "\n" for c in "abcdefgh")
     )
     common = [f"data.eval={tiny_data}", f"data.train={other}", "checkpoint.export_hf=false"]
+    common += ["run.max_steps=3"]
     own = ["eval.every=1", "eval.temperature=0.5", "eval.max_new_tokens=17"]
     none = ["eval.before_train=false", "eval.after_train=false"]
     rows = []
@@ -55,8 +56,8 @@ def test_training_does_not_see_the_evaluation(tiny_config, tiny_data, tmp_path, 
         for part in rows
     ]
     assert training[0] == training[1]
-    assert len(training[0]) == 6
-    assert drawn == [(0.5, 0.5, 17)] * 7
+    assert len(training[0]) == 3
+    assert drawn == [(0.5, 0.5, 17)] * 4
     assert max(row["eval/mean_length"] for row in rows[0] if "eval/mean_length" in row) > 10
 
 
