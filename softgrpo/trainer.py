@@ -27,11 +27,12 @@ from softgrpo.log.metrics import rollout_metrics
 from softgrpo.rewards import RewardFunc, RewardRunner
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.engines import load_engine, make_engine
-from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
+from softgrpo.rollout.sampling import ROLLOUT_STREAM, density_settings, rollout_uids
 from softgrpo.rollout.scored import ScoredRollout
 from softgrpo.run.held_out import evaluation_rollout
 from softgrpo.run.interrupt import stop_on_signals
 from softgrpo.run.journal import Journal
+from softgrpo.run.round import Round
 from softgrpo.run.session import RunState, Session
 from softgrpo_engine import SamplingParams
 from softgrpo_engine.model.source import resolve_model
@@ -124,7 +125,7 @@ class Trainer:
             **update_row,
             "learning_rate": lr,
             "num_tokens": self.state.num_tokens,
-            "tokens_per_second": drawn.num_tokens / times["time/rollout"],
+            "tokens_per_second": drawn.num_tokens / drawn.seconds,
             "step_time": sum(times.values()),
             **times,
         }
@@ -141,39 +142,42 @@ class Trainer:
     def _sample_round(
         self, rollout: RolloutConfig, times: defaultdict[str, float]
     ) -> ScoredRollout:
-        config = self.config
+        drawn = self._round(self.state.rounds, rollout)
         with self._timed("rollout", times):
-            everyones = self.data.prompts_of_round(self.state.rounds, rollout.prompts_per_step)
-            uids = rollout_uids(self.state.rounds, len(everyones), rollout.group_size)
-            prompts = self.world.share(everyones)
-            outputs = collect(
-                self.llm,
-                [prompt.token_ids for prompt in prompts],
-                self.world.share(uids),
-                rollout,
-                config.algorithm.objective,
-                seed=config.run.seed,
-                stream=ROLLOUT_STREAM,
-            )
-            self.state.rounds += 1
+            drawn.sample()
         with self._timed("reward", times):
-            lost = self.rewards.lost
-            rewards_S, by_function = self.rewards.score(prompts, outputs)
+            drawn.wait()
         with self._timed("gather", times):
-            lost = sum(self.world.gather(self.rewards.lost - lost))
-            drawn = ScoredRollout(prompts, outputs, rewards_S, by_function).gathered(self.world)
-        if lost:
+            drawn.gather()
+        with self._timed("reward", times):
+            scored = drawn.scored()
+        self.state.rounds += 1
+        if drawn.lost:
             self.journal.progress.message(
-                f"warning: rewards of {lost} samples hung or crashed: none"
+                f"warning: rewards of {drawn.lost} samples hung or crashed: none"
             )
-        return drawn
+        return scored
+
+    def _round(self, number: int, rollout: RolloutConfig) -> Round:
+        config, prompts = self.config, self.data.prompts_of_round(number, rollout.prompts_per_step)
+        return Round(
+            self.llm,
+            self.rewards,
+            self.world,
+            prompts,
+            rollout_uids(number, len(prompts), rollout.group_size),
+            rollout,
+            config.algorithm.objective,
+            seed=config.run.seed,
+            stream=ROLLOUT_STREAM,
+        )
 
     def _batch(self, rollout: ScoredRollout) -> RolloutBatch:
         return RolloutBatch.from_outputs(
             rollout.outputs,
             seed=self.config.run.seed,
             stream=ROLLOUT_STREAM,
-            weight_version=self.llm.weight_version,
+            weight_version=rollout.weight_versions,
         )
 
     @contextmanager

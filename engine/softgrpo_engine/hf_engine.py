@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,11 +81,24 @@ class HFEngine:
     ) -> list[Output]:
         """Samples prompt i once for each uid of ``uids[i]``; soft False or None is discrete."""
         self.check_fits(prompts, params)
-        settings = (params, soft or None, seed)
-        return [
-            Output(list(prompt), self._group(prompt, *settings, list(group), stream))
-            for prompt, group in zip(prompts, uids, strict=True)
-        ]
+        groups = zip(prompts, uids, strict=True)
+        return [o for _, o in self.iter_groups(groups, params, soft, seed=seed, stream=stream)]
+
+    def iter_groups(
+        self,
+        groups: Iterable[tuple[list[int], Seq[int]]],
+        params: SamplingParams,
+        soft: SoftParams | Literal[False] | None = None,
+        *,
+        seed: int,
+        stream: int = 0,
+        between_steps: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Output]]:
+        """Samples (prompt, uids) one after the other; yields (place, Output)."""
+        for index, (prompt, uids) in enumerate(groups):
+            self.check_fits([prompt], params)
+            settings = (params, soft or None, seed, list(uids), stream, between_steps)
+            yield index, Output(list(prompt), self._group(prompt, *settings))
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -107,6 +120,7 @@ class HFEngine:
         seed: int,
         uids: list[int],
         stream: int,
+        between_steps: Callable[[], None],
     ) -> list[Sample]:
         """The samples of one prompt, in step: all of them have the same length."""
         embed_VH = self.model.get_input_embeddings().weight
@@ -127,6 +141,7 @@ class HFEngine:
         finish: list[FinishReason | None] = [None] * len(uids)
         lengths = [params.max_tokens] * len(uids)
         for index in range(params.max_tokens):
+            between_steps()
             result = self.model(inputs_embeds=inputs_BTH, past_key_values=cache, use_cache=True)
             logits_BV = result.logits[:, -1].float()
             if soft and index < soft.min_soft_tokens:

@@ -143,13 +143,12 @@ def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_lost_process_ends_the_job_with_one_line(number, tiny_config, tmp_path):
     reward = tmp_path / "deadly.py"
+    saved = tmp_path / "runs" / "tiny" / "checkpoints" / "step_000002"
     reward.write_text(
         "import os, pathlib\n"
-        "calls = 0\n"
         "def deadly(prompts, completions, **columns):\n"
-        "    global calls\n"
-        "    calls += 1\n"
-        "    if calls == 4 and os.environ.get('RANK') == '1':\n"
+        f"    saved = pathlib.Path({str(saved)!r}).exists()\n"
+        "    if saved and os.environ.get('RANK') == '1':\n"
         f"        pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getppid()))\n"
         f"        os.kill(os.getppid(), {int(number)})\n"
         "    return [float(i % 2) for i in range(len(completions))]\n"
@@ -174,8 +173,7 @@ def test_a_lost_process_ends_the_job_with_one_line(number, tiny_config, tmp_path
             # torchrun's processes have sessions of their own.
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
         job.wait(60)
-    steps = [path.name for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()]
-    assert "step_000002" in steps
+    assert saved.exists()
 
 
 def test_every_process_has_as_many_passes_within_the_budget():

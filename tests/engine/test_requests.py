@@ -142,3 +142,38 @@ def test_soft_settings_of_the_model_directory_are_the_default(tmp_path, hf_model
     (tmp_path / "softgrpo.json").write_text('{"soft": {"topk": 3}}')
     with pytest.raises(ValueError, match=r"softgrpo.json.*unknown soft setting 'topk'"):
         LLM(tmp_path, dtype="float32", max_batch_size=2, max_model_len=64)
+
+
+def test_groups_are_taken_from_a_queue_when_there_is_room(make_llm, prompts):
+    llm, taken, ended = make_llm(max_batch_size=4, max_batch_tokens=48), [], []
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    uids = [[2 * i, 2 * i + 1] for i in range(len(prompts))]
+
+    def groups():
+        for group in zip(prompts, uids, strict=True):
+            assert len(llm.scheduler.active) < 4
+            assert len(taken) - len(ended) <= 3
+            taken.append(group)
+            yield group
+
+    for index, output in llm.iter_groups(groups(), params, SoftParams(), seed=5):
+        ended.append(index)
+        assert [sample.uid for sample in output.samples] == uids[index]
+        expected = llm_alone(make_llm, prompts[index], params, uids[index])
+        assert [s.token_ids for s in output.samples] == expected
+    assert sorted(ended) == list(range(len(prompts)))
+    assert llm.metrics()["kv_pages_free"] == llm.metrics()["kv_pages"]
+
+
+def llm_alone(make_llm, prompt, params, uids):
+    (output,) = make_llm().generate_groups([prompt], params, SoftParams(), seed=5, uids=[uids])
+    return [sample.token_ids for sample in output.samples]
+
+
+def test_what_is_raised_between_steps_ends_the_samples(make_llm, prompts):
+    llm, steps = make_llm(), iter(range(3))
+    groups = [(prompts[0], [0, 1]), (prompts[1], [2, 3])]
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    with pytest.raises(StopIteration):
+        list(llm.iter_groups(groups, params, seed=0, between_steps=steps.__next__))
+    assert not llm.scheduler.has_work
