@@ -65,7 +65,7 @@ class Trainer:
         self.rewards = RewardRunner(config.reward, reward_funcs, reward_weights)
         model_path = resolve_model(config.model.path)
         tokenizer = AutoTokenizer.from_pretrained(str(model_path))
-        prompts = [prompt.token_ids for prompt in self.data.prepare(tokenizer)]
+        prompts = self.data.prepare(tokenizer, self.world)
         longest = max(r.max_new_tokens for r in (config.rollout, evaluation_rollout(config)))
         self.llm = make_engine(config, model_path, tokenizer, max(map(len, prompts)) + longest)
         self.llm.check_fits(prompts, SamplingParams(max_tokens=longest))

@@ -155,7 +155,8 @@ def test_a_lost_process_ends_the_job_with_one_line(number, tiny_config, tmp_path
     )
     job = torchrun(
         "--config", tiny_config, f"reward.functions=[{{path: '{reward}:deadly'}}]",
-        "run.timeout_s=3", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        "run.timeout_s=3", "run.max_steps=1000",
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60

@@ -171,9 +171,9 @@ def llm_alone(make_llm, prompt, params, uids):
 
 
 def test_what_is_raised_between_steps_ends_the_samples(make_llm, prompts):
-    llm, steps = make_llm(), iter(range(3))
+    llm, steps = make_llm(), [1, 2, 3]
     groups = [(prompts[0], [0, 1]), (prompts[1], [2, 3])]
     params = SamplingParams(max_tokens=8, ignore_eos=True)
-    with pytest.raises(StopIteration):
-        list(llm.iter_groups(groups, params, seed=0, between_steps=steps.__next__))
+    with pytest.raises(IndexError):
+        list(llm.iter_groups(groups, params, seed=0, between_steps=steps.pop))
     assert not llm.scheduler.has_work
