@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -32,7 +33,7 @@ from softgrpo.rollout.scored import ScoredRollout
 from softgrpo.run.held_out import evaluation_rollout
 from softgrpo.run.interrupt import stop_on_signals
 from softgrpo.run.journal import Journal
-from softgrpo.run.round import Round
+from softgrpo.run.round import Round, sampled_beside
 from softgrpo.run.session import RunState, Session
 from softgrpo_engine import SamplingParams
 from softgrpo_engine.model.source import resolve_model
@@ -73,6 +74,7 @@ class Trainer:
         optimizer = make_optimizer(self.policy.decoder, config.optim)
         self.update = Update(self.policy, reference, optimizer, self.world)
         self.state = RunState()
+        self._ahead: Round | None = None  # sampled during the update of the step before
         self.session = Session(
             self.journal, self.state, self.data, self.rewards, model_path, self.llm, self.update
         )
@@ -97,7 +99,10 @@ class Trainer:
         self.update.score_by(density_settings(config, soft))
         drawn = self._sample(replace(config.rollout, soft=soft), times)
         rollout_row = rollout_metrics(drawn, self._batch(drawn), self.policy.settings, config)
-        with self._timed("train", times):
+        if config.rollout.ahead:
+            lag = self.llm.weight_version - mean(drawn.weight_versions)
+            rollout_row["sampling/weight_lag"] = lag
+        with self._sampling_ahead(step + 1, times), self._timed("train", times):
             chosen = drawn.choose(config.rollout.prompts_per_step)
             batch = self._batch(chosen)
             penalty_S = overlong_penalty(
@@ -142,9 +147,11 @@ class Trainer:
     def _sample_round(
         self, rollout: RolloutConfig, times: defaultdict[str, float]
     ) -> ScoredRollout:
-        drawn = self._round(self.state.rounds, rollout)
-        with self._timed("rollout", times):
-            drawn.sample()
+        drawn, self._ahead = self._ahead, None
+        if drawn is None:
+            drawn = self._round(self.state.rounds, rollout)
+            with self._timed("rollout", times):
+                drawn.sample()
         with self._timed("reward", times):
             drawn.wait()
         with self._timed("gather", times):
@@ -157,6 +164,25 @@ class Trainer:
                 f"warning: rewards of {drawn.lost} samples hung or crashed: none"
             )
         return scored
+
+    @contextmanager
+    def _sampling_ahead(self, step: int, times: defaultdict[str, float]) -> Iterator[None]:
+        """With `rollout.ahead` a step is sampled inside, with the engine's weights as they are.
+
+        Not the step after a checkpoint: its samples would be of weights that a resume has not.
+        """
+        config = self.config
+        is_saved = config.checkpoint.every and (step - 1) % config.checkpoint.every == 0
+        if not config.rollout.ahead or is_saved or step > config.run.max_steps:
+            yield
+            return
+        rollout = replace(config.rollout, soft=soft_at(config.rollout, step))
+        drawn = self._round(self.state.rounds, rollout)
+        with sampled_beside(drawn, self.llm.device) as sampling:
+            yield
+            with self._timed("rollout", times):
+                sampling.result()
+        self._ahead = drawn
 
     def _round(self, number: int, rollout: RolloutConfig) -> Round:
         config, prompts = self.config, self.data.prompts_of_round(number, rollout.prompts_per_step)

@@ -147,7 +147,7 @@ class LLM:
         What ``between_steps`` raises ends all samples.
         """
         coming, call = iter(groups), Call(self._samples)
-        keys = {"seed": seed, "stream": stream, "call": call}
+        keys: dict[str, Any] = {"seed": seed, "stream": stream, "call": call}
         try:
             while True:
                 while (self.scheduler.has_room or call.is_done) and (new := next(coming, None)):

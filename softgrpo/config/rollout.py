@@ -104,6 +104,8 @@ class RolloutConfig:
     max_batch_size: samples decoded at a time
     max_batch_tokens: tokens of one forward pass over prompts
     kv_memory: GiB of the KV cache; null: for a full batch, at most a quarter of the free memory
+    ahead: 1: the samples of the next step are drawn during the update, with the weights before it;
+        needs `algorithm.correction`
     """
 
     engine: str = "native"
@@ -116,6 +118,7 @@ class RolloutConfig:
     max_batch_size: Size = 256
     max_batch_tokens: Size = 8192
     kv_memory: Positive | None = None
+    ahead: Annotated[int, Range(0, 1)] = 0
     soft: SoftConfig = field(default_factory=SoftConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     filler_thoughts: FillerConfig = field(default_factory=FillerConfig)

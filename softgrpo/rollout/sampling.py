@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from softgrpo.algorithm.positions import DensitySettings
@@ -94,7 +94,7 @@ def iter_samples(
     queue: Iterator[int],
     at_once: int,
     between_steps: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[int, Output]]:
+) -> Generator[tuple[int, Output], None, None]:
     """Samples prompts once for each of their uids; yields (prompt index, Output) as they end.
 
     queue: indices of prompts, which other processes take as well, each when its engine has room.

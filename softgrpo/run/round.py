@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+
+import torch
 
 from softgrpo.config.rollout import RolloutConfig
 from softgrpo.data.prompts import Prompt
@@ -127,3 +129,37 @@ class Round:
                 if part:
                     part.cancel()
             raise
+
+
+@contextmanager
+def sampled_beside(drawn: Round, device: torch.device) -> Iterator[Future[None]]:
+    """Samples in a thread while the caller does something else. Both are over at the end: after an
+    error of the caller the samples are given up.
+
+    device: the engine's. On a GPU the thread has a stream of its own, so that decode steps fill
+    what the caller leaves idle.
+    """
+    num_threads = torch.get_num_threads()
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def sample() -> None:
+        torch.set_num_threads(num_threads)  # a new thread has the default number
+        if stream is None:
+            drawn.sample()
+            return
+        torch.cuda.set_device(device)
+        with torch.cuda.stream(stream):
+            drawn.sample()
+
+    if stream is not None:  # the weights are there
+        stream.wait_stream(torch.cuda.current_stream(device))
+    with ThreadPoolExecutor(1, "softgrpo-rollout") as thread:
+        sampling = thread.submit(sample)
+        try:
+            yield sampling
+            sampling.result()
+        except BaseException:
+            drawn.stop()
+            raise
+    if stream is not None:
+        torch.cuda.current_stream(device).wait_stream(stream)

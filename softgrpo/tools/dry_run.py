@@ -46,7 +46,11 @@ def dry_run(config: Config) -> str | None:
 def _small(config: Config, prompts: int, samples: int) -> Config:
     """Steps of so many samples of 4 tokens, learnt from though cut, and nothing is written."""
     rollout = dataclasses.replace(
-        config.rollout, prompts_per_step=prompts, group_size=samples, max_new_tokens=_TOKENS
+        config.rollout,
+        prompts_per_step=prompts,
+        group_size=samples,
+        max_new_tokens=_TOKENS,
+        ahead=0,
     )
     algorithm = dataclasses.replace(config.algorithm, overlong_buffer=0, mask_truncated=False)
     log = dataclasses.replace(config.log, samples_every=0)

@@ -122,10 +122,11 @@ def test_two_gpus_train_as_one_cpu(tiny_config, tmp_path):
         assert ((tensor - whole[name]).abs() > 2e-5).float().mean() < 0.01, name
 
 
-def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
+def test_two_processes_train_adapters_and_sample_ahead_as_one_does(tiny_config, tmp_path):
     pytest.importorskip("peft")
     # A rank that two processes cannot share equally.
     common = ["--config", str(tiny_config), *OVERRIDES, "lora.rank=3", "run.max_steps=4"]
+    common += ["rollout.ahead=1", "algorithm.correction.mode=truncate"]
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
     both = torchrun(*common, "run.name=two")
     main([*common, "run.name=one"])
@@ -137,6 +138,7 @@ def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
             assert (tensor - expected[name]).abs().max() < 1e-5, name
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
     assert rows_of(two)[-1] == pytest.approx(rows_of(one)[-1], abs=1e-4)
+    assert rows_of(two)[-1]["sampling/weight_lag"] == 2
     assert (two / "model" / "model.safetensors").exists()
 
 
