@@ -16,7 +16,7 @@ ROOMS = {
         "hf_engine llm async_llm"
     ),
     "softgrpo": (
-        "config algorithm data distributed rollout rewards learner log report evaluation run "
+        "config algorithm distributed data rollout rewards learner log report evaluation run "
         "trainer supervised tools cli train"
     ),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,15 +81,27 @@ class HFEngine:
         stream: int = 0,
     ) -> list[Output]:
         """Samples prompt i once for each uid of ``uids[i]``; soft False or None is discrete."""
+        self.check_fits(prompts, params)
+        groups = zip(prompts, uids, strict=True)
+        return [o for _, o in self.iter_groups(groups, params, soft, seed=seed, stream=stream)]
+
+    def iter_groups(
+        self,
+        groups: Iterable[tuple[list[int], Seq[int]]],
+        params: SamplingParams,
+        soft: SoftParams | Literal[False] | None = None,
+        *,
+        seed: int,
+        stream: int = 0,
+        between_steps: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Output]]:
+        """Samples (prompt, uids) one after the other; yields (place, Output)."""
         if not self.has_weights:
             raise RuntimeError("the engine has no weights since it slept: call update_weights()")
-        self.check_fits(prompts, params)
-        return [
-            Output(
-                list(prompt), _Group(self, prompt, params, soft or None, seed, group, stream).run()
-            )
-            for prompt, group in zip(prompts, uids, strict=True)
-        ]
+        for index, (prompt, uids) in enumerate(groups):
+            self.check_fits([prompt], params)
+            group = _Group(self, prompt, params, soft or None, seed, uids, stream, between_steps)
+            yield index, Output(list(prompt), group.run())
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -144,8 +156,10 @@ class _Group:
         seed: int,
         uids: Seq[int],
         stream: int,
+        between_steps: Callable[[], None],
     ) -> None:
         self._engine, self._prompt, self._params, self._soft = engine, prompt, params, soft
+        self._between_steps = between_steps
         self._seed = seed - 2**64 if seed >= 2**63 else seed  # its 64 bits in a signed word
         self._uids, self._stream = list(uids), stream
         self._uids_B = torch.tensor(self._uids, device=engine.device)
@@ -170,6 +184,7 @@ class _Group:
         prompt = torch.tensor(self._prompt, device=self._engine.device)
         inputs_BTH = self._embed_VH[prompt].expand(len(self._uids), -1, -1)
         for index in range(self._params.max_tokens):
+            self._between_steps()
             result = self._engine.model(
                 inputs_embeds=inputs_BTH, past_key_values=cache, use_cache=True
             )

@@ -26,7 +26,7 @@ class RolloutBatch:
     group: int32 [S], ascending. response_lens: int32 [S], sums to T. soft: SoftTokens [T, K].
     logprobs: float32 [T], the rollout's log p of ``soft.token``. uid: int64 [S], the noise key.
     finish: uint8 [S], index into FINISH_REASONS. seed, stream: the other noise keys.
-    weight_version: version of the weights that wrote the batch.
+    weight_version: int64 [S], version of the weights that drew the sample.
     """
 
     prompt_ids: Tensor
@@ -37,19 +37,26 @@ class RolloutBatch:
     logprobs: Tensor
     uid: Tensor
     finish: Tensor
+    weight_version: Tensor
     seed: int
     stream: int
-    weight_version: int
 
     @classmethod
     def from_outputs(
-        cls, outputs: Sequence[Output], *, seed: int, stream: int, weight_version: int
+        cls,
+        outputs: Sequence[Output],
+        *,
+        seed: int,
+        stream: int,
+        weight_version: int | Sequence[int],
     ) -> RolloutBatch:
-        """Packs the engine's outputs, one group per output."""
+        """Packs the engine's outputs, one group per output; weight_version: of all or of each."""
         samples = [sample for output in outputs for sample in output.samples]
         records = [sample.soft for sample in samples]
         prompts = [torch.tensor(output.prompt_token_ids, dtype=torch.int32) for output in outputs]
         group = [g for g, output in enumerate(outputs) for _ in output.samples]
+        if isinstance(weight_version, int):
+            weight_version = [weight_version] * len(outputs)
         return cls(
             prompt_ids=torch.cat(prompts),
             prompt_lens=torch.tensor([len(p) for p in prompts], dtype=torch.int32),
@@ -67,9 +74,9 @@ class RolloutBatch:
                 [FINISH_REASONS.index(sample.finish_reason) for sample in samples],
                 dtype=torch.uint8,
             ),
+            weight_version=torch.tensor([weight_version[g] for g in group], dtype=torch.int64),
             seed=seed,
             stream=stream,
-            weight_version=weight_version,
         )
 
     @property
@@ -140,9 +147,9 @@ class RolloutBatch:
                 logprobs=self.logprobs[rows],
                 uid=self.uid[samples],
                 finish=self.finish[samples],
+                weight_version=self.weight_version[samples],
                 seed=self.seed,
                 stream=self.stream,
-                weight_version=self.weight_version,
             ),
             rows,
         )

@@ -108,10 +108,11 @@ def test_two_gpus_train_as_one_cpu(tiny_config, tmp_path):
         assert ((tensor - whole[name]).abs() > 2e-5).float().mean() < 0.01, name
 
 
-def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
+def test_two_processes_train_adapters_and_sample_ahead_as_one_does(tiny_config, tmp_path):
     pytest.importorskip("peft")
     # A rank that two processes cannot share equally.
     common = ["--config", str(tiny_config), *OVERRIDES, "lora.rank=3", "run.max_steps=4"]
+    common += ["rollout.ahead=1", "algorithm.correction.mode=truncate"]
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
     both = ranks(*common, "run.name=two")
     main([*common, "run.name=one"])
@@ -123,19 +124,18 @@ def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
             assert (tensor - expected[name]).abs().max() < 1e-5, name
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
     assert rows_of(two)[-1] == pytest.approx(rows_of(one)[-1], abs=1e-4)
+    assert rows_of(two)[-1]["sampling/weight_lag"] == 2
     assert (two / "model" / "model.safetensors").exists()
 
 
 def deadly_reward(folder, number):
-    """Gives process 1 the signal at its fourth call."""
-    path = folder / "deadly.py"
+    """Gives process 1 the signal at its first call after the second step is saved."""
+    path, saved = folder / "deadly.py", folder / "runs" / "tiny" / "checkpoints" / "step_000002"
     path.write_text(
         "import os, pathlib\n"
-        "calls = 0\n"
         "def deadly(prompts, completions, **columns):\n"
-        "    global calls\n"
-        "    calls += 1\n"
-        "    if calls == 4 and os.environ.get('RANK') == '1':\n"
+        f"    saved = pathlib.Path({str(saved)!r}).exists()\n"
+        "    if saved and os.environ.get('RANK') == '1':\n"
         f"        os.kill(os.getppid(), {int(number)})\n"
         "    return [float(i % 2) for i in range(len(completions))]\n"
     )
@@ -154,7 +154,7 @@ def check_lost(said, run):
 def test_a_killed_process_ends_the_job_with_one_line(tiny_config, tmp_path):
     job = torchrun(
         "--config", tiny_config, deadly_reward(tmp_path, signal.SIGKILL), "run.timeout_s=3",
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        "run.max_steps=1000", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     _, errors = job.communicate(timeout=120)
     assert job.returncode != 0
@@ -164,7 +164,7 @@ def test_a_killed_process_ends_the_job_with_one_line(tiny_config, tmp_path):
 
 
 def test_a_hung_process_ends_the_other_with_one_line(tiny_config, tmp_path):
-    arguments = (deadly_reward(tmp_path, signal.SIGSTOP), "run.timeout_s=3")
+    arguments = (deadly_reward(tmp_path, signal.SIGSTOP), "run.timeout_s=3", "run.max_steps=1000")
     first, hung = ranks("--config", tiny_config, *arguments, output=tmp_path / "said")
     assert exit_status(first) > 0
     hung.kill()

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from softgrpo import Config, Trainer
-from softgrpo.run import held_out as evaluator
+from softgrpo.run import held_out
 from softgrpo.run.held_out import evaluation_rollout
+from softgrpo.run.round import Round
 
 CLOCK = ("time/", "step_time", "tokens_per_second")
 
@@ -29,15 +30,15 @@ def test_what_is_null_is_that_of_the_rollout(tiny_config):
 
 def test_training_does_not_see_the_evaluation(tiny_config, tiny_data, tmp_path, monkeypatch):
     drawn = []
-    collect = evaluator.collect
 
-    def spy(engine, prompts, uids, rollout, *args, **options):
-        outputs = collect(engine, prompts, uids, rollout, *args, **options)
-        lengths = [len(s.token_ids) for output in outputs for s in output.samples]
-        drawn.append((rollout.temperature, rollout.soft.temperature, max(lengths)))
-        return outputs
+    class Spy(Round):
+        def scored(self):
+            scored, rollout = super().scored(), self.rollout
+            lengths = [len(s.token_ids) for output in scored.outputs for s in output.samples]
+            drawn.append((rollout.temperature, rollout.soft.temperature, max(lengths)))
+            return scored
 
-    monkeypatch.setattr(evaluator, "collect", spy)
+    monkeypatch.setattr(held_out, "Round", Spy)
     other = tmp_path / "other.jsonl"
     other.write_text(
         "".join(json.dumps({"prompt": f"tell {c}", "answer": c}) + "\n" for c in "abcdefgh")

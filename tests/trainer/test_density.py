@@ -55,7 +55,7 @@ def make_batch(
         finish=torch.zeros(len(kinds), dtype=torch.uint8),
         seed=seed,
         stream=0,
-        weight_version=0,
+        weight_version=torch.zeros(len(kinds), dtype=torch.int64),
     )
     return batch, drawn, logits
 
