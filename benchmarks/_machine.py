@@ -20,7 +20,7 @@ _ISA = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd", "bf16")
 def hardware(device: torch.device) -> dict[str, Any]:
     """Names and sizes, with the measured bf16 GEMM rate and memory bandwidth of the device."""
     facts: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": _isa(),
@@ -90,7 +90,8 @@ def _cpu_info(key: str) -> str:
     return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The model, as the system tells it."""
     return _cpu_info("model name") or platform.processor() or platform.machine()
 
 

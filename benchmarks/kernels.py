@@ -35,14 +35,14 @@ def main() -> None:
     console = Console()
     if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
         console.print(f"[yellow]the machine is busy (load {os.getloadavg()[0]:.1f})[/]")
+    chosen = [c for c in cases(device, arguments.quick) if arguments.op in ("", c.op)]
+    if not chosen:
+        raise SystemExit(f"--op {arguments.op}: there is no such op")
     machine = hardware(device)
     rows: list[dict[str, Any]] = []
-    for case in cases(device, arguments.quick):
-        if arguments.op in ("", case.op):
-            rows += measure(case, machine, device, arguments.repeats)
-            console.print(_table(case, rows[-len(case.runs) :]))
-    if not rows:
-        raise SystemExit(f"--op {arguments.op}: there is no such op")
+    for case in chosen:
+        rows += measure(case, machine, device, arguments.repeats)
+        console.print(_table(case, rows[-len(case.runs) :]))
     if arguments.json:
         settings = {"threads": arguments.threads, "repeats": arguments.repeats}
         document = {

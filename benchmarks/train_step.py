@@ -17,7 +17,7 @@ import os
 import resource
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -56,14 +56,14 @@ def make_trainer(arguments: argparse.Namespace, soft: bool, folder: str) -> Trai
         "reward.require_eos=false",
     ]
     trainer = Trainer(Config.load("demo", overrides), reward_funcs=[alternating])
-    generate = trainer.llm.generate_groups
+    iter_groups = trainer.llm.iter_groups
 
     def full_length(
-        prompts: Any, params: SamplingParams, *rest: Any, **options: Any
-    ) -> list[Output]:
-        return generate(prompts, replace(params, ignore_eos=True), *rest, **options)
+        groups: Any, params: SamplingParams, *rest: Any, **options: Any
+    ) -> Iterator[tuple[int, Output]]:
+        return iter_groups(groups, replace(params, ignore_eos=True), *rest, **options)
 
-    trainer.llm.generate_groups = full_length  # type: ignore[method-assign]
+    trainer.llm.iter_groups = full_length  # type: ignore[method-assign]
     return trainer
 
 

@@ -7,17 +7,19 @@ from the same numbers. With one process every function is the identity.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from softgrpo.config import ConfigError
 
@@ -35,6 +37,7 @@ class World:
     rank: int = 0
     size: int = 1
     nodes: int = 1
+    _queues: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @staticmethod
     def join(timeout_s: float) -> World:
@@ -74,6 +77,21 @@ class World:
         """This process's part: consecutive, of equal sizes but for one item."""
         count = len(items)
         return list(items[self.rank * count // self.size : (self.rank + 1) * count // self.size])
+
+    def queue(self, count: int) -> Iterator[int]:
+        """The numbers below `count` in order, each for the process that is the first to ask.
+
+        All processes make the same queues in the same order; any thread may read one.
+        """
+        if self.size == 1:
+            return iter(range(count))
+        key, store = f"softgrpo/queue/{next(self._queues)}", _get_default_store()
+
+        def numbers() -> Iterator[int]:
+            while (number := store.add(key, 1) - 1) < count:
+                yield number
+
+        return numbers()
 
     def gather(self, value: T) -> list[T]:
         """The value of every process, in the order of ranks, on every process."""

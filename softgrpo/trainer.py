@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -22,17 +23,19 @@ from softgrpo.distributed import World, patience
 from softgrpo.learner.device import check_device, device_type
 from softgrpo.learner.load import load_policies
 from softgrpo.learner.lora import merged_tensors
+from softgrpo.learner.microbatches import check_budget
 from softgrpo.learner.optimizer import make_optimizer
 from softgrpo.learner.update import Update, learning_rate
 from softgrpo.log.metrics import rollout_metrics
 from softgrpo.rewards import RewardFunc, RewardRunner
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.engines import load_engine, make_engine, sleeps
-from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
+from softgrpo.rollout.sampling import ROLLOUT_STREAM, density_settings, rollout_uids
 from softgrpo.rollout.scored import ScoredRollout
 from softgrpo.run.held_out import evaluation_rollout
 from softgrpo.run.interrupt import stop_on_signals
 from softgrpo.run.journal import Journal
+from softgrpo.run.round import Round, sampled_beside
 from softgrpo.run.session import RunState, Session
 from softgrpo_engine import SamplingParams
 from softgrpo_engine.model.source import resolve_model
@@ -65,7 +68,8 @@ class Trainer:
         self.rewards = RewardRunner(config.reward, reward_funcs, reward_weights)
         model_path = resolve_model(config.model.path)
         tokenizer = AutoTokenizer.from_pretrained(str(model_path))
-        prompts = [prompt.token_ids for prompt in self.data.prepare(tokenizer)]
+        prompts = self.data.prepare(tokenizer, self.world)
+        check_budget(config, max(map(len, prompts)))
         longest = max(r.max_new_tokens for r in (config.rollout, evaluation_rollout(config)))
         self.llm = make_engine(
             config, model_path, tokenizer, max(map(len, prompts)) + longest, self._most_samples()
@@ -75,6 +79,7 @@ class Trainer:
         optimizer = make_optimizer(self.policy.decoder, config.optim)
         self.update = Update(self.policy, reference, optimizer, self.world)
         self.state = RunState()
+        self._ahead: Round | None = None  # sampled during the update of the step before
         self.session = Session(
             self.journal, self.state, self.data, self.rewards, model_path, self.llm, self.update
         )
@@ -99,7 +104,10 @@ class Trainer:
         self.update.score_by(density_settings(config, soft))
         drawn = self._sample(replace(config.rollout, soft=soft), times)
         rollout_row = rollout_metrics(drawn, self._batch(drawn), self.policy.settings, config)
-        with self._timed("train", times):
+        if config.rollout.ahead:
+            lag = self.llm.weight_version - mean(drawn.weight_versions)
+            rollout_row["sampling/weight_lag"] = lag
+        with self._sampling_ahead(step + 1, times), self._timed("train", times):
             if sleeps(config, self.llm.device):
                 self.llm.sleep(weights=config.rollout.sleep == "always")
             chosen = drawn.choose(config.rollout.prompts_per_step)
@@ -131,7 +139,7 @@ class Trainer:
             **update_row,
             "learning_rate": lr,
             "num_tokens": self.state.num_tokens,
-            "tokens_per_second": drawn.num_tokens / times["time/rollout"],
+            "tokens_per_second": drawn.num_tokens / drawn.seconds,
             "step_time": sum(times.values()),
             **times,
         }
@@ -148,32 +156,56 @@ class Trainer:
     def _sample_round(
         self, rollout: RolloutConfig, times: defaultdict[str, float]
     ) -> ScoredRollout:
-        config = self.config
-        with self._timed("rollout", times):
-            everyones = self.data.prompts_of_round(self.state.rounds, rollout.prompts_per_step)
-            uids = rollout_uids(self.state.rounds, len(everyones), rollout.group_size)
-            prompts = self.world.share(everyones)
-            outputs = collect(
-                self.llm,
-                [prompt.token_ids for prompt in prompts],
-                self.world.share(uids),
-                rollout,
-                config.algorithm.objective,
-                seed=config.run.seed,
-                stream=ROLLOUT_STREAM,
-            )
-            self.state.rounds += 1
+        drawn, self._ahead = self._ahead, None
+        if drawn is None:
+            drawn = self._round(self.state.rounds, rollout)
+            with self._timed("rollout", times):
+                drawn.sample()
         with self._timed("reward", times):
-            lost = self.rewards.lost
-            rewards_S, by_function = self.rewards.score(prompts, outputs)
+            drawn.wait()
         with self._timed("gather", times):
-            lost = sum(self.world.gather(self.rewards.lost - lost))
-            drawn = ScoredRollout(prompts, outputs, rewards_S, by_function).gathered(self.world)
-        if lost:
+            drawn.gather()
+        with self._timed("reward", times):
+            scored = drawn.scored()
+        self.state.rounds += 1
+        if drawn.lost:
             self.journal.progress.message(
-                f"warning: rewards of {lost} samples hung or crashed: none"
+                f"warning: rewards of {drawn.lost} samples hung or crashed: none"
             )
-        return drawn
+        return scored
+
+    @contextmanager
+    def _sampling_ahead(self, step: int, times: defaultdict[str, float]) -> Iterator[None]:
+        """With `rollout.ahead` a step is sampled inside, with the engine's weights as they are.
+
+        Not the step after a checkpoint: its samples would be of weights that a resume has not.
+        """
+        config = self.config
+        is_saved = config.checkpoint.every and (step - 1) % config.checkpoint.every == 0
+        if not config.rollout.ahead or is_saved or step > config.run.max_steps:
+            yield
+            return
+        rollout = replace(config.rollout, soft=soft_at(config.rollout, step))
+        drawn = self._round(self.state.rounds, rollout)
+        with sampled_beside(drawn, self.llm.device) as sampling:
+            yield
+            with self._timed("rollout", times):
+                sampling.result()
+        self._ahead = drawn
+
+    def _round(self, number: int, rollout: RolloutConfig) -> Round:
+        config, prompts = self.config, self.data.prompts_of_round(number, rollout.prompts_per_step)
+        return Round(
+            self.llm,
+            self.rewards,
+            self.world,
+            prompts,
+            rollout_uids(number, len(prompts), rollout.group_size),
+            rollout,
+            config.algorithm.objective,
+            seed=config.run.seed,
+            stream=ROLLOUT_STREAM,
+        )
 
     def _most_samples(self) -> int:
         """The most samples that this process draws at a time, in steps and in evaluations."""
@@ -187,7 +219,7 @@ class Trainer:
             rollout.outputs,
             seed=self.config.run.seed,
             stream=ROLLOUT_STREAM,
-            weight_version=self.llm.weight_version,
+            weight_version=rollout.weight_versions,
         )
 
     @contextmanager

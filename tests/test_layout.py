@@ -16,7 +16,7 @@ ROOMS = {
         "hf_engine llm async_llm"
     ),
     "softgrpo": (
-        "config algorithm data distributed rollout rewards learner log report evaluation run "
+        "config algorithm distributed data rollout rewards learner log report evaluation run "
         "trainer supervised tools cli train"
     ),
 }
@@ -145,8 +145,9 @@ def test_the_kernels_alone_are_built_as_with_the_rest():
         for folder in (ROOT, ROOT / "kernels")
     )
     assert kernels["build-system"] == whole["build-system"]
-    for key in ("version", "license", "requires-python"):
+    for key in ("version", "license", "license-files", "requires-python"):
         assert kernels["project"][key] == whole["project"][key]
+    assert (ROOT / "kernels" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     (torch,) = kernels["project"]["dependencies"]
     assert torch in whole["project"]["dependencies"]
     wheels = [project["tool"]["scikit-build"]["wheel"]["packages"] for project in (whole, kernels)]

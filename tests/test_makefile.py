@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from simulated_gpu import found
 
 ROOT = Path(__file__).parent.parent
 ASKED = "SOFTGRPO_TEST_GPU=1"
@@ -32,10 +33,16 @@ def test_the_tests_of_the_cpu_do_not_see_a_gpu(asked):
     environment = {k: v for k, v in os.environ.items() if "VISIBLE_DEVICES" not in k}
     environment["SOFTGRPO_TEST_GPU"] = str(int(asked))
     look = (
-        "from simulated_gpu import found; import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+        "from simulated_gpu import visible; visible.hide_gpus();"
+        "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
     )
     seen = subprocess.run(
         [sys.executable, "-c", look], env=environment, cwd=ROOT / "tests", check=True,
         capture_output=True, text=True,
     )  # fmt: skip
     assert seen.stdout.strip() == ("None" if asked else "-1")
+
+
+@pytest.mark.skipif(found.REAL, reason="make test-gpu")
+def test_this_process_does_not_see_one():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "-1"

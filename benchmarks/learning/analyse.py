@@ -18,7 +18,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from cells import CELLS, HERE, MAIN, SAMPLES, is_done
+from cells import CELLS, HERE, MAIN, SAMPLES, is_done, read_training
+from grid import print_tables as print_grid
 from scoring import format_free
 
 from softgrpo.evaluation.results import compare_results, read_results
@@ -26,13 +27,6 @@ from softgrpo.evaluation.results import compare_results, read_results
 sys.path.insert(1, str(HERE.parent))
 from _machine import hardware, versions
 
-# What is kept of the log: name here, name there.
-SERIES = {
-    "reward": "reward",
-    "mismatch": "sampling/sampling_logp_difference/mean",
-    "grad_norm": "grad_norm",
-    "candidates_in_training": "soft/effective_candidates",
-}
 WINDOW = 10  # steps
 
 
@@ -47,17 +41,6 @@ def read_scores(folder: Path, mode: str) -> dict[str, Any]:
         "format_free": mean(free),
         "length": scores["length"]["mean"],
         **{k: scores[k] for k in ("mean", "pass", "maj", "truncated", "effective_candidates")},
-    }
-
-
-def read_training(folder: Path) -> dict[str, Any]:
-    """What the log of a run says, step by step; None where a step had nothing to say."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    steps = [row for row in map(json.loads, lines) if "reward" in row]
-    return {
-        "steps": len(steps),
-        "tokens": steps[-1]["num_tokens"],
-        **{name: [row.get(key) for row in steps] for name, key in SERIES.items()},
     }
 
 
@@ -175,6 +158,7 @@ def main() -> None:
     rows, missing = read_all(arguments.runs)
     changes = differences(arguments.runs)
     print_tables(rows, changes)
+    print_grid()
     print(f"\nmissing: {', '.join(missing) or 'nothing'}")
     if arguments.json:
         facts = {"hardware": hardware(torch.device("cpu")), "versions": versions()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = 32  # of a question, in the evaluation
@@ -31,6 +33,26 @@ class Cell:
 def is_done(folder: Path) -> bool:
     """Whether the cell of this folder has come to its end."""
     return (folder / "evaluation" / "results.json").exists()
+
+
+# What is kept of the log: name here, name there.
+SERIES = {
+    "reward": "reward",
+    "mismatch": "sampling/sampling_logp_difference/mean",
+    "grad_norm": "grad_norm",
+    "candidates_in_training": "soft/effective_candidates",
+}
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """What the log of a run says, step by step; None where a step had nothing to say."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    steps = [row for row in map(json.loads, lines) if "reward" in row]
+    return {
+        "steps": len(steps),
+        "tokens": steps[-1]["num_tokens"],
+        **{name: [row.get(key) for row in steps] for name, key in SERIES.items()},
+    }
 
 
 DISCRETE = ("rollout.soft.enabled=false",)

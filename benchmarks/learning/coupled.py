@@ -54,9 +54,9 @@ def with_own_rest(gprime: Tensor, logq: Tensor, rest: Tensor, scale: float = 1.0
 class CoupledEngine(HFEngine):
     """Samples 2 p and 2 p + 1 are pair p; they share all of their noise but the rest's."""
 
-    def _draw(self, logits_BV: Tensor, **arguments: Any) -> SoftToken:
+    def draw(self, logits_BV: Tensor, **arguments: Any) -> SoftToken:
         uid, scale = arguments["uid"], float(arguments.get("noise_scale", 1.0))
-        drawn = super()._draw(logits_BV, **{**arguments, "uid": uid // 2, "stream": PAIRS})
+        drawn = super().draw(logits_BV, **{**arguments, "uid": uid // 2, "stream": PAIRS})
         noise = gumbel_noise(drawn.ids, arguments["seed"], arguments["position"], uid, OWN)
         gprime = with_own_rest(drawn.gprime, drawn.logp, torch.exp(-noise.double()), scale)
         gprime = torch.where(drawn.kind[:, None] == 1, gprime, drawn.gprime)

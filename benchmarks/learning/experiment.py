@@ -2,6 +2,7 @@
 
     python benchmarks/learning/experiment.py                      # everything, in this order
     python benchmarks/learning/experiment.py 'easy/exact*'        # cells by name
+    python benchmarks/learning/experiment.py --grid               # the cells of grid.py
     python benchmarks/learning/experiment.py --list
 
 Both modes start from the same model: the base model, trained by discrete GRPO on the form of an
@@ -19,8 +20,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cells import CELLS, DISCRETE, HERE, SAMPLES, Cell, is_done
+from cells import CELLS, DISCRETE, HERE, SAMPLES, Cell, is_done, read_training
+from grid import first_cells, later_cells, record_path, write_record
 from tasks import write_tasks
+
+from softgrpo.evaluation.results import read_results
+
+sys.path.insert(1, str(HERE.parent))
+from _machine import cpu_name
 
 FORMAT_STEPS = 20
 
@@ -78,36 +85,56 @@ def format_model(root: Path, task: str) -> Path:
     return folder / "model"
 
 
-def run(root: Path, cell: Cell) -> None:
+def run(root: Path, cell: Cell, modes: str) -> Path:
     """A cell from where it was left to its end. Its weights are not kept: they take 2 GB."""
-    if is_done(root / cell.path):
-        return
-    start = format_model(root, cell.task)
-    print(f"== {cell.path}", flush=True)
-    folder = train(root, cell, str(start), "eval.before_train=false", "eval.after_train=false")
-    evaluate(root, folder, folder / "model", cell.mode)
-    shutil.rmtree(folder / "checkpoints")
-    shutil.rmtree(folder / "model")
+    folder = root / cell.path
+    if not is_done(folder):
+        start = format_model(root, cell.task)
+        print(f"== {cell.path}", flush=True)
+        train(root, cell, str(start), "eval.before_train=false", "eval.after_train=false")
+        evaluate(root, folder, folder / "model", modes)
+        shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(folder / "model")
+    return folder
+
+
+def run_on_the_grid(root: Path, cell: Cell) -> None:
+    """A soft run is also tested with discrete tokens: does what softness gave remain?"""
+    if not record_path(cell).exists():
+        folder = run(root, cell, "discrete" if cell.mode == "discrete" else "soft,discrete")
+        results = read_results(folder / "evaluation")
+        write_record(cell, cpu_name(), read_training(folder), results)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cells", nargs="*", default=["*"], help="patterns, as easy/exact*")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--grid", action="store_true", help="the cells of grid.py instead")
     parser.add_argument("--list", action="store_true", help="the cells and whether they are done")
     arguments = parser.parse_args()
-    chosen = [c for c in CELLS if any(fnmatch.fnmatch(c.path, p) for p in arguments.cells)]
-    if not chosen:
-        parser.error(f"no cell is called {' or '.join(arguments.cells)}; see --list")
+
+    def chosen(cells: list[Cell]) -> list[Cell]:
+        return [c for c in cells if any(fnmatch.fnmatch(c.path, p) for p in arguments.cells)]
+
     root = arguments.output.resolve()
+    cells = [*first_cells(), *later_cells()] if arguments.grid else CELLS
+    if not chosen(cells):
+        parser.error(f"no cell is called {' or '.join(arguments.cells)}; see --list")
     if arguments.list:
-        for cell in chosen:
-            done = "done" if is_done(root / cell.path) else "todo"
-            print(f"{done}  {cell.path}  {' '.join(cell.overrides)}")
+        for cell in chosen(cells):
+            done = record_path(cell).exists() if arguments.grid else is_done(root / cell.path)
+            print(f"{'done' if done else 'todo'}  {cell.path}  {' '.join(cell.overrides)}")
         return
     write_tasks(root / "data")
-    for cell in chosen:
-        run(root, cell)
+    if arguments.grid:
+        for cell in chosen(first_cells()):
+            run_on_the_grid(root, cell)
+        for cell in chosen(later_cells()):  # of the rates that are known by now
+            run_on_the_grid(root, cell)
+        return
+    for cell in chosen(CELLS):
+        run(root, cell, cell.mode)
 
 
 if __name__ == "__main__":

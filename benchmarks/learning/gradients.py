@@ -10,15 +10,20 @@ policy, under several scores. Of n batches, without bias:
 
 and batches = noise / signal is how many batches must be averaged until signal equals noise.
 `argmax` scores a soft position by log q of its heaviest candidate, as if that token had been drawn:
-the conditional mean of the exact score given that token. `exact`, `concrete` and `argmax` share
-rollouts; `official` clips its noise and `discrete` draws tokens, so these have their own.
+the conditional mean of the exact score given that token. Scores of one kind of rollout share its
+rollouts: a weight floor, clipped noise (`official`) or drawn tokens are other kinds.
+
+A kind that is done stands in the JSON with the machine's name, and is not measured again: called
+anew, the command goes on where it was stopped. `--kinds 'soft*' 'multiplex*'` chooses.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -40,16 +45,32 @@ from softgrpo_engine import LLM
 from softgrpo_engine.model.weights import load_decoder
 from softgrpo_kernels.methods import method_of
 
-# One kind of rollout and the scores that it is given.
-KINDS: dict[str, tuple[list[str], list[str]]] = {
-    "discrete": (["rollout.soft.enabled=false"], ["exact"]),
-    "official, tau 0.1": (["algorithm.objective=official"], ["official"]),
-    **{
-        f"soft, tau {tau}": ([f"rollout.soft.tau={tau}"], ["exact", "concrete", "argmax"])
-        for tau in (0.1, 0.5, 1.0)
-    },
-    "soft, tau 0.1, top_p 1": (["rollout.soft.top_p=1.0"], ["exact", "concrete", "argmax"]),
-}
+sys.path.insert(1, str(HERE.parent))
+from _machine import cpu_name
+
+SOFT, OBJECTIVE = "rollout.soft", "algorithm.objective"
+MULTIPLEX = (f"{SOFT}.noise=multiplex", f"{SOFT}.noise_scale=3", f"{SOFT}.tau=1.0")
+
+
+def kinds(top_p: float) -> dict[str, tuple[tuple[str, ...], list[str]]]:
+    """Overrides of every kind of rollout at this nucleus, and the scores that it is given."""
+    found: dict[str, tuple[tuple[str, ...], list[str]]] = {
+        "discrete": (("rollout.soft.enabled=false",), ["exact"]),
+        "multiplex 3": ((*MULTIPLEX, f"{OBJECTIVE}=per_slot"), ["per_slot"]),
+    }
+    for tau in (0.1, 0.5, 1.0):
+        at = f"{SOFT}.tau={tau}"
+        found[f"official, tau {tau}"] = ((at, f"{OBJECTIVE}=official"), ["official"])
+        found[f"soft, tau {tau}"] = ((at,), ["exact", "concrete", "argmax"])
+        for floor in (0.1, 0.01):
+            floored = (at, f"{SOFT}.weight_floor={floor}", f"{OBJECTIVE}=censored")
+            found[f"soft, tau {tau}, floor {floor}"] = (floored, ["censored", "argmax"])
+    nucleus = (f"{SOFT}.top_p={top_p}", f"rollout.top_p={top_p}")
+    end = "" if top_p == 0.95 else f", top_p {top_p:g}"
+    return {name + end: ((*nucleus, *own), scores) for name, (own, scores) in found.items()}
+
+
+KINDS = kinds(0.95) | kinds(1.0)
 
 
 class Moments:
@@ -90,7 +111,7 @@ def gradient(policy: Policy, batch: RolloutBatch, advantages_S: Tensor) -> Tenso
     for parameter in parameters:
         parameter.grad = None
     for group in range(batch.num_groups):
-        part, rows = batch.select_groups([group])
+        part, rows = batch.select_samples((batch.group == group).nonzero().flatten().tolist())
         if bool((advantages_T[rows] != 0).any()):
             density_T = policy(part).density
             (-(weights_T * advantages_T)[rows] * density_T).sum().backward()
@@ -112,7 +133,7 @@ def measure(model: Path, data: Path, kind: str, batches: int) -> dict[str, dict[
     settings = density_settings(config)
     policies: dict[str, Policy] = {}
     for score in scores:
-        scored = dataclasses.replace(settings, method=method_of("gumbel", score))
+        scored = dataclasses.replace(settings, method=method_of(config.rollout.soft.noise, score))
         policies[score] = Policy(decoder, scored)
     rewards = RewardRunner(config.reward)
     moments: defaultdict[str, Moments] = defaultdict(Moments)
@@ -141,18 +162,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
     parser.add_argument("--batches", type=int, default=16)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=HERE / "gradients.json")
+    parser.add_argument("--kinds", nargs="+", default=["*"], help="patterns, as 'soft, tau 1*'")
     arguments = parser.parse_args()
+    chosen = [k for k in KINDS if any(fnmatch.fnmatch(k, p) for p in arguments.kinds)]
+    if not chosen:
+        parser.error(f"no kind is called {' or '.join(arguments.kinds)}: {'; '.join(KINDS)}")
+    model, data = arguments.runs / "easy" / "format-0" / "model", arguments.runs / "data"
+    if not (model / "config.json").exists():
+        parser.error(f"no model in {model}: experiment.py trains it before its first cell")
     rows: list[dict[str, Any]] = []
+    if arguments.json.exists():
+        rows = json.loads(arguments.json.read_text())
+    done = {row["rollouts"] for row in rows}
     print("| rollouts | score | signal | noise | batches |\n|---|---|---|---|---|")
-    for kind in KINDS:
-        model, data = arguments.runs / "easy" / "format-0" / "model", arguments.runs / "data"
-        for score, row in measure(model, data, kind, arguments.batches).items():
-            rows.append({"rollouts": kind, "score": score, **row})
-            shown = f"{row['signal']:.4f} | {row['noise']:.3f} | {row['batches']:.1f}"
-            print(f"| {kind} | {score} | {shown} |", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    for kind in chosen:
+        if kind not in done:
+            moments = measure(model, data, kind, arguments.batches)
+            names = {"machine": cpu_name(), "rollouts": kind}
+            rows += [{**names, "score": score, **row} for score, row in moments.items()]
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        for row in rows:
+            if row["rollouts"] == kind:
+                shown = f"{row['signal']:.4f} | {row['noise']:.3f} | {row['batches']:.1f}"
+                print(f"| {kind} | {row['score']} | {shown} |", flush=True)
 
 
 if __name__ == "__main__":

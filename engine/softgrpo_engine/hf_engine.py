@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +81,27 @@ class HFEngine:
         stream: int = 0,
     ) -> list[Output]:
         """Samples prompt i once for each uid of ``uids[i]``; soft False or None is discrete."""
+        self.check_fits(prompts, params)
+        groups = zip(prompts, uids, strict=True)
+        return [o for _, o in self.iter_groups(groups, params, soft, seed=seed, stream=stream)]
+
+    def iter_groups(
+        self,
+        groups: Iterable[tuple[list[int], Seq[int]]],
+        params: SamplingParams,
+        soft: SoftParams | Literal[False] | None = None,
+        *,
+        seed: int,
+        stream: int = 0,
+        between_steps: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Output]]:
+        """Samples (prompt, uids) one after the other; yields (place, Output)."""
         if not self.has_weights:
             raise RuntimeError("the engine has no weights since it slept: call update_weights()")
-        self.check_fits(prompts, params)
-        settings = (params, soft or None, seed)
-        return [
-            Output(list(prompt), self._group(prompt, *settings, list(group), stream))
-            for prompt, group in zip(prompts, uids, strict=True)
-        ]
+        for index, (prompt, uids) in enumerate(groups):
+            self.check_fits([prompt], params)
+            group = _Group(self, prompt, params, soft or None, seed, uids, stream, between_steps)
+            yield index, Output(list(prompt), group.run())
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -118,109 +131,136 @@ class HFEngine:
     def wake(self) -> None:
         """Nothing: what slept comes by ``update_weights``."""
 
-    @torch.inference_mode()
-    def _group(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        soft: SoftParams | None,
-        seed: int,
-        uids: list[int],
-        stream: int,
-    ) -> list[Sample]:
-        """The samples of one prompt, in step: all of them have the same length."""
-        embed_VH = self.model.get_input_embeddings().weight
-        ends = self._end_ids(params)
-        thinking_end = thinking_end_id(soft.end_of_thinking, self.tokenizer) if soft else None
-        slots = max(params.top_k if 1 <= params.top_k <= K_MAX else 1, soft.top_k if soft else 1)
-        terminal = torch.tensor([[*ends, -1 if thinking_end is None else thinking_end]])
-        held_back = [token for token in terminal[0].tolist() if token >= 0]
-        soft_B = torch.full((len(uids),), soft is not None, device=self.device)
-        phases = [_Phase(soft, thinking_end) for _ in uids] if soft else []
-        word = seed - 2**64 if seed >= 2**63 else seed  # its 64 bits in a signed word
-        uids_B = torch.tensor(uids, device=self.device)
-        noise_scale = soft.noise_scale if soft and method_of(soft.noise).adds_noise else 0.0
-        deviation = (root_mean_square(embed_VH) * noise_scale).float() if noise_scale else 0.0
-        cache = DynamicCache()
-        inputs_BTH = embed_VH[torch.tensor(prompt, device=self.device)].expand(len(uids), -1, -1)
-        steps: list[_Step] = []
-        finish: list[FinishReason | None] = [None] * len(uids)
-        lengths = [params.max_tokens] * len(uids)
-        for index in range(params.max_tokens):
-            result = self.model(inputs_embeds=inputs_BTH, past_key_values=cache, use_cache=True)
-            logits_BV = result.logits[:, -1].float()
-            if soft and index < soft.min_soft_tokens:
-                logits_BV[:, held_back] = -torch.inf
-            drawn = self._draw(
-                logits_BV,
-                **_parameters(params, soft, soft_B),
-                seed=word,
-                position=len(prompt) + index,
-                uid=uids_B,
-                stream=stream,
-                terminal_ids=terminal.to(self.device, torch.int32).expand(len(uids), -1),
-                k_max=slots,
-            )
-            step = _Step(
-                drawn.ids, drawn.gprime, drawn.kind, torch.zeros_like(soft_B), drawn.token_logp
-            )
-            steps.append(step)
-            if soft:
-                if thinking_end is not None:
-                    over = torch.tensor([phase.over for phase in phases], device=self.device)
-                    step.force(over, thinking_end)
-                p_BV = torch.softmax(logits_BV.double() / soft.temperature, dim=-1)
-                drawn_B = zip(
-                    phases,
-                    step.ids[:, 0].tolist(),
-                    step.kind.tolist(),
-                    torch.special.entr(p_BV).sum(-1).tolist(),
-                    strict=True,
-                )
-                is_soft = [phase.next_is_soft(*position) for phase, *position in drawn_B]
-                soft_B = torch.tensor(is_soft, device=self.device)
-            for row, token in enumerate(step.ids[:, 0].tolist()):
-                if finish[row] is None and token in ends:
-                    finish[row], lengths[row] = "stop", index + 1
-            if all(finish):
-                break
-            weights = soft_weights(
-                step.gprime, step.kind, *((soft.tau, soft.weight_floor) if soft else (1.0,))
-            )
-            inputs_BH = reference.soft_embedding(step.ids, weights, embed_VH)
-            if noise_scale:
-                noise_BH = embedding_noise(
-                    inputs_BH.shape[1],
-                    word,
-                    torch.full_like(uids_B, len(prompt) + index),
-                    uids_B,
-                    stream,
-                    backend="reference",
-                )
-                deviation_B1 = (deviation * step.kind)[:, None]
-                inputs_BH = with_noise(inputs_BH, noise_BH, deviation_B1)
-            inputs_BTH = inputs_BH[:, None]
-        return [
-            self._sample(steps[: lengths[row]], row, finish[row] or "length", uid)
-            for row, uid in enumerate(uids)
-        ]
-
-    def _draw(self, logits_BV: Tensor, **arguments: Any) -> SoftToken:
+    def draw(self, logits_BV: Tensor, **arguments: Any) -> SoftToken:
         """The next position of every sample."""
         return soft_token(logits_BV, **arguments, backend="reference")
 
-    def _end_ids(self, params: SamplingParams) -> set[int]:
+    def end_ids(self, params: SamplingParams) -> set[int]:
+        """Tokens that end a sample."""
         ends = set(params.stop_token_ids)
         own = self.model.generation_config.eos_token_id
         if own is not None and not params.ignore_eos:
             ends |= {own} if isinstance(own, int) else set(own)
         return ends
 
-    def _sample(self, steps: list[_Step], row: int, finish: FinishReason, uid: int) -> Sample:
+
+class _Group:
+    """The samples of one prompt, in step: all of them have the same length."""
+
+    def __init__(
+        self,
+        engine: HFEngine,
+        prompt: list[int],
+        params: SamplingParams,
+        soft: SoftParams | None,
+        seed: int,
+        uids: Seq[int],
+        stream: int,
+        between_steps: Callable[[], None],
+    ) -> None:
+        self._engine, self._prompt, self._params, self._soft = engine, prompt, params, soft
+        self._between_steps = between_steps
+        self._seed = seed - 2**64 if seed >= 2**63 else seed  # its 64 bits in a signed word
+        self._uids, self._stream = list(uids), stream
+        self._uids_B = torch.tensor(self._uids, device=engine.device)
+        self._embed_VH = engine.model.get_input_embeddings().weight
+        self._ends = engine.end_ids(params)
+        end = thinking_end_id(soft.end_of_thinking, engine.tokenizer) if soft else None
+        self._thinking_end = end
+        self._terminal = torch.tensor([[*self._ends, -1 if end is None else end]])
+        self._slots = max(
+            params.top_k if 1 <= params.top_k <= K_MAX else 1, soft.top_k if soft else 1
+        )
+        self._soft_B = torch.full((len(self._uids),), soft is not None, device=engine.device)
+        self._phases = [_Phase(soft, end) for _ in self._uids] if soft else []
+        self._steps: list[_Step] = []
+        self._finish: list[FinishReason | None] = [None] * len(self._uids)
+        self._lengths = [params.max_tokens] * len(self._uids)
+
+    @torch.inference_mode()
+    def run(self) -> list[Sample]:
+        """Draws until all have ended."""
+        cache = DynamicCache()
+        prompt = torch.tensor(self._prompt, device=self._engine.device)
+        inputs_BTH = self._embed_VH[prompt].expand(len(self._uids), -1, -1)
+        for index in range(self._params.max_tokens):
+            self._between_steps()
+            result = self._engine.model(
+                inputs_embeds=inputs_BTH, past_key_values=cache, use_cache=True
+            )
+            logits_BV = result.logits[:, -1].float()
+            step = self._draw(logits_BV, index)
+            self._steps.append(step)
+            if self._soft:
+                self._choose_phases(step, logits_BV, self._soft)
+            for row, token in enumerate(step.ids[:, 0].tolist()):
+                if self._finish[row] is None and token in self._ends:
+                    self._finish[row], self._lengths[row] = "stop", index + 1
+            if all(self._finish):
+                break
+            inputs_BTH = self._mixtures(step, index)[:, None]
+        return [self._sample(row) for row in range(len(self._uids))]
+
+    def _draw(self, logits_BV: Tensor, index: int) -> _Step:
+        """A position of every sample: what may not come yet held back, what must come forced."""
+        if self._soft and index < self._soft.min_soft_tokens:
+            logits_BV[:, [token for token in self._terminal[0].tolist() if token >= 0]] = -torch.inf
+        drawn = self._engine.draw(
+            logits_BV,
+            **_parameters(self._params, self._soft, self._soft_B),
+            seed=self._seed,
+            position=len(self._prompt) + index,
+            uid=self._uids_B,
+            stream=self._stream,
+            terminal_ids=self._terminal.to(logits_BV.device, torch.int32).expand(
+                len(self._uids), -1
+            ),
+            k_max=self._slots,
+        )
+        forced_B = torch.zeros_like(self._soft_B)
+        step = _Step(drawn.ids, drawn.gprime, drawn.kind, forced_B, drawn.token_logp)
+        if self._thinking_end is not None:
+            over = torch.tensor([phase.over for phase in self._phases], device=logits_BV.device)
+            step.force(over, self._thinking_end)
+        return step
+
+    def _choose_phases(self, step: _Step, logits_BV: Tensor, soft: SoftParams) -> None:
+        """Which samples draw the next position softly."""
+        p_BV = torch.softmax(logits_BV.double() / soft.temperature, dim=-1)
+        drawn_B = zip(
+            self._phases,
+            step.ids[:, 0].tolist(),
+            step.kind.tolist(),
+            torch.special.entr(p_BV).sum(-1).tolist(),
+            strict=True,
+        )
+        is_soft = [phase.next_is_soft(*position) for phase, *position in drawn_B]
+        self._soft_B = torch.tensor(is_soft, device=logits_BV.device)
+
+    def _mixtures(self, step: _Step, index: int) -> Tensor:
+        """What stands for the position in the next forward pass [B, H]."""
+        soft = self._soft
+        weights = soft_weights(step.gprime, step.kind, *(soft.mixture if soft else (1.0,)))
+        mixtures_BH = reference.soft_embedding(step.ids, weights, self._embed_VH)
+        if not soft or not method_of(soft.noise).adds_noise:
+            return mixtures_BH
+        noise_BH = embedding_noise(
+            mixtures_BH.shape[1],
+            self._seed,
+            torch.full_like(self._uids_B, len(self._prompt) + index),
+            self._uids_B,
+            self._stream,
+            backend="reference",
+        )
+        deviation = (root_mean_square(self._embed_VH) * soft.noise_scale).float()
+        return with_noise(mixtures_BH, noise_BH, (deviation * step.kind)[:, None])
+
+    def _sample(self, row: int) -> Sample:
+        steps = self._steps[: self._lengths[row]]
         ids_TK = torch.stack([step.ids[row] for step in steps]).cpu()
         tokens = ids_TK[:, 0].tolist()
         return Sample(
-            text=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            text=self._engine.tokenizer.decode(tokens, skip_special_tokens=True),
             token_ids=tokens,
             logprobs=torch.stack([step.logp[row] for step in steps]).cpu(),
             soft=SoftTokens(
@@ -230,8 +270,8 @@ class HFEngine:
                 forced=torch.stack([step.forced[row] for step in steps]).cpu(),
                 token=ids_TK[:, 0].clone(),
             ),
-            finish_reason=finish,
-            uid=uid,
+            finish_reason=self._finish[row] or "length",
+            uid=self._uids[row],
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +20,11 @@ from softgrpo_engine.model.source import resolve_model
 from softgrpo_engine.model.weights import empty_decoder, load_decoder, load_weights
 from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import SamplingParams, SoftParams
-from softgrpo_engine.requests.admission import check_fits, make_groups
+from softgrpo_engine.requests.admission import check_fits, check_sizes, make_groups
 from softgrpo_engine.requests.call import Call
 from softgrpo_engine.requests.progress import TokenRate, load_metrics, sample_progress
 from softgrpo_engine.requests.prompts import Prompt, as_list, encode, uids_of_call
-from softgrpo_engine.requests.samples import as_sample, hits_stop_string
+from softgrpo_engine.requests.samples import as_sample, finish_reason
 from softgrpo_engine.scheduling.kv_cache import BlockPool
 from softgrpo_engine.scheduling.scheduler import Plan, Scheduler
 from softgrpo_engine.scheduling.sequence import Sequence
@@ -66,9 +66,7 @@ class LLM:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r} is not allowed: must be bfloat16 or float32")
         sizes = {"max_batch_size": max_batch_size, "max_batch_tokens": max_batch_tokens}
-        for name, value in (sizes | {"max_model_len": max_model_len}).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is not allowed: must be >= 1")
+        check_sizes(**sizes, max_model_len=max_model_len)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model_path: Path | None = None
@@ -125,7 +123,6 @@ class LLM:
         seed: int,
         uids: Seq[Seq[int]],
         stream: int = 0,
-        progress: bool = False,
     ) -> list[Output]:
         """Samples prompt i once for each uid of ``uids[i]``; a group computes its prompt once.
 
@@ -133,21 +130,34 @@ class LLM:
         rounding of the GEMM; what it shares a batch with does not matter.
         """
         call = self.submit(prompts, params, soft, seed=seed, uids=uids, stream=stream)
-        return self._finish(call, progress)
+        return self._finish(call, progress=False)
 
     def iter_groups(
         self,
-        prompts: Seq[list[int]],
+        groups: Iterable[tuple[list[int], Seq[int]]],
         params: SamplingParams,
-        soft: SoftParams | Literal[False] | None,
+        soft: SoftParams | Literal[False] | None = None,
+        *,
         seed: int,
-        uids: Seq[Seq[int]],
         stream: int = 0,
-        progress: bool = False,
+        between_steps: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, Output]]:
-        """Like ``generate_groups``; yields (prompt index, Output) as soon as a group has ended."""
-        call = self.submit(prompts, params, soft, seed=seed, uids=uids, stream=stream)
-        yield from self._outputs(call, progress)
+        """Like ``generate_groups`` of (prompt, uids); yields (place, Output) as a group has ended.
+        The next is asked for when there is room: several engines may share a queue. What
+        ``between_steps`` raises ends all samples."""
+        coming, call = iter(groups), Call(self._samples)
+        keys: dict[str, Any] = {"seed": seed, "stream": stream, "call": call}
+        try:
+            while True:
+                while (self.scheduler.has_room or call.is_done) and (new := next(coming, None)):
+                    self.submit([new[0]], params, soft, uids=[new[1]], **keys)
+                if call.is_done:
+                    return
+                between_steps()
+                self.step()
+                yield from call.ended()
+        finally:
+            self.release(call)
 
     def stream(
         self,
@@ -177,8 +187,9 @@ class LLM:
         seed: int | None = None,
         uids: Seq[Seq[int]] | None = None,
         stream: int = 0,
+        call: Call | None = None,
     ) -> Call:
-        """Queues samples that ``step`` computes, until ``release``.
+        """Queues samples that ``step`` computes, until ``release``; call: one that they join.
 
         Raises ValueError for a request that can never be done, before any of it is queued.
         """
@@ -194,8 +205,8 @@ class LLM:
         groups = make_groups(ids, params, soft, seed, uids, stream, self.config, self.tokenizer)
         slots = max((sequence.slots for group in groups for sequence in group), default=1)
         self.runner.record.reserve(params.max_tokens, slots)
-        call = Call(ids, groups, self._samples)
-        for sequence in call.sequences:
+        call = call or Call(self._samples)
+        for sequence in call.add(ids, groups):
             self.scheduler.add(sequence)
         return call
 
@@ -234,8 +245,8 @@ class LLM:
             self.scheduler.check()
 
     def abort(self, sample: Sample | Sequence) -> None:
-        """Ends a sample that ``stream`` gave, or one of a Call; it comes back with what it has and
-        finish_reason "abort". Those of other callers go on, whatever their uids."""
+        """Ends a sample that ``stream`` gave, or one of a Call, and no other caller's of the same
+        uid; it comes back with what it has and finish_reason "abort"."""
         name = (sample.group, sample.uid)
         self._abort([s for s in self.scheduler.active if (s.group, s.uid) == name])
 
@@ -257,8 +268,7 @@ class LLM:
         self.weight_version = version
 
     def sleep(self, weights: bool = True) -> None:
-        """Frees the KV cache, and with ``weights`` these and the graphs, until ``wake``. The
-        engine must be idle."""
+        """Frees the KV cache, and with ``weights`` these and the graphs, of an idle engine."""
         self._check_idle("sleep")
         self.pool.clear()
         self.runner.free_pages()
@@ -269,11 +279,8 @@ class LLM:
         return_freed_memory(self.device, of_modules=weights)
 
     def wake(self) -> None:
-        """Takes the memory of the KV cache again after ``sleep``.
-
-        The weights of ``model_path`` are read again if they had never been updated. All others
-        (updated ones, those of a Decoder) must come by ``update_weights``, before or after this.
-        """
+        """Takes the memory of the KV cache again after ``sleep``. Weights of ``model_path`` that
+        were never updated are read again; others must come by ``update_weights``, now or before."""
         if self.model_path is not None and self._initial_weights and not self.has_weights:
             self._take_weights(load_decoder(self.model_path, self.dtype, self.runner.device))
         if not self._awake:
@@ -300,23 +307,20 @@ class LLM:
         )
 
     def _finish(self, call: Call, progress: bool) -> list[Output]:
-        outputs = dict(self._outputs(call, progress))
-        return [outputs[i] for i in range(len(outputs))]
-
-    def _outputs(self, call: Call, progress: bool) -> Iterator[tuple[int, Output]]:
-        total = len(call.sequences)
+        """Steps until a call is done; a bar on stderr shows its samples."""
+        total, outputs = len(call.sequences), dict(call.ended())
         try:
             with sample_progress(progress) as bar:
                 task = bar.add_task("", total=total, rate=0.0)
                 while not call.is_done:
-                    yield from call.ended()
-                    if not call.is_done:
-                        self.step()
+                    self.step()
+                    outputs.update(call.ended())
                     if progress:
                         done = total - call.num_unfinished
                         bar.update(task, completed=done, rate=self.rate.recent)
         finally:
             self.release(call)
+        return [outputs[i] for i in range(len(outputs))]
 
     def _check_ready(self) -> None:
         if not self._awake:
@@ -373,10 +377,7 @@ class LLM:
             if sequence.advance(token, soft, entropy) != soft:
                 self.runner.set_soft_phase(sequence)
             advanced.append(sequence)
-            if token in sequence.end_ids or hits_stop_string(sequence, self.tokenizer):
-                sequence.finish_reason = "stop"
-            elif len(sequence.tokens) == sequence.params.max_tokens:
-                sequence.finish_reason = "length"
+            sequence.finish_reason = finish_reason(sequence, self.tokenizer)
             if sequence.finish_reason is not None:
                 ended.append(sequence)
         self._end(ended)

@@ -148,6 +148,11 @@ class SoftParams:
         if entropy is not None and window is not None:
             raise ValueError("cold_stop_entropy and switch_window are two rules: give one of them")
 
+    @property
+    def mixture(self) -> tuple[float, float]:
+        """What `soft_weights` makes the weights of."""
+        return self.tau, self.weight_floor
+
     def to_dict(self) -> dict[str, Any]:
         """As it stands in softgrpo.json."""
         return asdict(self)

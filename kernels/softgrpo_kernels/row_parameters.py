@@ -106,15 +106,14 @@ class RowParameters:
         if isinstance(noise, str) and noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, not {noise!r}")
         code = NOISES.index(noise) if isinstance(noise, str) else noise
-        for name, value in (("gumbel_tau", gumbel_tau), ("weight_floor", weight_floor)):
-            _check_value(name, value, rows, integer=False)
+        # In the place of the reach the floor, until both it and tau are known to be numbers.
         values = RowValues(
-            temperature, top_p, min_p, gumbel_tau, weight_reach(gumbel_tau, weight_floor),
-            noise_scale, low, high, eps,
+            temperature, top_p, min_p, gumbel_tau, weight_floor, noise_scale, low, high, eps,
             top_k, seed, position, uid, stream, mode, code,
         )  # fmt: skip
         for name, value in zip(RowValues._fields, values, strict=True):
             _check_value(ARGUMENTS.get(name, name), value, rows, integer=name in INT_COLUMNS)
+        values = values._replace(reach=weight_reach(gumbel_tau, weight_floor))
         if device.type != "cpu":  # there the op reads the tables
             check_numbers(values, k_max)
         floats = _table(values.floats, rows, torch.float32, device)

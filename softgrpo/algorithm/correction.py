@@ -13,9 +13,11 @@ def importance_weights(
 ) -> tuple[Tensor, Tensor]:
     """Weight of each token's policy gradient, and whether its ratio is beyond the bound. Both [T].
 
-    log_ratio_T: float [T], log of the trainer's density over the rollout's, both of the weights
-    that sampled; 0 where it is not known. sample_T: int64 [T], the sample of each token,
-    of num_samples.
+    log_ratio_T: float [T], log of the density under the trainer's weights before the update over
+    that of the rollout; 0 where it is not known. Both are of the same weights, unless the rollout
+    was drawn ahead: the clip then stays around the former, and this is the ratio of proximal to
+    behaviour policy in the decoupled objective (arXiv 2110.00641, 2505.24298).
+    sample_T: int64 [T], the sample of each token, of num_samples.
 
     The ratio is that of the token, or (level ``sequence``) the product over the tokens of its
     sample. ``truncate`` (TIS; Ionides 2008): min(ratio, max). ``mask`` (IcePop, arXiv 2510.18855):

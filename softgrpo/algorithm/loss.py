@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softgrpo.config.sections import AlgorithmConfig
+
+# Where exp is continued by its tangent: e^20 is 5e8, and a sum of such terms has room in float32.
+MAX_EXPONENT = 20.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,17 @@ def token_weights(
     return mask / (counts.clamp(min=1.0)[sample_T] * num_samples)
 
 
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x), continued beyond x = 20 by its tangent there; differentiable.
+
+    No value and no gradient overflows, where exp does from 88 on (float32): times an advantage or a
+    weight of 0 it would be NaN. It grows and pulls as exp does, by e^20 at most. PPO's clip or its
+    dual clip already has no gradient there; only without `dual_clip`, and in ``k3``, does a bound
+    replace a gradient of more than e^20, which `optim.grad_clip` would scale down all the same.
+    """
+    return x.clamp(max=MAX_EXPONENT).exp() * (1.0 + F.relu(x - MAX_EXPONENT))
+
+
 def policy_loss(
     new_T: Tensor,
     old_T: Tensor,
@@ -81,7 +96,7 @@ def policy_loss(
     log_ratio_T = torch.where(counted_T, new_T - old_T, 0.0)
     if algorithm.ratio_level == "sequence":
         log_ratio_T = _sample_means(log_ratio_T, counted_T, sample_T, num_samples)
-    ratio = log_ratio_T.exp()
+    ratio = bounded_exp(log_ratio_T)
     low, high = 1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high
     surrogate = torch.minimum(ratio * advantages_T, ratio.clamp(low, high) * advantages_T)
     negative = advantages_T < 0
@@ -91,12 +106,14 @@ def policy_loss(
     loss_T = -surrogate if correction_T is None else -surrogate * correction_T
     kl = None
     if reference_T is not None:
+        new_T, reference_T = (torch.where(counted_T, x, 0.0) for x in (new_T, reference_T))
         kl_T = kl_penalty(new_T, reference_T, algorithm.kl_estimator)
         loss_T = loss_T + algorithm.kl_coef * kl_T
         kl = kl_T.detach()
     ratio = ratio.detach()
     return PolicyLoss(
-        # 0 * inf is NaN: a token of weight 0 must not reach the sum.
+        # What has no weight is 0 before every exp, where an overflow would make 0 * inf of its
+        # gradient; here the correction of one that is not finite must not reach the sum.
         loss=torch.where(counted_T, loss_T * weights_T, 0.0).sum(),
         ratio=ratio,
         clipped_low=(ratio < low) & negative,
@@ -129,7 +146,7 @@ def kl_penalty(new_T: Tensor, reference_T: Tensor, estimator: str) -> Tensor:
     if estimator == "k2":
         return 0.5 * d.square()
     if estimator == "k3":
-        return torch.exp(-d) - 1.0 + d
+        return bounded_exp(-d) - 1.0 + d
     raise ValueError(f"unknown kl_estimator {estimator!r}; known: k1, k2, k3")
 
 

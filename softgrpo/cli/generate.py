@@ -143,7 +143,7 @@ class _Session:
     ) -> None:
         self.llm, self.params, self.soft = llm, params, soft
         self.show_candidates = show_candidates
-        self.mixture = (soft.tau, soft.weight_floor) if soft else (1.0, 0.0)
+        self.mixture = soft.mixture if soft else (1.0, 0.0)
         self.console = Console(highlight=False)
         self.last: Sample | None = None
         self.interrupted = False

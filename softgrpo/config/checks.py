@@ -123,11 +123,15 @@ def _check_method(config: Sections) -> None:
             f"algorithm.ratio_level: objective {objective!r} has a ratio of every drawn slot, not "
             "one a sample; set ratio_level=token"
         )
-    if not method.records_density and config.algorithm.correction.mode != "none":
+    corrected = config.algorithm.correction.mode != "none"
+    if not method.records_density and (corrected or config.rollout.ahead):
         what = f"{soft.noise!r} noise" if not method.keeps_logp else f"objective {objective!r}"
+        key, remedy = ("algorithm.correction.mode", "mode=none")
+        if config.rollout.ahead:
+            key, remedy = ("rollout.ahead", "ahead=0: it needs algorithm.correction")
         raise ConfigError(
-            f"algorithm.correction.mode: the record of {what} does not give the rollout's "
-            "probabilities back, so its density is not known; set mode=none"
+            f"{key}: the record of {what} does not give the rollout's probabilities back, so its "
+            f"density is not known; set {remedy}"
         )
 
 
@@ -180,6 +184,16 @@ def _check_thoughts(config: Sections) -> None:
 
 def _check_algorithm(config: Sections) -> None:
     algorithm = config.algorithm
+    if config.rollout.ahead and algorithm.correction.mode == "none":
+        raise ConfigError(
+            "rollout.ahead: samples of older weights need importance weights: set "
+            "algorithm.correction.mode=truncate (or mask), or ahead=0"
+        )
+    if config.rollout.ahead and config.rollout.sleep == "always":
+        raise ConfigError(
+            "rollout.sleep: the engine cannot sleep during the update while it draws the next step "
+            "(rollout.ahead): set sleep=auto, or ahead=0"
+        )
     if algorithm.ratio_level == "sequence" and algorithm.loss_aggregation != "sequence":
         raise ConfigError(
             "algorithm.ratio_level: one ratio a sample (GSPO) goes with one loss a sample: set "

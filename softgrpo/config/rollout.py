@@ -106,6 +106,8 @@ class RolloutConfig:
     kv_memory: GiB of the KV cache; null: what the fullest batch needs at full length
     sleep: the engine's memory during the update. `auto`: the KV cache is given back on a GPU;
         `always`: it and the weights are, on any device; `never`: all stays
+    ahead: 1: the samples of the next step are drawn during the update, with the weights before it;
+        needs `algorithm.correction`
     """
 
     engine: str = "native"
@@ -119,6 +121,7 @@ class RolloutConfig:
     max_batch_tokens: Size = 8192
     kv_memory: Positive | None = None
     sleep: Literal["auto", "always", "never"] = "auto"
+    ahead: Annotated[int, Range(0, 1)] = 0
     soft: SoftConfig = field(default_factory=SoftConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     filler_thoughts: FillerConfig = field(default_factory=FillerConfig)

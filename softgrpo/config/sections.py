@@ -200,7 +200,8 @@ class AdamWConfig:
     betas: of AdamW
     weight_decay: of AdamW
     grad_clip: largest norm of the gradient
-    tokens_per_microbatch: tokens of one forward and backward pass; bounds the memory
+    tokens_per_microbatch: most tokens of one forward and backward pass, at least one sample's;
+        bounds the memory
     gradient_checkpointing: compute a layer again in the backward pass instead of keeping it
     """
 

@@ -30,10 +30,26 @@ def build_prompt(
     few_shot: Sequence[FewShot] = (),
     filler: Sequence[int] = (),
 ) -> list[int]:
-    """Token ids by the model's chat template, up to where the assistant's turn begins.
+    """Token ids of `chat_text`; filler: ids of `filler_thoughts`, put behind it."""
+    (ids,) = encode_chats([chat_text(example, tokenizer, system_prompt, few_shot)], tokenizer)
+    return [*ids, *filler]
+
+
+def encode_chats(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of `chat_text`s, all at once: the tokenizer shares them among threads."""
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def chat_text(
+    example: Example,
+    tokenizer: Any,
+    system_prompt: str | None = None,
+    few_shot: Sequence[FewShot] = (),
+) -> str:
+    """The prompt by the model's chat template, up to where the assistant's turn begins.
 
     The template alone writes special tokens, BOS included, and a <think> that opens the answer.
-    filler: ids of `filler_thoughts`, put behind it.
     Raises DataError when the tokenizer has no template, when the template refuses the turns, or
     when the example brings a system message of its own beside `system_prompt`.
     """
@@ -55,14 +71,14 @@ def build_prompt(
         for role, content in (("user", shot.prompt), ("assistant", shot.answer))
     ]
     try:
-        ids = tokenizer.apply_chat_template(
-            system + shots + turns, add_generation_prompt=True, tokenize=True, return_dict=False
+        text: str = tokenizer.apply_chat_template(
+            system + shots + turns, add_generation_prompt=True, tokenize=False
         )
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in system + shots + turns)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"the model's chat template refuses {roles}: {reason}") from None
-    return [*ids, *filler]
+    return text
 
 
 def filler_thoughts(

@@ -21,6 +21,7 @@ from softgrpo.log.samples import Mixture, position_rows
 from softgrpo.rollout.sampling import EVALUATION_STREAM
 from softgrpo_engine import LLM, Output, Sample, SamplingParams, SoftParams
 from softgrpo_engine.requests.admission import check_thoughts_fit
+from softgrpo_engine.requests.progress import sample_progress
 from softgrpo_engine.requests.prompts import default_uids
 from softgrpo_kernels import soft_weights
 from softgrpo_kernels.methods import method_of
@@ -136,15 +137,22 @@ def _generate(
     # Named by their prompt alone: a sample does not depend on what else is evaluated, and both
     # modes see the same noise.
     uids = [default_uids(prompt, settings.samples) for prompt in ids]
-    show = sys.stderr.isatty()
-    groups = llm.iter_groups(
-        ids, params, soft or False, settings.seed, uids, EVALUATION_STREAM, progress=show
-    )
-    before = time.perf_counter()
-    for i, output in groups:
-        now = time.perf_counter()
-        yield cell.todo[i], output, now - before
-        before = now
+    with sample_progress(sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=len(ids) * settings.samples, rate=0.0)
+        groups = llm.iter_groups(
+            zip(ids, uids, strict=True),
+            params,
+            soft or False,
+            seed=settings.seed,
+            stream=EVALUATION_STREAM,
+            between_steps=lambda: bar.update(task, rate=llm.rate.recent),
+        )
+        before = time.perf_counter()
+        for i, output in groups:
+            bar.advance(task, len(output.samples))
+            now = time.perf_counter()
+            yield cell.todo[i], output, now - before
+            before = now
 
 
 def _finish(
@@ -161,7 +169,7 @@ def _finish(
     example = cell.task.examples[index]
     grades = grader.grade(example, [sample.text for sample in output.samples])
     _, soft = sampling(settings, cell.mode, cell.temperature)
-    mixture = (soft.tau, soft.weight_floor) if soft else (1.0, 0.0)
+    mixture = soft.mixture if soft else (1.0, 0.0)
     pairs = zip(output.samples, grades, strict=True)
     shown = [
         {"sample": i, "positions": position_rows(output.samples[i].soft, mixture, llm.tokenizer)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softgrpo.algorithm.correction import importance_weights
 from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
-from softgrpo.algorithm.loss import loss_mask, policy_loss, token_weights
+from softgrpo.algorithm.loss import bounded_exp, loss_mask, policy_loss, token_weights
 from softgrpo.config.sections import Sections
 from softgrpo.distributed import World
 from softgrpo.learner.lora import WithoutAdapters
@@ -26,7 +26,7 @@ CLIP_LOW, CLIP_HIGH = "clip_ratio/low_mean", "clip_ratio/high_mean"
 
 
 class Passes:
-    """The passes of the policies over one rollout, each process on its part of the groups.
+    """The passes of the policies over one rollout, each process on its part of the samples.
 
     statistics: the numbers of this process's passes so far.
     """
@@ -51,23 +51,23 @@ class Passes:
     def device(self) -> torch.device:
         return self.policy.decoder.embed_weight.device
 
-    def useful_groups(self, advantages_S: Tensor) -> list[int]:
-        """The groups that have a gradient, ascending."""
-        if self.reference is not None:
-            return list(range(self.batch.num_groups))
-        learnt_S = torch.zeros(len(self.batch.group), dtype=torch.bool)
-        learnt_S[self.sample_T[self.mask_T]] = True
-        return self.batch.group[learnt_S & (advantages_S != 0)].unique().tolist()
+    def useful_samples(self, advantages_S: Tensor) -> list[int]:
+        """The samples that have a gradient, ascending."""
+        useful_S = torch.zeros(len(self.batch.group), dtype=torch.bool)
+        useful_S[self.sample_T[self.mask_T]] = True
+        if self.reference is None:
+            useful_S &= advantages_S != 0
+        return useful_S.nonzero().flatten().tolist()
 
     @torch.no_grad()
-    def densities(self, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def densities(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What has a ratio of its own, under the current policy [T, C], and importance weights [T]
-        (0 outside of the groups)."""
+        (0 outside of the samples)."""
         columns = self.batch.soft.ids.shape[1] if self.policy.settings.method.per_slot else 1
         terms_TC = torch.zeros(len(self.sample_T), columns, device=self.device)
         correction_T = torch.zeros(len(self.sample_T), device=self.device)
-        for micro in self._microbatches(groups):
-            part, rows = self.batch.select_groups(micro or groups[:1])
+        for micro in self._microbatches(samples):
+            part, rows = self.batch.select_samples(micro or [self._shortest(samples)])
             current = self.policy(part)
             if micro:
                 at = to_device(rows, self.device)
@@ -84,15 +84,15 @@ class Passes:
     ) -> None:
         """Adds the gradient of a minibatch's loss to that of the parameters.
 
-        minibatch: its groups. useful: those of them that have a gradient, at least one; the loss is
-        a mean over all. old: `densities` of the policy that sampled; None: of the current one.
+        minibatch: its samples. useful: those of them that have a gradient, at least one; the loss
+        is a mean over all. old: `densities` of the policy that sampled; None: of the current one.
         """
         advantages_T, weights_T = advantages_S[self.sample_T], self._weights(minibatch)
         for micro in self._microbatches(useful):
             if not micro:
-                self._idle_pass(useful[0])
+                self._idle_pass(self._shortest(useful))
                 continue
-            part, rows = self.batch.select_groups(micro)
+            part, rows = self.batch.select_samples(micro)
             loss = self._loss(part, rows, advantages_T[rows], weights_T[rows], old)
             # FSDP takes the mean of the processes' gradients; theirs are parts of a sum.
             (loss * self.world.size).backward()
@@ -100,14 +100,15 @@ class Passes:
     def _weights(self, minibatch: Sequence[int]) -> Tensor:
         """Weights [T] of the tokens in the loss of a minibatch, 0 outside of it.
 
-        Every group of the minibatch counts in the denominator, also those without spread.
+        Every sample of the minibatch counts in the denominator, also those without an advantage.
         """
-        whole, rows = self.batch.select_groups(minibatch)
+        samples = torch.tensor(minibatch)
+        rows = torch.isin(self.sample_T, samples).nonzero().flatten()
         weights_T = torch.zeros(len(self.sample_T))
         weights_T[rows] = token_weights(
             self.mask_T[rows],
-            whole.sample_of_token,
-            len(whole.group),
+            torch.searchsorted(samples, self.sample_T[rows]),
+            len(samples),
             self.config.algorithm.loss_aggregation,
             self.config.rollout.max_new_tokens,
         )
@@ -121,9 +122,9 @@ class Passes:
         weights_T: Tensor,
         old: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """The loss of some groups. rows: int64 [T], their tokens among those of the rollout;
+        """The loss of some samples. rows: int64 [T], their tokens among those of the rollout;
         advantages_T, weights_T: float32 [T], of them."""
-        advantages_T = to_device(advantages_T, self.device)
+        advantages_T, weights_T = (to_device(x, self.device) for x in (advantages_T, weights_T))
         new = self.policy(part, rewarded_T=advantages_T > 0)
         if old is None:
             old_TC, correction_T = new.terms.detach(), self._compare(new)
@@ -143,7 +144,7 @@ class Passes:
             new.terms.flatten(),
             old_TC.flatten(),
             of_terms(advantages_T),
-            of_terms(to_device(weights_T, self.device)) * new.counts.flatten(),
+            of_terms(weights_T) * new.counts.flatten(),
             of_terms(new.positions.sample),
             new.positions.num_samples,
             self.config.algorithm,
@@ -155,13 +156,14 @@ class Passes:
         self.statistics.add(CLIP_LOW, result.clipped_low, counted)
         self.statistics.add(CLIP_HIGH, result.clipped_high, counted)
         if result.kl is not None:
-            self.statistics.add("kl", (result.kl.view_as(new.counts) * new.counts).sum(-1))
+            kl_T = (result.kl.view_as(new.counts) * new.counts).sum(-1)
+            self.statistics.add("kl", kl_T, weights_T > 0)
         return result.loss
 
-    def _idle_pass(self, group: int) -> None:
+    def _idle_pass(self, sample: int) -> None:
         """A pass that adds nothing: it takes part in the communication of those that others do,
         in the same order."""
-        part, _ = self.batch.select_groups([group])
+        part, _ = self.batch.select_samples([sample])
         nothing = (self.policy(part).density * 0.0).sum()
         if self.reference is not None:
             with torch.no_grad():
@@ -189,13 +191,17 @@ class Passes:
         weights, beyond = importance_weights(
             log_ratio, positions.sample, positions.num_samples, self.config.algorithm.correction
         )
-        statistics.add(RATIO, log_ratio.exp(), known)
+        statistics.add(RATIO, bounded_exp(log_ratio), known)
         statistics.add("sampling/beyond_max_ratio", beyond, known)
         logq = current.candidates
         entropy = -torch.where(logq > -torch.inf, logq.exp() * logq, 0.0).sum(-1)
         statistics.add("candidate_entropy", entropy, classes.listed)
         return weights
 
-    def _microbatches(self, groups: Sequence[int]) -> list[list[int]]:
+    def _microbatches(self, samples: Sequence[int]) -> list[list[int]]:
         budget = self.config.optim.tokens_per_microbatch
-        return microbatches(self.batch, groups, budget, self.world)
+        return microbatches(self.batch, samples, budget, self.world)
+
+    def _shortest(self, samples: Sequence[int]) -> int:
+        """What an idle pass takes: it should end before those that others wait for."""
+        return samples[int(self.batch.response_lens[samples].argmin())]

@@ -59,29 +59,28 @@ class Update:
         """Updates the policy on one rollout, as `algorithm` and `optim` of the configuration say.
 
         advantages_S: float32 [S]. Returns the metrics row and the number of optimizer steps taken:
-        a minibatch in which no group has a spread of rewards teaches nothing and takes none.
+        a minibatch in which no sample has an advantage teaches nothing and takes none.
         Raises FloatingPointError, before the weights change, when a gradient is not finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         passes = Passes(self.policy, self.reference, batch, config, self.world)
-        everything = list(range(batch.num_groups))
-        useful = passes.useful_groups(advantages_S)
+        useful = passes.useful_samples(advantages_S)
         if not useful:
             # Nothing to learn from, but the match of rollout and trainer is watched at every step.
-            passes.densities(everything)
+            passes.densities(list(range(len(batch.group))))
             return self._row(passes.statistics, []), 0
-        size = config.optim.minibatch_prompts or batch.num_groups
-        starts = range(0, batch.num_groups, size)
-        minibatches = [everything[start : start + size] for start in starts]
+        minibatch_S = batch.group // (config.optim.minibatch_prompts or batch.num_groups)
+        count = int(minibatch_S.max()) + 1
         # With one minibatch the sampling policy is the current one: its pass is the update's own.
-        old = passes.densities(useful) if len(minibatches) > 1 else None
+        old = passes.densities(useful) if count > 1 else None
         norms = []
-        for groups in minibatches:
-            learnt = [g for g in groups if g in useful]
+        for number in range(count):
+            samples = (minibatch_S == number).nonzero().flatten().tolist()
+            learnt = sorted(set(samples) & set(useful))
             if learnt:
                 self.optimizer.zero_grad(set_to_none=True)
-                passes.backward(groups, learnt, advantages_S, old)
+                passes.backward(samples, learnt, advantages_S, old)
                 norms.append(self._step(config.optim.grad_clip))
         return self._row(passes.statistics, norms), len(norms)
 

@@ -62,12 +62,8 @@ class TrainProgress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        if console is None:
-            # Not rich's own test: FORCE_COLOR must not put control characters into a log file.
-            console = Console(force_terminal=None if sys.stdout.isatty() else False)
-        self._console = console
-        utf8 = console.encoding.lower().startswith("utf")
-        self._is_live = console.is_terminal and not console.is_dumb_terminal and utf8
+        self._console = console or stdout_console()
+        self._is_live = can_redraw(self._console)
         self._live: Live | None = None
         self._state = _State()
 
@@ -137,15 +133,31 @@ class TrainProgress:
             self._line(_sample_text(row, marks=True).plain)
 
     def _line(self, text: str) -> None:
-        if self._console.quiet:
-            return
-        file = self._console.file
-        encoding = getattr(file, "encoding", None) or "utf-8"
-        file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-        file.flush()
+        write_line(self._console, text)
 
     def _render(self) -> RenderableType:
         return _panel(self._state)
+
+
+def stdout_console() -> Console:
+    """On stdout; a terminal only where that is one."""
+    # Not rich's own test: FORCE_COLOR must not put control characters into a log file.
+    return Console(force_terminal=None if sys.stdout.isatty() else False)
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether a bar or a panel can redraw itself there: else plain lines are shown."""
+    utf8 = console.encoding.lower().startswith("utf")
+    return console.is_terminal and not console.is_dumb_terminal and utf8
+
+
+def write_line(console: Console, text: str) -> None:
+    """A plain line, without control characters, of what the file can encode."""
+    if console.quiet:
+        return
+    encoding = getattr(console.file, "encoding", None) or "utf-8"
+    console.file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+    console.file.flush()
 
 
 def _panel(state: _State) -> RenderableType:

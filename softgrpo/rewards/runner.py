@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from softgrpo.config.sections import RewardConfig
@@ -27,9 +29,11 @@ from softgrpo.rewards.worker import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softgrpo.data.examples import Example
     from softgrpo.data.prompts import Prompt
-    from softgrpo_engine import Output, Sample
+    from softgrpo_engine import Output
+
+# The rewards of each function, in the order of the samples.
+ByFunction = dict[str, list[float | None]]
 
 # A worker imports the functions' modules before it answers; torch on a busy disk takes long.
 _START_TIMEOUT_S = 120.0
@@ -38,12 +42,13 @@ _START_TIMEOUT_S = 120.0
 class RewardRunner:
     """The reward functions of a run.
 
-    Functions named in the configuration run in `reward.workers` processes, each with its share of
-    the batch. A call that takes longer than `reward.timeout_s`, or that ends its process, is
+    Functions named in the configuration run in `reward.workers` processes; a call has the samples
+    of one prompt. A call that takes longer than `reward.timeout_s`, or that ends its process, is
     repeated sample by sample: the sample that hangs or crashes alone gets None and counts in
     `lost`, the others keep their rewards. Functions given as callables (they need not be
     importable: closures, lambdas) replace those of the configuration and run in this process,
-    without a time limit; weights are theirs, 1 each by default. Async functions are awaited.
+    without a time limit, on all samples at once; weights are theirs, 1 each by default. Async
+    functions are awaited.
 
     Raises RewardError, one line, for a function that cannot be loaded (in the constructor), that
     raises, or that returns anything but one finite number or None a sample.
@@ -79,9 +84,12 @@ class RewardRunner:
         count = 0 if self.functions else config.workers
         paths = [function.path for function in config.functions]
         self._workers = [_Worker(paths) for _ in range(count)]
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self._lock = Lock()
         self._threads = ThreadPoolExecutor(max_workers=max(1, count))
         for worker in self._workers:
             worker.wait_until_ready()
+            self._idle.put(worker)
 
     def score(
         self, prompts: Sequence[Prompt], outputs: Sequence[Output]
@@ -92,26 +100,52 @@ class RewardRunner:
         (float32 [S], `reward.require_eos` applied) and the rewards of each function as it gave
         them (name -> float32 [S]); NaN where there is no reward.
         """
+        columns = columns_of(prompts)
+        started = [self.start(p, o, columns) for p, o in zip(prompts, outputs, strict=True)]
+        if self.functions:
+            return self.total(self.rewards(call_of(prompts, outputs, columns)), outputs)
+        return self.total(joined([part.result() for part in started if part]), outputs)
+
+    def start(
+        self, prompt: Prompt, output: Output, columns: Collection[str]
+    ) -> Future[ByFunction] | None:
+        """Scores the samples of one prompt in a worker, while the caller goes on.
+
+        columns: what functions get beside prompts and completions, `columns_of` all prompts. None
+        where functions are callables: these see the samples of all prompts at once (`rewards`).
+        """
+        if self.functions:
+            return None
+        call = call_of([prompt], [output], columns)
+
+        def rewards() -> ByFunction:
+            return {name: self._ask(index, call) for index, name in enumerate(self.names)}
+
+        return self._threads.submit(rewards)
+
+    def total(
+        self, rewards: ByFunction, outputs: Sequence[Output]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `score` returns, of the rewards by function."""
         import torch
 
-        pairs = [(p, s) for p, o in zip(prompts, outputs, strict=True) for s in o.samples]
-        call = _call([p.example for p, _ in pairs], [sample for _, sample in pairs])
         by_function = {
-            name: torch.tensor([math.nan if r is None else r for r in rewards])
-            for name, rewards in self.rewards(call).items()
+            name: torch.tensor([math.nan if r is None else r for r in values])
+            for name, values in rewards.items()
         }
         weighted = [
-            w * rewards for w, rewards in zip(self.weights, by_function.values(), strict=True)
+            w * values for w, values in zip(self.weights, by_function.values(), strict=True)
         ]
         stacked = torch.stack(weighted)
         # None says that a function does not apply; a sample without any reward has no sum.
         total = torch.where(stacked.isnan().all(0), math.nan, stacked.nansum(0))
         if self.config.require_eos:
-            total = apply_require_eos(total, [sample.finish_reason for _, sample in pairs])
+            reasons = [sample.finish_reason for output in outputs for sample in output.samples]
+            total = apply_require_eos(total, reasons)
         return total, by_function
 
-    def rewards(self, call: RewardCall) -> dict[str, list[float | None]]:
-        """The rewards by function name."""
+    def rewards(self, call: RewardCall) -> ByFunction:
+        """The rewards by function name, of samples that the workers share."""
         if self.functions:
             named = zip(self.names, self.functions, strict=True)
             return {name: call_function(function, name, call) for name, function in named}
@@ -123,7 +157,7 @@ class RewardRunner:
 
     def close(self) -> None:
         """Ends the workers."""
-        self._threads.shutdown()
+        self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.stop()
 
@@ -132,25 +166,25 @@ class RewardRunner:
         count = len(self._workers)
         bounds = [len(call) * part // count for part in range(count + 1)]
         parts = [call.part(start, end) for start, end in itertools.pairwise(bounds)]
-        tasks = self._threads.map(self._ask, self._workers, itertools.repeat(index), parts)
-        results = list(tasks)
-        self.lost += sum(lost for _, lost in results)
-        return [reward for rewards, _ in results for reward in rewards]
+        tasks = [self._threads.submit(self._ask, index, part) for part in parts]
+        return [result for task in tasks for result in task.result()]
 
-    def _ask(self, worker: _Worker, index: int, call: RewardCall) -> tuple[list[Any], int]:
-        """The results of a part, and how many samples were lost: whole, else one by one."""
+    def _ask(self, index: int, call: RewardCall) -> list[Any]:
+        """The results of a worker: of the whole call, else one by one."""
         if not len(call):
-            return [], 0
-        rewards = worker.ask(index, call, self.config.timeout_s)
-        if rewards is not None:
-            return rewards, 0
-        if len(call) == 1:
-            return [None], 1
-        alone = [
-            worker.ask(index, call.part(i, i + 1), self.config.timeout_s) for i in range(len(call))
-        ]
-        lost = sum(rewards is None for rewards in alone)
-        return [None if rewards is None else rewards[0] for rewards in alone], lost
+            return []
+        timeout_s, worker = self.config.timeout_s, self._idle.get()
+        try:
+            results = worker.ask(index, call, timeout_s)
+            if results is not None:
+                return results
+            samples = [call.part(i, i + 1) for i in range(len(call))]
+            alone = [None] if len(call) == 1 else [worker.ask(index, s, timeout_s) for s in samples]
+        finally:
+            self._idle.put(worker)
+        with self._lock:
+            self.lost += alone.count(None)
+        return [None if results is None else results[0] for results in alone]
 
 
 def apply_require_eos(rewards_S: Tensor, finish_reasons: Sequence[str | None]) -> Tensor:
@@ -243,17 +277,30 @@ def _kill(process: subprocess.Popen[bytes], connection: Connection) -> None:
     connection.close()
 
 
-def _call(examples: Sequence[Example], samples: Sequence[Sample]) -> RewardCall:
-    """The arguments of a call; of chat prompts the completions are messages too, as in TRL."""
-    names = {name for example in examples for name in example.columns}
+def columns_of(prompts: Sequence[Prompt]) -> set[str]:
+    """The columns that any of the prompts has."""
+    return {name for prompt in prompts for name in prompt.example.columns}
+
+
+def call_of(
+    prompts: Sequence[Prompt], outputs: Sequence[Output], columns: Collection[str]
+) -> RewardCall:
+    """The arguments of a call; of chat prompts the completions are messages too, as in TRL. A
+    column that a prompt lacks is None there."""
+    pairs = [(p.example, s) for p, o in zip(prompts, outputs, strict=True) for s in o.samples]
     return RewardCall(
-        prompts=[example.prompt for example in examples],
+        prompts=[example.prompt for example, _ in pairs],
         completions=[
             sample.text
             if isinstance(example.prompt, str)
             else [{"role": "assistant", "content": sample.text}]
-            for example, sample in zip(examples, samples, strict=True)
+            for example, sample in pairs
         ],
-        completion_ids=[list(sample.token_ids) for sample in samples],
-        columns={name: [example.columns.get(name) for example in examples] for name in names},
+        completion_ids=[list(sample.token_ids) for _, sample in pairs],
+        columns={name: [example.columns.get(name) for example, _ in pairs] for name in columns},
     )
+
+
+def joined(parts: Sequence[ByFunction]) -> ByFunction:
+    """The rewards of all parts, one after the other."""
+    return {name: [reward for part in parts for reward in part[name]] for name in parts[0]}

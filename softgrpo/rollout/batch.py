@@ -26,7 +26,7 @@ class RolloutBatch:
     group: int32 [S], ascending. response_lens: int32 [S], sums to T. soft: SoftTokens [T, K].
     logprobs: float32 [T], the rollout's log p of ``soft.token``. uid: int64 [S], the noise key.
     finish: uint8 [S], index into FINISH_REASONS. seed, stream: the other noise keys.
-    weight_version: version of the weights that wrote the batch.
+    weight_version: int64 [S], version of the weights that drew the sample.
     """
 
     prompt_ids: Tensor
@@ -37,19 +37,26 @@ class RolloutBatch:
     logprobs: Tensor
     uid: Tensor
     finish: Tensor
+    weight_version: Tensor
     seed: int
     stream: int
-    weight_version: int
 
     @classmethod
     def from_outputs(
-        cls, outputs: Sequence[Output], *, seed: int, stream: int, weight_version: int
+        cls,
+        outputs: Sequence[Output],
+        *,
+        seed: int,
+        stream: int,
+        weight_version: int | Sequence[int],
     ) -> RolloutBatch:
-        """Packs the engine's outputs, one group per output."""
+        """Packs the engine's outputs, one group per output; weight_version: of all or of each."""
         samples = [sample for output in outputs for sample in output.samples]
         records = [sample.soft for sample in samples]
         prompts = [torch.tensor(output.prompt_token_ids, dtype=torch.int32) for output in outputs]
         group = [g for g, output in enumerate(outputs) for _ in output.samples]
+        if isinstance(weight_version, int):
+            weight_version = [weight_version] * len(outputs)
         return cls(
             prompt_ids=torch.cat(prompts),
             prompt_lens=torch.tensor([len(p) for p in prompts], dtype=torch.int32),
@@ -67,9 +74,9 @@ class RolloutBatch:
                 [FINISH_REASONS.index(sample.finish_reason) for sample in samples],
                 dtype=torch.uint8,
             ),
+            weight_version=torch.tensor([weight_version[g] for g in group], dtype=torch.int64),
             seed=seed,
             stream=stream,
-            weight_version=weight_version,
         )
 
     @property
@@ -121,17 +128,18 @@ class RolloutBatch:
             stream=self.stream,
         )
 
-    def select_groups(self, keep: Sequence[int]) -> tuple[RolloutBatch, Tensor]:
-        """The batch of some groups (in ascending order), and the rows [T'] kept of the T tokens."""
-        keep_tensor = torch.tensor(sorted(keep), dtype=torch.int64)
-        samples = torch.isin(self.group.long(), keep_tensor)
-        rows = samples[self.sample_of_token].nonzero().squeeze(1)
+    def select_samples(self, keep: Sequence[int]) -> tuple[RolloutBatch, Tensor]:
+        """The batch of some samples (in ascending order) and of their prompts, and the rows [T']
+        kept of the T tokens."""
+        samples = torch.tensor(sorted(keep), dtype=torch.int64)
+        rows = torch.isin(self.sample_of_token, samples).nonzero().squeeze(1)
+        groups, group = self.group[samples].long().unique(return_inverse=True)
         prompts = self.prompt_ids.split(self.prompt_lens.tolist())
         return (
             RolloutBatch(
-                prompt_ids=torch.cat([prompts[g] for g in keep_tensor.tolist()]),
-                prompt_lens=self.prompt_lens[keep_tensor],
-                group=torch.searchsorted(keep_tensor, self.group[samples].long()).int(),
+                prompt_ids=torch.cat([prompts[g] for g in groups.tolist()]),
+                prompt_lens=self.prompt_lens[groups],
+                group=group.int(),
                 response_lens=self.response_lens[samples],
                 soft=SoftTokens(
                     **{f.name: getattr(self.soft, f.name)[rows] for f in fields(SoftTokens)}
@@ -139,9 +147,9 @@ class RolloutBatch:
                 logprobs=self.logprobs[rows],
                 uid=self.uid[samples],
                 finish=self.finish[samples],
+                weight_version=self.weight_version[samples],
                 seed=self.seed,
                 stream=self.stream,
-                weight_version=self.weight_version,
             ),
             rows,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -31,17 +31,23 @@ class RolloutEngine(Protocol):
     def check_fits(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
         """Raises ValueError, naming the prompt, unless every prompt and its answer can fit."""
 
-    def generate_groups(
+    def iter_groups(
         self,
-        prompts: Sequence[list[int]],
+        groups: Iterable[tuple[list[int], Sequence[int]]],
         params: SamplingParams,
         soft: SoftParams | Literal[False] | None = None,
         *,
         seed: int,
-        uids: Sequence[Sequence[int]],
         stream: int = 0,
-    ) -> list[Output]:
-        """Samples prompt i once for each uid of ``uids[i]``; soft False is discrete."""
+        between_steps: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Output]]:
+        """Samples each prompt of (prompt, uids) once for each uid; soft False is discrete. Yields
+        (place in groups, Output) as soon as a group has ended.
+
+        groups is a queue that other engines share: the next one is taken when there is room for it.
+        between_steps is called now and then; what it raises ends the samples, and reaches the
+        caller.
+        """
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -76,9 +82,10 @@ def load_engine(name: str) -> Callable[..., RolloutEngine]:
 
 def sleeps(config: Config, device: torch.device) -> bool:
     """Whether the engine sleeps during the update: a function of these alone, as the run is to be
-    the same whatever else is in memory."""
+    the same whatever else is in memory. With `rollout.ahead` it works meanwhile."""
     mode = config.rollout.sleep
-    return mode == "always" or (mode == "auto" and device.type == "cuda")
+    on_gpu = device.type == "cuda" and not config.rollout.ahead
+    return mode == "always" or (mode == "auto" and on_gpu)
 
 
 def make_engine(

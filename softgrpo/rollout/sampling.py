@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.config import Config, ConfigError
@@ -81,10 +82,57 @@ def rollout_uids(step: int, prompts: int, group_size: int) -> list[list[int]]:
     ]
 
 
+def iter_samples(
+    engine: RolloutEngine,
+    prompts: Sequence[list[int]],
+    uids: Sequence[Sequence[int]],
+    rollout: RolloutConfig,
+    objective: str,
+    *,
+    seed: int,
+    stream: int,
+    queue: Iterator[int],
+    at_once: int,
+    between_steps: Callable[[], None] = lambda: None,
+) -> Generator[tuple[int, Output], None, None]:
+    """Samples prompts once for each of their uids; yields (prompt index, Output) as they end.
+
+    queue: indices of prompts, which other processes take as well, each when its engine has room.
+    at_once: so many are in progress at most. Engines with room for everything then share it
+    equally, whoever comes first.
+    """
+    taken: list[int] = []
+    ended = 0
+
+    def groups() -> Iterator[tuple[list[int], Sequence[int]]]:
+        while len(taken) - ended < at_once:
+            index = next(queue, None)
+            if index is None:
+                return
+            taken.append(index)
+            yield prompts[index], uids[index]
+
+    # An engine is done when it gets no more; when some have ended, there may be more again.
+    while True:
+        begun = len(taken)
+        for place, output in engine.iter_groups(
+            groups(),
+            sampling_params(rollout),
+            soft_params(rollout, objective) or False,
+            seed=seed,
+            stream=stream,
+            between_steps=between_steps,
+        ):
+            ended += 1
+            yield taken[begun + place], output
+        if begun == len(taken):
+            return
+
+
 def collect(
     engine: RolloutEngine,
     prompts: Sequence[list[int]],
-    uids: list[list[int]],
+    uids: Sequence[Sequence[int]],
     rollout: RolloutConfig,
     objective: str,
     *,
@@ -92,11 +140,7 @@ def collect(
     stream: int,
 ) -> list[Output]:
     """Samples every prompt once for each of its uids."""
-    return engine.generate_groups(
-        prompts,
-        sampling_params(rollout),
-        soft_params(rollout, objective) or False,
-        seed=seed,
-        uids=uids,
-        stream=stream,
-    )
+    count = len(prompts)
+    keys: Any = {"seed": seed, "stream": stream, "queue": iter(range(count)), "at_once": count}
+    outputs = dict(iter_samples(engine, prompts, uids, rollout, objective, **keys))
+    return [outputs[index] for index in range(count)]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from softgrpo.algorithm.advantages import groups_with_spread
 from softgrpo.data.prompts import Prompt
-from softgrpo.distributed import World
 from softgrpo_engine import Output
 
 
@@ -18,17 +17,15 @@ class ScoredRollout:
     """Groups of samples with their rewards: one output a prompt, all of the same group size.
 
     rewards_S: float32 [S], NaN where not scored. by_function: the rewards of each function [S].
+    weight_versions: of the weights that drew each output. seconds: that this process sampled for.
     """
 
     prompts: list[Prompt]
     outputs: list[Output]
     rewards_S: Tensor
     by_function: dict[str, Tensor]
-
-    def gathered(self, world: World) -> ScoredRollout:
-        """Those of all processes together, in the order of ranks."""
-        first, *others = world.gather(self)
-        return sum(others, first)
+    weight_versions: list[int]
+    seconds: float
 
     @property
     def useful_groups(self) -> list[int]:
@@ -51,6 +48,8 @@ class ScoredRollout:
             [self.outputs[g] for g in groups],
             self.rewards_S[samples],
             {name: rewards[samples] for name, rewards in self.by_function.items()},
+            [self.weight_versions[g] for g in groups],
+            self.seconds,
         )
 
     def __add__(self, other: ScoredRollout) -> ScoredRollout:
@@ -62,6 +61,8 @@ class ScoredRollout:
                 name: torch.cat([rewards, other.by_function[name]])
                 for name, rewards in self.by_function.items()
             },
+            self.weight_versions + other.weight_versions,
+            self.seconds + other.seconds,
         )
 
     @property

@@ -16,8 +16,9 @@ from softgrpo.distributed import World
 from softgrpo.evaluation import pass_at_k
 from softgrpo.rewards import RewardRunner
 from softgrpo.rollout.engines import RolloutEngine
-from softgrpo.rollout.sampling import EVALUATION_STREAM, collect, rollout_uids
+from softgrpo.rollout.sampling import EVALUATION_STREAM, rollout_uids
 from softgrpo.rollout.scored import ScoredRollout
+from softgrpo.run.round import Round
 from softgrpo_engine import Output
 
 
@@ -38,18 +39,22 @@ def evaluate(
     llm: RolloutEngine, data: TrainingData, rewards: RewardRunner, config: Config, world: World
 ) -> ScoredRollout:
     """Samples the held-out prompts ``eval.samples`` times each, shared among the processes."""
-    everyones = data.eval_prompts()
-    prompts = world.share(everyones)
-    outputs = collect(
+    prompts = data.eval_prompts()
+    drawn = Round(
         llm,
-        [prompt.token_ids for prompt in prompts],
-        world.share(rollout_uids(0, len(everyones), config.eval.samples)),
+        rewards,
+        world,
+        prompts,
+        rollout_uids(0, len(prompts), config.eval.samples),
         evaluation_rollout(config),
         config.algorithm.objective,
         seed=config.eval.seed,
         stream=EVALUATION_STREAM,
     )
-    return ScoredRollout(prompts, outputs, *rewards.score(prompts, outputs)).gathered(world)
+    drawn.sample()
+    drawn.wait()
+    drawn.gather()
+    return drawn.scored()
 
 
 def evaluation_row(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from softgrpo.log.progress import can_redraw, stdout_console, write_line
 
 _SECONDS = 2.0  # between two plain lines: a step may take milliseconds
 
@@ -18,15 +18,15 @@ class SupervisedProgress:
     """``with SupervisedProgress() as progress``: then `start`, and `step` after every step."""
 
     def __init__(self) -> None:
-        # Not rich's own test: FORCE_COLOR must not put control characters into a log file.
-        self._is_live = sys.stdout.isatty()
+        console = stdout_console()
+        self._is_live = can_redraw(console)
         self._bar = Progress(
             TextColumn("softgrpo · {task.fields[name]}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}", markup=False),
             TimeRemainingColumn(),
-            console=Console(force_terminal=None if self._is_live else False),
+            console=console,
             disable=not self._is_live,
         )
         self._total, self._last = 0, 0.0
@@ -69,4 +69,4 @@ class SupervisedProgress:
         if self._is_live:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            write_line(self._bar.console, text)

@@ -251,10 +251,10 @@ def main(names: list[str]) -> None:
     chosen = [s for s in chosen if not names or any(part in s.name for part in names)]
     code: dict[str, dict[str, Facts]] = {}
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        failures = _load("aot_variants").failures
+        aot_variants = _load("aot_variants")
         others = {
-            s.name: pool.submit(failures, s)
-            for s in [*specs(), *controls.VARIANTS]
+            s.name: pool.submit(aot_variants.failures, s)
+            for s in [*aot_variants.distinct(specs()), *controls.VARIANTS]
             if not names or any(part in s.name for part in names)
         }
         running = [(s, t, pool.submit(compile_spec, s, t)) for s in chosen for t in s.targets]

@@ -15,13 +15,22 @@ alignments through the layouts of Triton's GPU dialect.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from aot import TARGETS, Spec, kernel_of, source_of
 
 TARGET = "sm_90"
+
+
+def distinct(specs: Iterable[Spec]) -> list[Spec]:
+    """Of specs that differ in sizes alone the first: variants have the same types and lines."""
+    first: dict[Any, Spec] = {}
+    for spec in specs:
+        flags = {n: c for n, c in spec.constexprs.items() if type(c) is not int}
+        first.setdefault((spec.kernel, *spec.signature.items(), *flags.items()), spec)
+    return list(first.values())
 
 
 def variants(spec: Spec) -> Iterator[tuple[str, Spec, str]]:

@@ -72,9 +72,8 @@ SPECS = [
     # k_max 1 and a vocabulary of one chunk.
     select("bf16", 2, tiles=32),
     draw(2, chunks=1),
-    *(select("bf16", k) for k in (8, 64)),
+    select("bf16", 64),
     select("fp32", 16),
-    draw(8),
     draw(32, head=True),
     draw(64, every=True),
 ]

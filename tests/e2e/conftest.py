@@ -1,4 +1,5 @@
-"""A tiny model on disk with a tokenizer and a chat template, and a task that it can learn on."""
+"""A tiny model on disk with a tokenizer and a chat template, a task that it can learn on, and an
+evaluation of it."""
 
 import json
 import sys
@@ -10,7 +11,10 @@ from simulated_gpu.found import REAL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parent))  # checkpoints
+sys.path.insert(0, str(Path(__file__).parent))  # evaluations
+from evaluations import small
+
+from softgrpo.cli.eval import main as evaluate
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
@@ -108,3 +112,25 @@ log: {{samples_every: 2}}
 """
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "say.jsonl"
+    rows = [{"prompt": f"say {c} please", "answer": c} for c in "abcdefghij"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def command(tiny_model, questions):
+    """The arguments of a run that takes a second."""
+    return lambda output, *more: [*small(tiny_model, questions, output), *more]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_model, questions, tmp_path_factory):
+    """The folder of that run."""
+    folder = tmp_path_factory.mktemp("eval") / "finished"
+    assert evaluate(small(tiny_model, questions, folder)) == 0
+    return folder

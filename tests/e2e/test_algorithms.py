@@ -4,6 +4,7 @@ import json
 from importlib.resources import files
 
 import pytest
+from simulated_gpu.plugin import ON_THE_CPU
 
 from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
@@ -36,6 +37,8 @@ class Picky:
         return [n * (p[-1] <= "h") for n, p in zip(letters, prompts, strict=True)]
 
 
+# Which groups are drawn and chosen is the host's work.
+@ON_THE_CPU
 def test_dynamic_sampling_refills_the_batch_up_to_the_limit(tiny_config):
     rounds = ["algorithm.dynamic_sampling_rounds=3", "run.max_steps=4"]
     reward = Picky()
@@ -58,6 +61,7 @@ def test_dynamic_sampling_refills_the_batch_up_to_the_limit(tiny_config):
     assert reward.asked == order
 
 
+@ON_THE_CPU
 def test_dynamic_sampling_resumes_exactly(tiny_config, tmp_path):
     common = ["algorithm.dynamic_sampling_rounds=3", "checkpoint.every=2", "run.max_steps=4"]
     whole = train(tiny_config, [*common, "run.name=whole"], Picky())

@@ -1,18 +1,16 @@
 """Several processes train as one does, and a lost one ends the job."""
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import tensors_of
+from processes import exit_status, free_port, ranks, variables_of_ranks
 from safetensors.torch import load_file
 from simulated_gpu import found
 
@@ -20,10 +18,11 @@ from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
 from softgrpo.config import ConfigError
 from softgrpo.distributed import World
-from softgrpo.learner.microbatches import balanced
 
-# Three prompts on two processes in minibatches of two: shares differ, and a pass is empty.
+# Three prompts on two processes in minibatches of two: shares differ, and so small a pass splits
+# groups over passes and processes.
 OVERRIDES = ("algorithm.kl_coef=0.05", "optim.lr=1e-3", "checkpoint.every=2", "eval.samples=2")
+OVERRIDES += ("optim.tokens_per_microbatch=45",)
 CLOCK = ("time/", "step_time", "tokens_per_second")
 
 
@@ -39,28 +38,11 @@ def torchrun(*arguments, **options):
     return subprocess.Popen(command, start_new_session=True, **options)
 
 
-def on_gpus(count, *arguments):
-    """Processes that each see simulated GPUs; gloo stands in for NCCL."""
+def on_gpus(*arguments):
+    """Two processes that each see simulated GPUs; gloo stands in for NCCL."""
     script = Path(__file__).parents[1] / "simulated_gpu" / "train.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-    command += [f"--master-port={free_port()}", str(script), *map(str, arguments)]
-    return subprocess.Popen(command, start_new_session=True)
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def two_nodes(*arguments):
-    """Two processes as on two machines of one GPU each: the weights are on both."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "softgrpo.train", *map(str, arguments)]
-    return [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}) for rank in (0, 1)
-    ]
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return [subprocess.Popen(command, env=os.environ | rank) for rank in variables_of_ranks()]
 
 
 def adapters_of(folder):
@@ -78,13 +60,15 @@ def test_two_processes_train_as_one_and_continue_each_others_checkpoints(
     common = ["--config", str(tiny_config), f"data.eval={tiny_data}", "data.eval_size=3"]
     common += OVERRIDES
     one, begun, ended = (tmp_path / "runs" / name for name in ("one", "begun", "ended"))
+    # By torchrun itself, once.
     both = torchrun(*common, "run.name=begun", "run.max_steps=4")
     main([*common, "run.name=one"])
     main([*common, "run.name=ended", "run.max_steps=4"])
     assert both.wait(120) == 0
     main([*common, "run.name=begun", "run.resume=auto"])
-    for process in two_nodes(*common, "run.name=ended", "run.resume=auto"):
-        assert process.wait(120) == 0
+    # As on two machines of one GPU each: the weights are on both.
+    for process in ranks(*common, "run.name=ended", "run.resume=auto", machines=2):
+        assert exit_status(process) == 0
     whole = tensors_of(one / "checkpoints" / "step_000006")
     for run in (begun, ended):
         tensors = tensors_of(run / "checkpoints" / "step_000006")
@@ -109,10 +93,12 @@ def test_two_gpus_train_as_one_cpu(tiny_config, tmp_path):
     another device than one's own, checkpoints."""
     if found.SIMULATED is None:
         pytest.skip(str(found.WHY_NOT))
-    common = ["--config", str(tiny_config), *OVERRIDES, "run.max_steps=2"]
-    gpus = on_gpus(2, *common, "run.name=gpus")
+    # A pass has room for one sample of a full response: of three samples, one of four is idle.
+    one_a_pass = ("rollout.group_size=3", "optim.tokens_per_microbatch=21")
+    common = ["--config", str(tiny_config), *OVERRIDES, *one_a_pass, "run.max_steps=2"]
+    gpus = on_gpus(*common, "run.name=gpus")
     main([*common, "run.name=one"])
-    assert gpus.wait(240) == 0
+    assert [process.wait(240) for process in gpus] == [0, 0]
     one, two = (tmp_path / "runs" / name for name in ("one", "gpus"))
     for row, other in zip(rows_of(two), rows_of(one), strict=True):
         assert row == pytest.approx(other, abs=1e-4)
@@ -122,14 +108,15 @@ def test_two_gpus_train_as_one_cpu(tiny_config, tmp_path):
         assert ((tensor - whole[name]).abs() > 2e-5).float().mean() < 0.01, name
 
 
-def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
+def test_two_processes_train_adapters_and_sample_ahead_as_one_does(tiny_config, tmp_path):
     pytest.importorskip("peft")
     # A rank that two processes cannot share equally.
     common = ["--config", str(tiny_config), *OVERRIDES, "lora.rank=3", "run.max_steps=4"]
+    common += ["rollout.ahead=1", "algorithm.correction.mode=truncate"]
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
-    both = torchrun(*common, "run.name=two")
+    both = ranks(*common, "run.name=two")
     main([*common, "run.name=one"])
-    assert both.wait(120) == 0
+    assert [exit_status(process) for process in both] == [0, 0]
     for read, part in ((tensors_of, "checkpoints/step_000004"), (adapters_of, "adapter")):
         tensors, expected = read(two / part), read(one / part)
         assert tensors.keys() == expected.keys()
@@ -137,62 +124,52 @@ def test_two_processes_train_adapters_as_one_does(tiny_config, tmp_path):
             assert (tensor - expected[name]).abs().max() < 1e-5, name
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
     assert rows_of(two)[-1] == pytest.approx(rows_of(one)[-1], abs=1e-4)
+    assert rows_of(two)[-1]["sampling/weight_lag"] == 2
     assert (two / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
-def test_a_lost_process_ends_the_job_with_one_line(number, tiny_config, tmp_path):
-    reward = tmp_path / "deadly.py"
-    reward.write_text(
+def deadly_reward(folder, number):
+    """Gives process 1 the signal at its first call after the second step is saved."""
+    path, saved = folder / "deadly.py", folder / "runs" / "tiny" / "checkpoints" / "step_000002"
+    path.write_text(
         "import os, pathlib\n"
-        "calls = 0\n"
         "def deadly(prompts, completions, **columns):\n"
-        "    global calls\n"
-        "    calls += 1\n"
-        "    if calls == 4 and os.environ.get('RANK') == '1':\n"
-        f"        pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getppid()))\n"
+        f"    saved = pathlib.Path({str(saved)!r}).exists()\n"
+        "    if saved and os.environ.get('RANK') == '1':\n"
         f"        os.kill(os.getppid(), {int(number)})\n"
         "    return [float(i % 2) for i in range(len(completions))]\n"
     )
+    return f"reward.functions=[{{path: '{path}:deadly'}}]"
+
+
+LOST = "softgrpo-train: error: process 0 lost contact with another one ("
+
+
+def check_lost(said, run):
+    assert said.startswith(LOST)
+    assert "run.resume=auto continues from the last checkpoint" in said
+    assert "step_000002" in [path.name for path in (run / "checkpoints").iterdir()]
+
+
+def test_a_killed_process_ends_the_job_with_one_line(tiny_config, tmp_path):
     job = torchrun(
-        "--config", tiny_config, f"reward.functions=[{{path: '{reward}:deadly'}}]",
-        "run.timeout_s=3", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        "--config", tiny_config, deadly_reward(tmp_path, signal.SIGKILL), "run.timeout_s=3",
+        "run.max_steps=1000", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        said = ""
-        while "lost contact" not in said:
-            assert time.monotonic() < deadline
-            said = job.stderr.readline()
-        assert said.startswith("softgrpo-train: error: process 0 lost contact with another one (")
-        assert "run.resume=auto continues from the last checkpoint" in said
-        if number == signal.SIGKILL:
-            assert job.wait(30) != 0
-            assert "softgrpo/" not in job.stderr.read()  # no traceback of ours
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            # torchrun's processes have sessions of their own.
-            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-        job.wait(60)
-    steps = [path.name for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()]
-    assert "step_000002" in steps
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    (said,) = [line for line in errors.splitlines() if LOST in line]
+    check_lost(said, tmp_path / "runs" / "tiny")
+    assert "softgrpo/" not in errors  # no traceback of ours
 
 
-def test_every_process_has_as_many_passes_within_the_budget():
-    tokens = [50, 10, 30, 20, 70, 5, 5, 60, 40]
-    for ranks in (1, 2, 4):
-        for budget in (70, 100, 1000):
-            passes = balanced(tokens, budget, ranks)
-            assert len(passes) % ranks == 0
-            assert sorted(group for part in passes for group in part) == list(range(len(tokens)))
-            assert all(sum(tokens[g] for g in part) <= budget for part in passes)
-    # No more passes than needed, and none much longer than another.
-    sizes = [sum(tokens[g] for g in part) for part in balanced(tokens, 80, 2)]
-    assert len(sizes) == 4
-    assert max(sizes) - min(sizes) <= 10
-    # A group over the budget is computed by itself.
-    assert [0] in balanced([500, 10, 10], 100, 1)
-    assert balanced([10], 100, 4).count([]) == 3
+def test_a_hung_process_ends_the_other_with_one_line(tiny_config, tmp_path):
+    arguments = (deadly_reward(tmp_path, signal.SIGSTOP), "run.timeout_s=3", "run.max_steps=1000")
+    first, hung = ranks("--config", tiny_config, *arguments, output=tmp_path / "said")
+    assert exit_status(first) > 0
+    hung.kill()
+    (said,) = [x for x in (tmp_path / "said").read_text().splitlines() if LOST in x]
+    check_lost(said, tmp_path / "runs" / "tiny")
 
 
 def test_shares_are_a_partition_in_order():

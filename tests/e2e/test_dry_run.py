@@ -43,7 +43,7 @@ def test_frozen_weights_have_neither_gradients_nor_moments(rank, tiny_config):
     [
         # Found by the tiny step alone: the reward, and an option that would leave it unlearnt.
         ("raise KeyError('colour')", [], "'bad' raised KeyError: 'colour'"),
-        ("return [0.0]", [], "returned 1 rewards for 4 completions"),
+        ("return [0.0]", [], "returned 1 rewards for 2 completions"),
         ("return [0.0] * len(completions)", ["algorithm.mask_truncated=true"], None),
         ("return [0.0] * len(completions)", ["run.resume=nowhere"], "no checkpoint"),
     ],

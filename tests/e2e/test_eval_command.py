@@ -1,43 +1,20 @@
 """softgrpo-eval on a tiny model: the folder it leaves, kills, determinism, errors."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 import types
 
 import pytest
+from evaluations import read
+from processes import kill_in_the_middle, start
 
 from softgrpo.cli.eval import main
 from softgrpo.evaluation.graders import Grade, Grader
 from softgrpo.evaluation.page import write_page
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.requests.prompts import default_uids, thinking_end_id
+from softgrpo_engine.requests.prompts import default_uids
 from softgrpo_kernels.extension import cpu_extension
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    path = tmp_path_factory.mktemp("questions") / "say.jsonl"
-    rows = [{"prompt": f"say {c} please", "answer": c} for c in "abcdefghij"]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def command(tiny_model, questions):
-    """The arguments of a run that takes a second."""
-
-    def make(output, *more, task=None):
-        arguments = ["--model", str(tiny_model), "--task", str(task or questions)]
-        arguments += ["--samples", "4", "--max-tokens", "24", "--dtype", "float32"]
-        arguments += ["--tau", "0.7", "--temperature", "0.8,1.0", "--output", str(output)]
-        return [*arguments, *more]
-
-    return make
 
 
 def test_a_gpu_gives_what_the_cpu_gives(gpu, command, finished, tmp_path):
@@ -55,13 +32,6 @@ def test_a_gpu_gives_what_the_cpu_gives(gpu, command, finished, tmp_path):
         )
 
 
-def read(folder):
-    """results.json without the times."""
-    results = json.loads((folder / "results.json").read_text())
-    del results["speed"]
-    return results
-
-
 def assert_same(ours, theirs):
     """Equal but for effective candidates: a GEMM of another size rounds its sums otherwise."""
     left, right = ([e for e in _pop_effective(r) if e] for r in (ours, theirs))
@@ -73,15 +43,6 @@ def assert_same(ours, theirs):
 def _pop_effective(results):
     rows = [sample for row in results["results"] for sample in row["samples"]]
     return [row.pop("effective_candidates") for row in rows + results["cells"]]
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_model, questions, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("eval") / "finished"
-    arguments = ["--model", str(tiny_model), "--task", str(questions), "--samples", "4"]
-    arguments += ["--max-tokens", "24", "--dtype", "float32", "--tau", "0.7"]
-    assert main([*arguments, "--temperature", "0.8,1.0", "--output", str(folder)]) == 0
-    return folder
 
 
 def test_what_an_evaluation_leaves(finished, questions):
@@ -114,72 +75,6 @@ def test_what_an_evaluation_leaves(finished, questions):
     for line in lines:
         for shown in line["shown"]:
             assert len(shown["positions"]) == line["samples"][shown["sample"]]["tokens"]
-
-
-def test_argmax_feeds_the_heaviest_candidate_alone(finished, command, tmp_path):
-    """Of the same draws: samples differ from the model's own only by what the mixtures add."""
-    folder = tmp_path / "argmax"
-    assert main(command(folder, "--thoughts", "argmax")) == 0
-    ours, own = read(folder), read(finished)
-    assert (ours["settings"]["thoughts"], own["settings"]["thoughts"]) == ("argmax", "own")
-    assert "the heaviest candidate of each mixture" in (folder / "report.html").read_text()
-    assert [cell["mode"] for cell in ours["cells"]] == ["soft", "soft", "discrete", "discrete"]
-    assert all(cell["effective_candidates"] in (1.0, None) for cell in ours["cells"])
-    assert ours["cells"][0]["soft"] > 0.9
-    texts = [
-        {
-            mode: [s["text"] for row in r["results"] if row["mode"] == mode for s in row["samples"]]
-            for mode in ("soft", "discrete")
-        }
-        for r in (ours, own)
-    ]
-    assert texts[0]["discrete"] == texts[1]["discrete"]
-    assert texts[0]["soft"] != texts[1]["soft"]
-    # The first token has seen no mixture.
-    assert [t[:1] for t in texts[0]["soft"]] == [t[:1] for t in texts[1]["soft"]]
-
-
-def test_rules_of_entropies_are_settings(command, tmp_path):
-    """Of the tiny model: cold at once, so that thinking has two positions."""
-    flags = [
-        "--cold-stop-entropy",
-        "99",
-        "--cold-stop-steps",
-        "2",
-        "--mode",
-        "soft",
-        "--limit",
-        "2",
-    ]
-    assert main(command(tmp_path / "cold", *flags)) == 0
-    results = read(tmp_path / "cold")
-    assert results["settings"]["soft"]["cold_stop_entropy"] == 99
-    assert {s["soft"] for row in results["results"] for s in row["samples"]} <= {0, 1, 2}
-    assert any(s["soft"] == 2 for row in results["results"] for s in row["samples"])
-
-
-def test_filler_thoughts_end_the_prompt(command, tiny_model, tmp_path):
-    folder = tmp_path / "filler"
-    assert main(command(folder, "--thoughts", "filler:3:b", "--limit", "2")) == 0
-    results = read(folder)
-    assert results["settings"]["thoughts"] == "filler"
-    assert results["settings"]["filler_thoughts"] == {"count": 3, "token": "b"}
-    assert {cell["mode"] for cell in results["cells"]} == {"discrete"}
-    assert "3 filler tokens" in (folder / "report.html").read_text()
-    llm = LLM(tiny_model, dtype="float32", max_model_len=96)
-    prompt = llm.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "say b please"}],
-        add_generation_prompt=True,
-        return_dict=False,
-    )
-    ids = prompt + llm.tokenizer.encode("b", add_special_tokens=False) * 3
-    end = thinking_end_id("auto", llm.tokenizer)
-    ids += [] if end is None else [end]
-    params = SamplingParams(temperature=0.8, top_p=0.95, top_k=5, max_tokens=24)
-    uids = [default_uids(ids, 4)]
-    (output,) = llm.generate_groups([ids], params, seed=0, uids=uids, stream=1)
-    row = next(r for r in results["results"] if r["question"] == 1 and r["temperature"] == 0.8)
-    assert [s["text"] for s in row["samples"]] == [s.text for s in output.samples]
 
 
 def test_samples_do_not_depend_on_the_batch(finished, command, tmp_path):
@@ -236,21 +131,8 @@ def test_another_seed_gives_other_samples(finished, command, tmp_path):
 def test_killed_and_resumed_is_the_same(finished, command, tmp_path):
     folder = tmp_path / "killed"
     arguments = command(folder, "--batch-size", "4")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "softgrpo.cli.eval", *arguments],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
     samples = folder / "samples.jsonl"
-    deadline = time.monotonic() + 60
-    while not samples.exists() or samples.read_bytes().count(b"\n") < 5:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_in_the_middle(start("softgrpo.cli.eval", *arguments), samples, "\n", 5)
     left = samples.read_bytes()
     assert 5 <= left.count(b"\n") < 40
     assert not (folder / "results.json").exists()

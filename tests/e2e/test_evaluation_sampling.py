@@ -6,8 +6,9 @@ import json
 import pytest
 
 from softgrpo import Config, Trainer
-from softgrpo.run import held_out as evaluator
+from softgrpo.run import held_out
 from softgrpo.run.held_out import evaluation_rollout
+from softgrpo.run.round import Round
 
 CLOCK = ("time/", "step_time", "tokens_per_second")
 
@@ -29,20 +30,21 @@ def test_what_is_null_is_that_of_the_rollout(tiny_config):
 
 def test_training_does_not_see_the_evaluation(tiny_config, tiny_data, tmp_path, monkeypatch):
     drawn = []
-    collect = evaluator.collect
 
-    def spy(engine, prompts, uids, rollout, *args, **options):
-        outputs = collect(engine, prompts, uids, rollout, *args, **options)
-        lengths = [len(s.token_ids) for output in outputs for s in output.samples]
-        drawn.append((rollout.temperature, rollout.soft.temperature, max(lengths)))
-        return outputs
+    class Spy(Round):
+        def scored(self):
+            scored, rollout = super().scored(), self.rollout
+            lengths = [len(s.token_ids) for output in scored.outputs for s in output.samples]
+            drawn.append((rollout.temperature, rollout.soft.temperature, max(lengths)))
+            return scored
 
-    monkeypatch.setattr(evaluator, "collect", spy)
+    monkeypatch.setattr(held_out, "Round", Spy)
     other = tmp_path / "other.jsonl"
     other.write_text(
         "".join(json.dumps({"prompt": f"tell {c}", "answer": c}) + "\n" for c in "abcdefgh")
     )
     common = [f"data.eval={tiny_data}", f"data.train={other}", "checkpoint.export_hf=false"]
+    common += ["run.max_steps=3"]
     own = ["eval.every=1", "eval.temperature=0.5", "eval.max_new_tokens=17"]
     none = ["eval.before_train=false", "eval.after_train=false"]
     rows = []
@@ -55,8 +57,8 @@ def test_training_does_not_see_the_evaluation(tiny_config, tiny_data, tmp_path, 
         for part in rows
     ]
     assert training[0] == training[1]
-    assert len(training[0]) == 6
-    assert drawn == [(0.5, 0.5, 17)] * 7
+    assert len(training[0]) == 3
+    assert drawn == [(0.5, 0.5, 17)] * 4
     assert max(row["eval/mean_length"] for row in rows[0] if "eval/mean_length" in row) > 10
 
 

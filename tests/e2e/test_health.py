@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import weights_of
 from safetensors.torch import load_file
+from simulated_gpu.plugin import ON_THE_CPU
 
 from softgrpo import Config, Trainer
 
@@ -25,6 +26,7 @@ def falling_reward():
     return reward
 
 
+@ON_THE_CPU
 def test_a_collapsed_run_ends_with_its_best_checkpoint(
     tiny_config, tmp_path, falling_reward, capsys
 ):

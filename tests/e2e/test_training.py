@@ -1,15 +1,12 @@
 """softgrpo-train from the outside: what it leaves, that it learns, resumes and refuses."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from checkpoints import tensors_of
+from processes import exit_status, kill_in_the_middle, start
+from simulated_gpu.found import REAL
 from simulated_gpu.plugin import ON_THE_CPU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -124,12 +121,14 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_learns(method, tiny_config, tmp_path):
-    quick = ("run.max_steps=25", "checkpoint.every=0", "checkpoint.export_hf=false")
+def test_it_learns(method, tiny_config, tmp_path, device):
+    # Learning is the CPU's: a simulated GPU shows in three steps whether it computes the same.
+    steps = 3 if device.type == "cuda" and not REAL else 25
+    quick = (f"run.max_steps={steps}", "checkpoint.every=0", "checkpoint.export_hf=false")
     train(tiny_config, *quick, *METHODS[method])
     rows = rows_of(tmp_path / "runs" / "tiny")
     rewards = [row["reward"] for row in rows]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+    assert steps == 3 or sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
     ratios = [row.get("sampling/importance_sampling_ratio/mean", 1.0) for row in rows]
     assert ratios == pytest.approx([1.0] * len(rows), abs=0.05)
 
@@ -141,29 +140,14 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_config, tmp_path, soft):
     common = (f"rollout.soft.enabled={soft}", "run.max_steps=12", "checkpoint.every=5")
     train(tiny_config, *common, "run.name=whole")
     runs = tmp_path / "runs"
-    command = [
-        sys.executable,
-        "-m",
-        "softgrpo.cli.train",
-        "--config",
-        str(tiny_config),
-        *common,
-        "run.name=killed",
-        "run.resume=auto",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    command = ("softgrpo.cli.train", "--config", tiny_config, *common)
+    command += ("run.name=killed", "run.resume=auto")
     metrics = runs / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
     # After the checkpoint of step 5, before that of step 10.
-    while not (metrics.exists() and metrics.read_text().count('"reward"') >= 6):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_in_the_middle(start(*command), metrics, '"reward"', 6)
     with metrics.open("a") as file:
         file.write('{"step": 13, "rew')  # what a kill in the middle of a write leaves
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert exit_status(start(*command)) == 0
     assert rows_of(runs / "killed") == rows_of(runs / "whole")
     paths = [runs / r / "checkpoints" / "step_000012" for r in ("killed", "whole")]
     killed, whole = map(tensors_of, paths)
@@ -199,6 +183,7 @@ BAD = {
     "missing column": (["data.prompt_key=question"], "prompt, answer"),
     "prompt too long": (["data.max_prompt_tokens=3"], "data.max_prompt_tokens"),
     "context too short": (["rollout.max_new_tokens=500"], "more than the model's 128"),
+    "pass too small": (["optim.tokens_per_microbatch=12"], "is less than one sample"),
     "missing reward": (["reward.functions=[{path: softgrpo.rewards.maths}]"], "maths"),
     "missing model": (["model.path=./nowhere"], "nowhere"),
     "no checkpoint": (["run.resume=./nowhere"], "no checkpoint"),

@@ -56,6 +56,15 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def saved_model(tmp_path_factory, hf_model, tokenizer):
+    """A directory that `LLM` and the commands take."""
+    path = tmp_path_factory.mktemp("model")
+    hf_model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def make_llm_on(hf_model, tokenizer):
     """make_llm_on(device, ...): an engine of its own weights; keyword arguments go to LLM, `pages`
     sets the KV cache."""

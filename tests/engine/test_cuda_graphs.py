@@ -8,7 +8,7 @@ import torch
 
 from softgrpo_engine import SamplingParams, SoftParams
 from softgrpo_engine.execution.cuda_graphs import DecodeGraphs, bucket
-from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape
+from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape, DecodeTables
 from softgrpo_engine.execution.runner import Runner
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.model.weights import empty_decoder
@@ -121,9 +121,9 @@ def test_padding_touches_nothing_of_a_sequence(make_llm, prompts):
     live = [runner.k_pages[:, :-1], runner.v_pages[:, :-1]]
     live += [x[:-1] for x in runner.record.tensors if x.shape[0] == runner.record.rows]
     before = [x.clone() for x in live]
-    empty = torch.empty(0, 0).numpy()
+    empty = DecodeTables(*[torch.empty(0, 0).numpy()] * 4)
     with torch.inference_mode():
-        words = runner._decode_words(shape, [], empty, empty)
+        words = runner._decode_words(shape, [], empty)
         drawn = runner._decode(DecodeInputs.views(words, shape))
     assert drawn[2].all()  # valid: nobody is told of bad logits
     for a, b in zip(live, before, strict=True):

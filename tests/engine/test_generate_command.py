@@ -23,14 +23,6 @@ def model(saved_model, device):
 
 
 @pytest.fixture(scope="module")
-def saved_model(tmp_path_factory, hf_model, tokenizer):
-    path = tmp_path_factory.mktemp("model")
-    hf_model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def chat_model(tmp_path_factory, hf_model, tokenizer):
     """Its template writes the turns one after the other: ab before the user's, ba before ours."""
     path = tmp_path_factory.mktemp("chat_model")

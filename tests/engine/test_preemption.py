@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from simulated_gpu.plugin import CUDA
 
 from softgrpo_engine import SamplingParams, SoftParams
 
@@ -42,7 +43,14 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+# On a GPU those whose batches differ; which rows and pages a sample gets is the host's.
+CASES = [("cpu", setting) for setting in SETTINGS] + [
+    pytest.param(*CUDA.values, setting, marks=CUDA.marks)
+    for setting in ("all at once", "chunked prefill", "few pages, chunked")
+]
+
+
+@pytest.mark.parametrize(("device", "setting"), CASES, indirect=["device"])
 def test_every_way_gives_the_same_samples(make_llm, prompts, alone, setting):
     llm = make_llm(**SETTINGS[setting])
     outputs = run(llm, prompts)

@@ -14,16 +14,26 @@ def params(rng):
     return SamplingParams(max_tokens=rng.randint(1, 24), seed=7, top_k=4, stop_token_ids=(5, 9))
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_preemption_at_every_step_changes_no_sample(make_llm, prompts, overlap):
+@pytest.fixture(scope="module")
+def requests(prompts):
     rng = random.Random(3)
-    requests = [(rng.choice(prompts), params(rng)) for _ in range(48)]
-    alone = {}
-    single = make_llm(max_batch_size=1)
+    return [(rng.choice(prompts), params(rng)) for _ in range(48)]
+
+
+@pytest.fixture(scope="module")
+def alone(make_llm_on, requests):
+    """Each by itself, on the CPU."""
+    single = make_llm_on("cpu", max_batch_size=1)
+    samples = {}
     for prompt, settings in requests:
         (output,) = single.generate(prompt, settings, SOFT, progress=False)
-        alone[tuple(prompt), settings.max_tokens] = output.samples[0]
+        samples[tuple(prompt), settings.max_tokens] = output.samples[0]
+    return samples
 
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_preemption_at_every_step_changes_no_sample(make_llm, requests, alone, overlap):
+    rng = random.Random(4)
     llm = make_llm(pages=9, max_batch_size=6, max_batch_tokens=24)
     llm.overlap = overlap
     schedule = llm.scheduler.schedule

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_engine.requests.samples import hits_stop_string
+from softgrpo_engine.requests.samples import finish_reason
 
 VOCABULARY = 97
 
@@ -196,9 +196,46 @@ def test_a_stop_string_seen_before_min_tokens_does_not_end_the_sample(
 def test_a_stop_string_may_end_in_a_character_of_several_tokens():
     """The text of all tokens but the newest has a replacement character there."""
     tokenizer = SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode(errors="replace"))
-    sequence = SimpleNamespace(params=SamplingParams(stop="né"), min_tokens=0, tokens=[])
+    sequence = SimpleNamespace(
+        params=SamplingParams(stop="né"), min_tokens=0, end_ids=(), tokens=[]
+    )
     hits = []
     for token in "née".encode():
         sequence.tokens.append(token)
-        hits.append(hits_stop_string(sequence, tokenizer))
-    assert hits == [False, False, True, False]
+        hits.append(finish_reason(sequence, tokenizer))
+    assert hits == [None, None, "stop", None]
+
+
+def test_groups_are_taken_from_a_queue_when_there_is_room(make_llm, prompts):
+    llm, taken, ended = make_llm(max_batch_size=4, max_batch_tokens=48), [], []
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    uids = [[2 * i, 2 * i + 1] for i in range(len(prompts))]
+
+    def groups():
+        for group in zip(prompts, uids, strict=True):
+            assert len(llm.scheduler.active) < 4
+            assert len(taken) - len(ended) <= 3
+            taken.append(group)
+            yield group
+
+    for index, output in llm.iter_groups(groups(), params, SoftParams(), seed=5):
+        ended.append(index)
+        assert [sample.uid for sample in output.samples] == uids[index]
+        expected = llm_alone(make_llm, prompts[index], params, uids[index])
+        assert [s.token_ids for s in output.samples] == expected
+    assert sorted(ended) == list(range(len(prompts)))
+    assert llm.metrics()["kv_pages_free"] == llm.metrics()["kv_pages"]
+
+
+def llm_alone(make_llm, prompt, params, uids):
+    (output,) = make_llm().generate_groups([prompt], params, SoftParams(), seed=5, uids=[uids])
+    return [sample.token_ids for sample in output.samples]
+
+
+def test_what_is_raised_between_steps_ends_the_samples(make_llm, prompts):
+    llm, steps = make_llm(), [1, 2, 3]
+    groups = [(prompts[0], [0, 1]), (prompts[1], [2, 3])]
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    with pytest.raises(IndexError):
+        list(llm.iter_groups(groups, params, seed=0, between_steps=steps.pop))
+    assert not llm.scheduler.has_work

@@ -1,25 +1,16 @@
 """benchmarks/kernels.py runs, and writes what it promises."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
+import pytest
 
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--repeats", "1", *arguments],
-        capture_output=True,
-        text=True,
-    )
+QUICK = ("kernels.py", "--quick", "--repeats", "1")
 
 
-def test_every_op_is_measured_against_its_floor(tmp_path):
+def test_every_op_is_measured_against_its_floor(run_benchmark, tmp_path, capsys):
     path = tmp_path / "kernels.json"
-    done = run("--json", str(path))
-    assert done.returncode == 0, done.stderr
+    run_benchmark(*QUICK, "--json", path)
+    shown = capsys.readouterr().out
     document = json.loads(path.read_text())
     assert {"hardware", "versions", "settings", "rows"} == set(document)
     assert {row["op"] for row in document["rows"]} == {
@@ -32,10 +23,9 @@ def test_every_op_is_measured_against_its_floor(tmp_path):
     for row in document["rows"]:
         assert row["microseconds"] > 0
         assert row["floor_microseconds"] > 0
-        assert row["implementation"] in done.stdout
+        assert row["implementation"] in shown
 
 
-def test_an_unknown_op_is_named():
-    done = run("--op", "nothing")
-    assert done.returncode != 0
-    assert "--op nothing" in done.stderr
+def test_an_unknown_op_is_named(run_benchmark):
+    with pytest.raises(SystemExit, match="--op nothing"):
+        run_benchmark(*QUICK, "--op", "nothing")

@@ -63,20 +63,20 @@ assert head.grad.abs().sum() > 0
 
 
 def test_torch_is_all_it_needs():
-    assert len(json.loads(run(ONLY_TORCH + SAMPLE).stdout)) == 3
-    run(ONLY_TORCH + TRAINING)
-    with pytest.raises(subprocess.CalledProcessError):
-        run(ONLY_TORCH + "import transformers")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        run(ONLY_TORCH + SAMPLE + TRAINING + "import transformers")
+    assert len(json.loads(refused.value.stdout)) == 3
+    assert refused.value.stderr.strip().endswith("transformers is not installed")
 
 
 def test_the_import_is_quick_and_imports_no_compiler():
     code = (
-        "import sys, time, torch; begin = time.perf_counter()\n"
-        "import softgrpo_kernels; seconds = time.perf_counter() - begin\n"
+        "import sys, time, torch; begin = time.process_time()\n"
+        "import softgrpo_kernels; seconds = time.process_time() - begin\n"
         "heavy = {'triton', 'torch._dynamo', 'torch._inductor', 'transformers', 'scipy'}\n"
         "print(seconds, *heavy & set(sys.modules))"
     )
-    seconds, *heavy = min(run(code).stdout.split() for _ in range(2))
+    seconds, *heavy = run(code).stdout.split()
     assert not heavy
     assert float(seconds) < 0.3
 

@@ -88,18 +88,17 @@ def test_compiles_whole_with_a_dynamic_number_of_rows():
 
 
 _PEAK = """
-import pathlib, sys
+import os, pathlib, sys
 import torch
 from softgrpo_kernels import linear_logprob_slices, linear_soft_logprob
 linear_logprob_slices._CHUNK_ELEMENTS = 1 << 20
 torch.set_num_threads(1)
-vocabulary, way = int(sys.argv[1]), sys.argv[2]
 rows, width, k = 512, 64, 5
 hidden = torch.randn(rows, width, requires_grad=True)
 def kib(name):
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split(name + ":")[1].split()[0])
-def run(head):
+def run(head, way):
     if way == "accumulate":
         head.grad = torch.ones_like(head)
     ids = torch.randint(0, len(head), (rows, k))
@@ -113,14 +112,22 @@ def run(head):
     )
     logp.sum().backward()
     return kib("VmHWM") - before
-run(torch.randn(64, width, requires_grad=True))
-print(run(torch.randn(vocabulary, width, requires_grad=True)))
+for argument in sys.argv[1:]:
+    # A process each: what one has freed would be there for the next.
+    if os.fork() == 0:
+        vocabulary, way = argument.split(":")
+        run(torch.randn(64, width, requires_grad=True), way)
+        print(run(torch.randn(int(vocabulary), width, requires_grad=True), way), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
 
 
-def peak(vocabulary, way):
-    command = [sys.executable, "-c", _PEAK, str(vocabulary), way]
-    return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+def peaks_of(*cases):
+    arguments = [f"{vocabulary}:{way}" for vocabulary, way in cases]
+    command = [sys.executable, "-c", _PEAK, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(zip(cases, map(int, done.stdout.split()), strict=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -128,12 +135,9 @@ def test_memory_does_not_grow_with_the_vocabulary():
     """KiB on top of the tensors given. Of 256k tokens, dW is 64 MiB and the logits of the discrete
     rows would be 256 MiB; they work in slices of 4 MiB here, of which a few live at a time (16 to
     32 MiB: when the allocator gives pages back differs)."""
-    peaks = {
-        (vocabulary, way): peak(vocabulary, way)
-        for vocabulary, way in (
-            (16_384, "accumulate"), (262_144, "accumulate"), (262_144, "rows"), (262_144, "dense"),
-        )
-    }  # fmt: skip
+    peaks = peaks_of(
+        (16_384, "accumulate"), (262_144, "accumulate"), (262_144, "rows"), (262_144, "dense")
+    )
     slices = 48 << 10
     assert peaks[16_384, "accumulate"] < 32 << 10, peaks  # the logits would be 32 MiB
     assert peaks[262_144, "accumulate"] < slices, peaks

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 
-if os.environ.get("SOFTGRPO_TEST_GPU") != "1":  # make test-gpu
-    # The tests of the CPU hold on a machine with a GPU where they do not see it.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = "-1"
-
 from simulated_gpu import build
+from simulated_gpu.visible import hide_gpus
 
+hide_gpus()
 _LOADED = build.load()
 
 import torch  # noqa: E402

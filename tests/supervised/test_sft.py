@@ -1,17 +1,13 @@
 """softgrpo-sft from the outside: what it leaves, that it learns, resumes and refuses."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from checkpoints import tensors_of
+from processes import exit_status, kill_in_the_middle, start
 from simulated_gpu.found import REAL
 from simulated_gpu.plugin import ON_THE_CPU
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
 from softgrpo.cli.generate import main as generate
@@ -65,12 +61,6 @@ def sft(config, *overrides):
 def rows_of(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
-
-
-def tensors_of(run, step):
-    path = run / "checkpoints" / f"step_{step:06d}"
-    dcp_to_torch_save(path, run / "whole.pt")
-    return torch.load(run / "whole.pt")
 
 
 def test_a_run_leaves_everything(config, tmp_path):
@@ -135,23 +125,17 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     common = ("run.max_steps=200", "checkpoint.every=75")
     sft(config, *common, "run.name=whole")
     runs = tmp_path / "runs"
-    command = [sys.executable, "-m", "softgrpo.cli.sft", "--config", str(config), *common]
-    command += ["run.name=killed", "run.resume=auto"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    command = ("softgrpo.cli.sft", "--config", config, *common)
+    command += ("run.name=killed", "run.resume=auto")
     metrics = runs / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
     # After the checkpoint of step 75, before that of step 150.
-    while not (metrics.exists() and metrics.read_text().count('"loss"') >= 80):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_in_the_middle(start(*command), metrics, '"loss"', 80)
     assert metrics.read_text().count('"loss"') < 200
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "continuing after step" in said
+    assert exit_status(start(*command, output=tmp_path / "said")) == 0
+    assert "continuing after step" in (tmp_path / "said").read_text()
     assert rows_of(runs / "killed") == rows_of(runs / "whole")
-    killed, whole = (tensors_of(runs / name, 200) for name in ("killed", "whole"))
+    paths = [runs / name / "checkpoints" / "step_000200" for name in ("killed", "whole")]
+    killed, whole = map(tensors_of, paths)
     assert killed.keys() == whole.keys()
     assert sum("exp_avg_sq" in key for key in whole) > 5
     assert all(torch.equal(killed[key], whole[key]) for key in whole)

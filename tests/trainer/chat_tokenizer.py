@@ -1,16 +1,21 @@
 """A tokenizer whose ids can be read."""
 
+from types import SimpleNamespace
+
 
 class ChatTokenizer:
     """Writes a turn as <role>content; one id a character."""
 
     chat_template = "present"
 
-    def apply_chat_template(self, turns, *, add_generation_prompt, tokenize, return_dict):
-        assert tokenize
-        assert not return_dict
+    def apply_chat_template(self, turns, *, add_generation_prompt, tokenize):
+        assert not tokenize
         text = "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
-        return [ord(c) for c in text + "<assistant>" * add_generation_prompt]
+        return text + "<assistant>" * add_generation_prompt
+
+    def __call__(self, texts, *, add_special_tokens, verbose):
+        assert not add_special_tokens
+        return SimpleNamespace(input_ids=[list(map(ord, text)) for text in texts])
 
 
 def text_of(ids):

@@ -42,10 +42,10 @@ def tensors_of(policy):
     return tensors | dict(policy.decoder.named_buffers())
 
 
-def of_pass(policy, batch, settings, groups):
-    """The gradient so far, with this pass over some groups, and the pass's log-densities."""
+def of_pass(policy, batch, settings, samples):
+    """The gradient so far, with this pass over some samples, and the pass's log-densities."""
     policy.settings = settings
-    part, _ = batch.select_groups(groups)
+    part, _ = batch.select_samples(samples)
     density = policy(part).density
     table = policy.decoder.embed_weight  # gathered until the backward pass
     (density * torch.linspace(-1.0, 1.0, len(density))).sum().backward()
@@ -56,10 +56,10 @@ def of_pass(policy, batch, settings, groups):
 
 
 @torch.no_grad()
-def of_first(reference, batch, settings, groups):
+def of_first(reference, batch, settings, samples):
     """Log-densities of the first model; whether it is sharded again after the pass."""
     reference.settings = settings
-    density = reference(batch.select_groups(groups)[0]).density
+    density = reference(batch.select_samples(samples)[0]).density
     return density, all(isinstance(p, DTensor) for p in reference.parameters())
 
 
@@ -101,10 +101,10 @@ def main(rank, size, folder):
                 folder / "batches.pt", weights_only=False
             ).items():
                 policy.zero_grad(set_to_none=True)
-                groups = world.share(range(batch.num_groups))
-                found[model, dtype, name] = of_pass(policy, batch, settings, groups)
+                samples = world.share(range(len(batch.group)))
+                found[model, dtype, name] = of_pass(policy, batch, settings, samples)
                 found[model, dtype, name]["reference"] = of_first(
-                    reference, batch, settings, groups
+                    reference, batch, settings, samples
                 )
     torch.save(found, folder / f"found_{rank}.pt")
     dist.destroy_process_group()

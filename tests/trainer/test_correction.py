@@ -51,6 +51,18 @@ def test_no_tokens_have_no_weights(level):
     assert len(weights) == len(beyond) == 0
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("log_ratio", [100.0, 1e4, -100.0, -1e4])
+def test_no_weight_overflows(log_ratio, level):
+    for mode, above in (("none", 1.0), ("truncate", 2.0), ("mask", 0.0)):
+        weights, beyond = importance_weights(
+            torch.full((3,), log_ratio), torch.zeros(3).long(), 1, CorrectionConfig(mode, level)
+        )
+        below = 1.0 if mode == "none" else 0.0
+        assert weights.tolist() == pytest.approx([above if log_ratio > 0 else below] * 3)
+        assert beyond.tolist() == [log_ratio > 0 or mode != "truncate"] * 3
+
+
 def test_truncation_moves_the_gradient_towards_the_trainer_s_own():
     """Tokens drawn from an engine that is off: the weighted score has the trainer's mean."""
     rng = np.random.default_rng(0)

@@ -3,6 +3,8 @@
 import json
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pyarrow
 import pyarrow.parquet
@@ -14,6 +16,7 @@ from softgrpo.config.sections import DataConfig
 from softgrpo.data.examples import Example, load_examples
 from softgrpo.data.sources import DataError
 from softgrpo.data.training import TrainingData, round_indices
+from softgrpo.distributed import World
 
 ROWS = [
     {"prompt": "What is 1 + 1?", "answer": "2", "level": 1},
@@ -268,6 +271,40 @@ def test_long_training_prompts_can_be_left_out(tmp_path):
     none_left = TrainingData(config(path, *overrides, "data.max_prompt_tokens=2"))
     with pytest.raises(DataError, match=r"every prompt is longer than data\.max_prompt_tokens"):
         none_left.prepare(ChatTokenizer())
+
+
+def test_processes_check_their_share_and_keep_what_one_keeps(tmp_path):
+    """In two threads, each a process."""
+    texts = ["a" * n for n in (3, 300, 7, 11, 250, 2, 9)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": t, "answer": "1"} for t in texts])
+    overrides = ["data.eval=null", "data.few_shot=[]", "data.drop_long_prompts=true"]
+    settings = config(path, *overrides, "data.max_prompt_tokens=120")
+    one, both = TrainingData(settings), [TrainingData(settings) for _ in range(2)]
+    (longest, _) = one.prepare(ChatTokenizer())
+    values, barrier, seen = [None, None], Barrier(2), []
+
+    class Process(World):
+        def gather(self, value):
+            values[self.rank] = value
+            barrier.wait(30)
+            seen.append(len(value.lengths))
+            return list(values)
+
+    with ThreadPoolExecutor(2) as threads:
+        worlds = [Process(0, 2), Process(1, 2)]
+        largest = list(threads.map(lambda d, w: d.prepare(ChatTokenizer(), w), both, worlds))
+    assert sorted(seen) == [3, 4]
+    assert largest[0] == largest[1]
+    assert max(map(len, largest[0])) == len(longest)
+    for data in both:
+        assert data.train == one.train
+        assert data.too_long == one.too_long == 2
+    wrong = [TrainingData(config(path, *overrides[:2], "data.max_prompt_tokens=120")) for _ in "ab"]
+    with ThreadPoolExecutor(2) as threads:
+        pairs = zip(wrong, worlds, strict=True)
+        errors = [threads.submit(data.prepare, ChatTokenizer(), w) for data, w in pairs]
+    assert [str(e.exception()) for e in errors] == [str(errors[0].exception())] * 2
+    assert "example 1: the prompt has" in str(errors[0].exception())
 
 
 def test_held_out_texts_are_removed_from_training(tmp_path):

@@ -55,7 +55,7 @@ def make_batch(
         finish=torch.zeros(len(kinds), dtype=torch.uint8),
         seed=seed,
         stream=0,
-        weight_version=0,
+        weight_version=torch.zeros(len(kinds), dtype=torch.int64),
     )
     return batch, drawn, logits
 
@@ -192,6 +192,7 @@ def test_batch_saves_and_selects(tmp_path):
     for name in ("ids", "gprime", "kind", "forced", "token"):
         assert torch.equal(getattr(again.soft, name), getattr(batch.soft, name))
     assert torch.equal(again.response_lens, batch.response_lens)
-    part, rows = batch.select_groups([0])
-    assert rows.tolist() == list(range(5))
-    assert torch.equal(part.position, batch.position)
+    part, rows = batch.select_samples([1])
+    assert rows.tolist() == [3, 4]
+    assert torch.equal(part.position, batch.position[3:])
+    assert torch.equal(part.prompt_ids, batch.prompt_ids)

@@ -155,13 +155,13 @@ def test_two_processes_have_the_gradient_of_one(model, dtype, name, folder, rank
     batch, settings = torch.load(folder / "batches.pt", weights_only=False)[name]
     for rank, found in enumerate(ranks):
         ours = found[model, dtype, name]
-        groups = World(rank, 2).share(range(batch.num_groups))
-        one = of_pass(policy, batch, settings, groups)
+        samples = World(rank, 2).share(range(len(batch.group)))
+        one = of_pass(policy, batch, settings, samples)
         assert ours["table"] == getattr(torch, dtype)
         assert torch.equal(ours["density"], one["density"])
         density, sharded = ours["reference"]
         assert sharded
-        assert torch.equal(density, of_first(reference, batch, settings, groups)[0])
+        assert torch.equal(density, of_first(reference, batch, settings, samples)[0])
     for rank in ranks:
         gradients = rank[model, dtype, name]["gradients"]
         for key, expected in one["gradients"].items():

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from softgrpo.algorithm.advantages import group_advantages, groups_with_spread, overlong_penalty
-from softgrpo.algorithm.loss import kl_penalty, loss_mask, policy_loss, token_weights
+from softgrpo.algorithm.loss import (
+    bounded_exp,
+    kl_penalty,
+    loss_mask,
+    policy_loss,
+    token_weights,
+)
 from softgrpo.config.sections import AlgorithmConfig
 
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
@@ -223,6 +229,48 @@ def test_a_masked_infinite_token_does_not_reach_the_sum():
     assert result.loss.item() == -1.0
     result.loss.backward()
     assert new.grad.tolist() == [-1.0, 0.0]
+
+
+def test_exp_is_bounded_only_where_it_would_overflow():
+    x = torch.tensor([-1e4, -100.0, 0.3, 19.9, 20.0, 20.1, 21.0, 1e4], requires_grad=True)
+    value = bounded_exp(x)
+    value.sum().backward()
+    below, e20 = x.detach()[:5].exp(), np.exp(20.0)
+    assert torch.equal(value[:5], below)
+    assert torch.equal(x.grad[:5], below)
+    np.testing.assert_allclose(value[5:].detach(), e20 * np.array([1.1, 2.0, 9981.0]), rtol=1e-5)
+    np.testing.assert_allclose(x.grad[5:], 3 * [e20], rtol=1e-6)
+
+
+EXTREMES = {
+    # log ratio, log policy - log reference, advantage, weight: the gradient in log policy
+    "masked, unlike the reference": (0.0, -100.0, 1.0, 0.0, 0.0),
+    "masked, unlike the old policy": (100.0, 0.0, -1.0, 0.0, 0.0),
+    "no advantage": (100.0, 0.0, 0.0, 1.0, 0.0),
+    "rewarded, clipped": (100.0, 0.0, 1.0, 1.0, 0.0),
+    "punished, dual clip": (100.0, 0.0, -1.0, 1.0, 0.0),
+    "gone": (-200.0, 0.0, 1.0, 1.0, 0.0),
+    # Pulled towards the reference, as strongly as at d = -20.
+    "unlike the reference": (0.0, -200.0, 0.0, 1.0, 1.0 - np.exp(20.0)),
+    "much likelier than by the reference": (0.0, 200.0, 0.0, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_nothing_overflows_at_the_extremes(name, level):
+    log_ratio, d, advantage, weight, expected = EXTREMES[name]
+    new, one = torch.zeros(1, requires_grad=True), torch.zeros(1, dtype=torch.int64)
+    old, reference = torch.tensor([-log_ratio]), torch.tensor([-d])
+    algorithm = AlgorithmConfig(ratio_level=level, kl_coef=1.0, kl_estimator="k3")
+    result = policy_loss(
+        new, old, torch.tensor([advantage]), torch.tensor([weight]), one, 1, algorithm,
+        correction_T=torch.ones(1), reference_T=reference,
+    )  # fmt: skip
+    result.loss.backward()
+    assert result.loss.isfinite()
+    assert result.kl.isfinite().all()
+    assert new.grad.item() == pytest.approx(expected, rel=1e-6)
 
 
 # --- which tokens count, and how much -----------------------------------------------------------

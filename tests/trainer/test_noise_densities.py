@@ -137,7 +137,7 @@ def batch_of(ids, gprime, kind):
         finish=torch.zeros(n, dtype=torch.uint8),
         seed=0,
         stream=0,
-        weight_version=0,
+        weight_version=torch.zeros(n, dtype=torch.int64),
     )
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, Literal
 
-import numpy as np
 from arms import Arm
-from graphs import FILL
+from graphs import FILL, VOCABULARY
 from toy import HELD_OUT, ID, graphs
 
 from softgrpo import Config
 from softgrpo.config.rollout import RolloutConfig
+from softgrpo.evaluation.metrics import bootstrap_interval, majority, pass_at_k
 from softgrpo.rollout.sampling import sampling_params, soft_params
-from softgrpo_engine import LLM
+from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_kernels.methods import method_of
 
 SAMPLES = 16  # of a question
@@ -35,26 +35,44 @@ def variants_of(arm: Arm) -> list[str]:
     )
 
 
-def evaluate(model: Path, config: Config, variants: Sequence[str]) -> dict[str, Any]:
-    """Scores of the held-out questions, by variant."""
-    questions = graphs("held_out", HELD_OUT)
-    answers = np.array([ID[q.answer] for q in questions])
-    prompts = [[ID[token] for token in q.prompt.split()] for q in questions]
-    engine = LLM(model, dtype="float32", max_model_len=128, max_batch_size=256)
-    scores = {}
-    for variant in variants:
-        rollout, objective, thoughts = _rollout(config, variant)
-        outputs = engine.generate_groups(
-            [[*prompt, *[ID[FILL]] * thoughts] for prompt in prompts],
-            sampling_params(rollout),
-            soft_params(rollout, objective) or False,
-            seed=SEED,
-            uids=[[q * SAMPLES + s for s in range(SAMPLES)] for q in range(len(prompts))],
-            stream=STREAM,
-        )
-        given = np.array([[s.token_ids[-1] for s in output.samples] for output in outputs])
-        scores[variant] = _scores(given, answers)
-    return scores
+class Evaluation:
+    """Of one model. Variants that come to the same sampling are sampled once, whatever the arm."""
+
+    def __init__(self, model: Path) -> None:
+        questions = graphs("held_out", HELD_OUT)
+        self._answers = [question.answer for question in questions]
+        self._prompts = [[ID[token] for token in q.prompt.split()] for q in questions]
+        self._engine = LLM(model, dtype="float32", max_model_len=128, max_batch_size=256)
+        self._done: dict[Any, dict[str, Any]] = {}
+
+    def scores(self, config: Config, variants: Sequence[str]) -> dict[str, Any]:
+        """Of the held-out questions, by variant."""
+        return {variant: self._sampled(*_sampling(config, variant)) for variant in variants}
+
+    def _sampled(
+        self, params: SamplingParams, soft: SoftParams | Literal[False], thoughts: int
+    ) -> dict[str, Any]:
+        key = (params, soft, thoughts)
+        if key not in self._done:
+            outputs = self._engine.generate_groups(
+                [[*prompt, *[ID[FILL]] * thoughts] for prompt in self._prompts],
+                params,
+                soft,
+                seed=SEED,
+                uids=[[q * SAMPLES + s for s in range(SAMPLES)] for q in range(len(self._prompts))],
+                stream=STREAM,
+            )
+            given = [[VOCABULARY[s.token_ids[-1]] for s in o.samples] for o in outputs]
+            self._done[key] = _scores(given, self._answers)
+        return self._done[key]
+
+
+def _sampling(
+    config: Config, variant: str
+) -> tuple[SamplingParams, SoftParams | Literal[False], int]:
+    """With how many filler tokens at the end of the prompt."""
+    rollout, objective, thoughts = _rollout(config, variant)
+    return sampling_params(rollout), soft_params(rollout, objective) or False, thoughts
 
 
 def _rollout(config: Config, variant: str) -> tuple[RolloutConfig, str | None, int]:
@@ -78,20 +96,18 @@ def _rollout(config: Config, variant: str) -> tuple[RolloutConfig, str | None, i
     return rollout, method_of(soft.noise).objective, 0
 
 
-def _scores(given: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
+def _scores(given: list[list[str]], answers: list[str]) -> dict[str, Any]:
     """mean@n, maj@n and pass@n with 95 % bootstrap intervals over the questions."""
-    right = given == answers[:, None]
-    votes = np.array([Counter(row).most_common(1)[0][0] for row in given.tolist()]) == answers
+    right = [sum(a == answer for a in row) for row, answer in zip(given, answers, strict=True)]
+    votes = [majority(row) == answer for row, answer in zip(given, answers, strict=True)]
     return {
-        "mean": _interval(right.mean(1)),
-        "maj": _interval(votes.astype(float)),
-        "pass": _interval(right.any(1).astype(float)),
-        "right": right.sum(1).tolist(),
+        "mean": _interval([count / SAMPLES for count in right]),
+        "maj": _interval([float(vote) for vote in votes]),
+        "pass": _interval([pass_at_k(SAMPLES, count, SAMPLES) for count in right]),
+        "right": right,
     }
 
 
-def _interval(values: np.ndarray) -> dict[str, float]:
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(1000, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+def _interval(values: list[float]) -> dict[str, float]:
+    low, high = bootstrap_interval(values, draws=1000)
+    return {"value": mean(values), "low": low, "high": high}

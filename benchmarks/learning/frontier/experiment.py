@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from arms import ARMS, RATES, Arm
-from evaluate import SAMPLES, evaluate, variants_of
+from evaluate import SAMPLES, Evaluation, variants_of
 from pathwise import train as train_pathwise
 from toy import ASKED, ID, graphs, write_toy
 
@@ -74,11 +74,12 @@ def run_start(root: Path, start: str, seed: int) -> None:
     if path.exists():
         return
     model = start_model(root, start, seed)
-    scores: dict[str, Any] = {}
-    for name, arm in ARMS.items():
-        if arm.start == start:
-            config = arm_config(root, arm, seed, model)
-            scores[name] = evaluate(model, config, variants_of(arm))
+    evaluation = Evaluation(model)
+    scores = {
+        name: evaluation.scores(arm_config(root, arm, seed, model), variants_of(arm))
+        for name, arm in ARMS.items()
+        if arm.start == start
+    }
     _write(path, {"start": start, "seed": seed, "scores": scores})
 
 
@@ -111,7 +112,7 @@ def run_arm(root: Path, name: str, rate: str, seed: int) -> None:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         rewards = [row["reward"] for row in map(json.loads, lines) if "reward" in row]
         model = folder / "model"
-    scores = evaluate(model, config, variants_of(arm))
+    scores = Evaluation(model).scores(config, variants_of(arm))
     row = {"arm": name, "start": arm.start, "lr": rate, "seed": seed, "reward": rewards}
     _write(path, {**row, "scores": scores})
 

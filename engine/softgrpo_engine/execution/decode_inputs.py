@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,19 @@ class DecodeShape(NamedTuple):
         """32-bit words of the block."""
         narrow = self.pages + 1 + self.entropies + self.noises
         return self.rows * (2 * (4 + self.ends) + narrow)
+
+
+class DecodeTables(NamedTuple):
+    """On the host, those of `DecodeInputs` that have a row of some width for every sequence."""
+
+    block_table: np.ndarray
+    held_back: np.ndarray
+    temperature: np.ndarray
+    deviation: np.ndarray
+
+    @property
+    def shape(self) -> DecodeShape:
+        return DecodeShape(len(self.block_table), *(table.shape[1] for table in self))
 
 
 @dataclass(frozen=True)

@@ -276,7 +276,7 @@ def _soft(sequence: Sequence) -> RowValues:
         temperature=soft.temperature,
         top_p=soft.top_p,
         tau=soft.tau,
-        reach=weight_reach(soft.tau, soft.weight_floor),
+        reach=weight_reach(*soft.mixture),
         noise_scale=soft.noise_scale,
         clamp_low=clamp_low,
         clamp_high=clamp_high,

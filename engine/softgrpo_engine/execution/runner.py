@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softgrpo_engine.execution.attention_backends import Attend, HostBatch, attention_backend
 from softgrpo_engine.execution.cuda_graphs import DecodeGraphs, bucket
-from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape
+from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape, DecodeTables
 from softgrpo_engine.execution.record import Record
 from softgrpo_engine.model.attention import PagedAttention, attend_by_kernels
 from softgrpo_engine.model.decoder import Decoder
@@ -152,28 +152,27 @@ class Runner:
 
     def _launch_decode(self, plan: Plan) -> Tensor:
         """What `_draw` gives; on a GPU from a graph where the attention can be in one."""
-        held_back = _held_back([chunk.sequence for chunk in plan.chunks])
-        table = _block_table(plan.chunks)
-        asks = any(chunk.sequence.asks_entropy for chunk in plan.chunks)
-        noisy = any(chunk.sequence.embedding_noise for chunk in plan.chunks)
-        shape = DecodeShape(
-            len(plan.chunks), table.shape[1], held_back.shape[1], int(asks), int(noisy)
+        sequences = [chunk.sequence for chunk in plan.chunks]
+        tables = DecodeTables(
+            _block_table(plan.chunks),
+            _held_back(sequences),
+            _entropy_temperature(sequences),
+            self._deviation(sequences),
         )
+        shape = tables.shape
         if self.graphs is None:
-            words = self._decode_words(shape, plan.chunks, table, held_back)
+            words = self._decode_words(shape, plan.chunks, tables)
             inputs = DecodeInputs.views(words.to(self.device, non_blocking=True), shape)
             seq_lens = DecodeInputs.views(words, shape).seq_lens.numpy()
-            return self._decode(inputs, self.attention.plan(HostBatch(table, seq_lens, None)))
+            batch = HostBatch(tables.block_table, seq_lens, None)
+            return self._decode(inputs, self.attention.plan(batch))
         padded = bucket(shape, self.max_batch_size)
-        words = self._decode_words(padded, plan.chunks, table, held_back)
-        drawn = self.graphs(
-            words, lambda: self._decode_words(padded, [], table[:0], held_back[:0]), padded
-        )
+        words = self._decode_words(padded, plan.chunks, tables)
+        none = DecodeTables(*(table[:0] for table in tables))
+        drawn = self.graphs(words, lambda: self._decode_words(padded, [], none), padded)
         return drawn[:, : shape.rows]
 
-    def _decode_words(
-        self, shape: DecodeShape, chunks: Seq[Chunk], table: np.ndarray, held_back: np.ndarray
-    ) -> Tensor:
+    def _decode_words(self, shape: DecodeShape, chunks: Seq[Chunk], tables: DecodeTables) -> Tensor:
         """The inputs of these chunks on the host, filled up with padding to the shape."""
         words = torch.empty(shape.words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         parts = vars(DecodeInputs.views(words, shape))
@@ -181,7 +180,7 @@ class Runner:
         count = len(chunks)
         places = [(c.sequence.row, c.sequence.num_generated, c.start) for c in chunks]
         row, index, position = np.array(places, dtype=np.int64).reshape(count, 3).T
-        page = table[np.arange(count), position // PAGE_SIZE].astype(np.int64)
+        page = tables.block_table[np.arange(count), position // PAGE_SIZE].astype(np.int64)
         # A batch has at most 15 rows of padding: each has a slot of its own.
         pad_slots = self.padding_page * PAGE_SIZE + np.arange(shape.rows - count) % PAGE_SIZE
         for name, values, padding in (
@@ -192,16 +191,11 @@ class Runner:
             ("seq_lens", position + 1, 1),
         ):
             inputs[name][:count], inputs[name][count:] = values, padding
-        sequences = [chunk.sequence for chunk in chunks]
-        temperature, deviation = _entropy_temperature(sequences), self._deviation(sequences)
-        for name, rows, padding in (
-            ("block_table", table, self.padding_page),
-            ("held_back", held_back, -1),
-            ("temperature", temperature, 1),
-            ("deviation", deviation, 0),
+        for name, table, padding in zip(
+            DecodeTables._fields, tables, (self.padding_page, -1, 1, 0), strict=True
         ):
             inputs[name].fill(padding)
-            inputs[name][:count, : rows.shape[1]] = rows
+            inputs[name][:count, : table.shape[1]] = table
         return words
 
     def _decode(self, inputs: DecodeInputs, attend: Attend = attend_by_kernels) -> Tensor:

@@ -43,6 +43,13 @@ def check_fits(
             )
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Raises ValueError for a size, by its name, that is less than 1."""
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is not allowed: must be >= 1")
+
+
 def check_thoughts_fit(params: SamplingParams, soft: SoftParams | None) -> None:
     """Raises ValueError unless a sample can have as many thoughts as it must have."""
     if soft and soft.min_soft_tokens > params.max_tokens:

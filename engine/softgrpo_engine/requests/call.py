@@ -12,22 +12,26 @@ from softgrpo_engine.scheduling.sequence import Sequence
 class Call:
     """The samples of one call, while they are computed.
 
-    prompts: token ids. groups: the samples of each prompt. samples: gives sequences as Samples.
-    It is read by ``ended`` (whole groups) or by ``news`` (every token); both raise what a step
-    raised that their samples were in.
+    samples: gives sequences as Samples. It is read by ``ended`` (whole groups) or by ``news``
+    (every token); both raise what a step raised that their samples were in.
     """
 
-    def __init__(
-        self,
-        prompts: Seq[list[int]],
-        groups: list[list[Sequence]],
-        samples: Callable[[Seq[Sequence]], list[Sample]],
-    ) -> None:
-        self._prompts = prompts
+    def __init__(self, samples: Callable[[Seq[Sequence]], list[Sample]]) -> None:
         self._samples = samples
-        self._open = dict(enumerate(groups))
-        self._prompt_of = {s: i for i, group in enumerate(groups) for s in group}
-        self._unread = dict.fromkeys(self._prompt_of, 0)  # tokens that the caller has seen
+        self._prompts: list[list[int]] = []
+        self._open: dict[int, list[Sequence]] = {}  # groups, by the index of their prompt
+        self._prompt_of: dict[Sequence, int] = {}
+        self._unread: dict[Sequence, int] = {}  # tokens that the caller has seen
+
+    def add(self, prompts: Seq[list[int]], groups: Seq[list[Sequence]]) -> list[Sequence]:
+        """Takes further prompts (token ids) with their samples; returns these."""
+        indexed = list(enumerate(groups, len(self._prompts)))
+        self._prompts += prompts
+        self._open.update(indexed)
+        new = {sequence: index for index, group in indexed for sequence in group}
+        self._prompt_of.update(new)
+        self._unread.update(dict.fromkeys(new, 0))
+        return list(new)
 
     @property
     def sequences(self) -> list[Sequence]:

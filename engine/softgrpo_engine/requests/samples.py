@@ -8,12 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from softgrpo_engine.outputs import Sample
+from softgrpo_engine.outputs import FinishReason, Sample
 from softgrpo_engine.scheduling.sequence import Sequence
 from softgrpo_engine.soft_tokens import SoftTokens
 
 
-def hits_stop_string(sequence: Sequence, tokenizer: Any) -> bool:
+def finish_reason(sequence: Sequence, tokenizer: Any) -> FinishReason | None:
+    """Why its newest token ends the sample; None while it goes on."""
+    if sequence.tokens[-1] in sequence.end_ids or _hits_stop_string(sequence, tokenizer):
+        return "stop"
+    return "length" if len(sequence.tokens) == sequence.params.max_tokens else None
+
+
+def _hits_stop_string(sequence: Sequence, tokenizer: Any) -> bool:
     """Whether the newest token completes one of the sample's stop strings."""
     stop = sequence.params.stop
     if not stop or len(sequence.tokens) < sequence.min_tokens:

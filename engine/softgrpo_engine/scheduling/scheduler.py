@@ -69,6 +69,19 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     @property
+    def has_room(self) -> bool:
+        """Whether one more prompt could start in the next step, beside all that is here."""
+        followers = sum(len(leader.followers) for leader in self.running)
+        prompts = {s.group: s for s in self.waiting}.values()  # siblings share theirs
+        tokens = sum(s.length - s.num_computed for s in (*self.running, *prompts))
+        pages = len(self.running) + len(self.waiting) + sum(pages_for(s.length) for s in prompts)
+        return (
+            followers + len(self.waiting) < len(self._rows)
+            and tokens < self.max_batch_tokens
+            and pages < self.pool.num_free
+        )
+
+    @property
     def active(self) -> list[Sequence]:
         """All that is in progress, a copy."""
         followers = [sibling for leader in self.running for sibling in leader.followers]

@@ -1,22 +1,15 @@
 """benchmarks/rollout_throughput.py runs, writes what it promises, and says which peer is absent."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "rollout_throughput.py"
 
 
-def test_rows_and_absent_peers(tmp_path):
+def test_rows_and_absent_peers(run_benchmark, tiny_model, tmp_path):
     path = tmp_path / "rollout.json"
-    arguments = ["--batch-sizes", "2", "--new-tokens", "3", "--repeats", "1", "--json", str(path)]
+    arguments = ["--batch-sizes", "2", "--new-tokens", "3", "--repeats", "1", "--json", path]
     # An interpreter without vLLM is a peer that fails.
     arguments += ["--compare", "vllm", "llama.cpp", "--vllm-python", sys.executable]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_benchmark("rollout_throughput.py", "--model", tiny_model, *arguments)
     document = json.loads(path.read_text())
     assert {"hardware", "versions", "settings", "rows", "absent"} == set(document)
     assert set(document["absent"]) == {"vllm", "llama.cpp"}

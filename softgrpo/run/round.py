@@ -1,0 +1,165 @@
+"""A round of prompts: sampled by all processes together, scored as its groups end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+
+import torch
+
+from softgrpo.config.rollout import RolloutConfig
+from softgrpo.data.prompts import Prompt
+from softgrpo.distributed import World
+from softgrpo.rewards import RewardRunner
+from softgrpo.rewards.runner import ByFunction, call_of, columns_of, joined
+from softgrpo.rollout.engines import RolloutEngine
+from softgrpo.rollout.sampling import iter_samples
+from softgrpo.rollout.scored import ScoredRollout
+from softgrpo_engine import Output
+
+
+class Stopped(RuntimeError):
+    """The samples of a round are not wanted any more."""
+
+
+class Round:
+    """What becomes of prompts: `sample`, `wait`, `gather`, then `scored`.
+
+    A process draws the next prompt when its engine has room for it. Which one draws what changes
+    nothing: a sample hangs on its uid, and all processes put the samples in the order of the
+    prompts. They make their rounds in the same order; `sample` may run in any thread, as it takes
+    part in no collective communication. lost: samples whose rewards hung or crashed, known once
+    gathered.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rewards: RewardRunner,
+        world: World,
+        prompts: list[Prompt],
+        uids: Sequence[Sequence[int]],
+        rollout: RolloutConfig,
+        objective: str,
+        *,
+        seed: int,
+        stream: int,
+    ) -> None:
+        self.rewards, self.world = rewards, world
+        self.prompts, self.rollout = prompts, rollout
+        self.weight_version = engine.weight_version
+        self.seconds = 0.0
+        self.lost = 0
+        self._lost_before = rewards.lost
+        self._stopped = threading.Event()
+        self._outputs: dict[int, Output] = {}
+        self._started: dict[int, Future[ByFunction] | None] = {}
+        self._rewards: dict[int, ByFunction] = {}
+        self._samples = iter_samples(
+            engine,
+            [prompt.token_ids for prompt in prompts],
+            uids,
+            rollout,
+            objective,
+            seed=seed,
+            stream=stream,
+            queue=world.queue(len(prompts)),
+            at_once=-(-len(prompts) // world.size),
+            between_steps=self._check,
+        )
+
+    def sample(self) -> None:
+        """Draws this process's part. Rewards of a group are on their way as soon as it has ended,
+        and what is wrong with one is raised before the next is drawn."""
+        columns, start = columns_of(self.prompts), time.perf_counter()
+        with closing(self._samples), self._nothing_left_on_error():
+            for index, output in self._samples:
+                self._outputs[index] = output
+                self._started[index] = self.rewards.start(self.prompts[index], output, columns)
+        self.seconds = time.perf_counter() - start
+
+    def stop(self) -> None:
+        """Ends `sample`, from another thread: it raises Stopped."""
+        self._stopped.set()
+
+    def wait(self) -> None:
+        """Until the rewards are there."""
+        with self._nothing_left_on_error():
+            self._rewards = {i: part.result() for i, part in self._started.items() if part}
+
+    def gather(self) -> None:
+        """Brings together what all processes have."""
+        for outputs, rewards in self.world.gather((self._outputs, self._rewards)):
+            self._outputs |= outputs
+            self._rewards |= rewards
+        self.lost = sum(self.world.gather(self.rewards.lost - self._lost_before))
+
+    def scored(self) -> ScoredRollout:
+        """All samples with their rewards, in the order of the prompts."""
+        prompts, everyones = self.prompts, range(len(self.prompts))
+        outputs = [self._outputs[index] for index in everyones]
+        rewards = [self._rewards[index] for index in everyones if index in self._rewards]
+        if not rewards:  # of callables: each process scores its share, as one call
+            mine = self.world.share(everyones)
+            shared = [prompts[i] for i in mine], [outputs[i] for i in mine]
+            call = call_of(*shared, columns_of(prompts))
+            rewards = self.world.gather(self.rewards.rewards(call))
+        total_S, by_function = self.rewards.total(joined(rewards), outputs)
+        versions = [self.weight_version] * len(outputs)
+        return ScoredRollout(prompts, outputs, total_S, by_function, versions, self.seconds)
+
+    def _check(self) -> None:
+        """Between two steps of the engine."""
+        if self._stopped.is_set():
+            raise Stopped
+        for part in self._started.values():
+            if part and part.done():
+                part.result()
+
+    @contextmanager
+    def _nothing_left_on_error(self) -> Iterator[None]:
+        """Rewards that have not begun would be computed before the program ends."""
+        try:
+            yield
+        except BaseException:
+            for part in self._started.values():
+                if part:
+                    part.cancel()
+            raise
+
+
+@contextmanager
+def sampled_beside(drawn: Round, device: torch.device) -> Iterator[Future[None]]:
+    """Samples in a thread while the caller does something else. Both are over at the end: after an
+    error of the caller the samples are given up.
+
+    device: the engine's. On a GPU the thread has a stream of its own, so that decode steps fill
+    what the caller leaves idle.
+    """
+    num_threads = torch.get_num_threads()
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def sample() -> None:
+        torch.set_num_threads(num_threads)  # a new thread has the default number
+        if stream is None:
+            drawn.sample()
+            return
+        torch.cuda.set_device(device)
+        with torch.cuda.stream(stream):
+            drawn.sample()
+
+    if stream is not None:  # the weights are there
+        stream.wait_stream(torch.cuda.current_stream(device))
+    with ThreadPoolExecutor(1, "softgrpo-rollout") as thread:
+        sampling = thread.submit(sample)
+        try:
+            yield sampling
+            sampling.result()
+        except BaseException:
+            drawn.stop()
+            raise
+    if stream is not None:
+        torch.cuda.current_stream(device).wait_stream(stream)
