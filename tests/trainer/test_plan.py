@@ -1,5 +1,6 @@
 """The plan of a run, against runs of small models whose memory is really there."""
 
+import gc
 import json
 from dataclasses import replace
 
@@ -91,6 +92,7 @@ class CountingGPU(RealGPU):
 def test_a_small_model_takes_what_is_planned(simulated_gpu, checkpointing):
     config = small(f"optim.gradient_checkpointing={checkpointing}")
     real = RealGPU(simulated_gpu)
+    gc.collect()  # models of other tests
     before, _ = simulated_gpu.core.memory()
     walk(real, config, SMALL, SMALL.num_hidden_layers, 1)
     measured = {phase: peak - before for phase, peak in of_phases(real.peaks).items()}

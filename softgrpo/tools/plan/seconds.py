@@ -83,8 +83,7 @@ def seconds(
     """
     share, shards = Share.of(config, gpus), min(gpus, GPUS_OF_A_NODE)
     attention = attention_flops(size, share, share.samples)
-    tokens = share.samples * (share.response + share.prompt / share.group_size)
-    passes = ceil(tokens / config.optim.tokens_per_microbatch)
+    passes = ceil(2 * share.tokens / share.walked_tokens)
     gathered = 2.0 * size.parameters * (shards - 1) / shards
     times = {ROLLOUT: _rollout(size, share, hardware, kv_cache(config, size, gpus))}
     # Forward; a backward pass computes each product of attention twice and its scores again.
@@ -92,7 +91,7 @@ def seconds(
     traffic = {OLD: gathered, REFERENCE: gathered, UPDATE: 4 * gathered}  # and gradients, float32
     for phase, counted in flops.items():
         if phase in weight:
-            work = counted * share.samples / share.walked + weight[phase] * attention
+            work = counted * share.tokens / share.walked_tokens + weight[phase] * attention
             moved = passes * traffic[phase] / hardware.links
             times[phase] = max(work / hardware.training, moved)
     rate = hardware.links if gpus > 1 else hardware.bandwidth

@@ -1,7 +1,7 @@
 """A training run of one process on the fake GPU: what it holds in each phase of a step.
 
-The run's own functions are called in the order in which `softgrpo.trainer` calls them. Its samples
-are as long as they can be, and so few that each kind of pass comes once: passes are alike.
+The run's own functions are called in the order in which `softgrpo.trainer` calls them. Passes are
+alike, so an update has two of the largest: the second finds the gradient of the first.
 """
 
 from __future__ import annotations
@@ -44,40 +44,56 @@ START, ROLLOUT, OLD, REFERENCE, UPDATE, SYNC = PHASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What a process has of a step, at full length, and how many of it are walked.
+    """What a process has of a step at full length, and the passes that stand for its update.
 
-    samples: of a step. walked: of an update. minibatches: updates of a step, 2 standing for more.
-    group_size: samples of a prompt. prompt, response: tokens.
+    samples: of a step; prompt, response: their tokens; group_size: samples of a prompt.
+    minibatches: updates of a step. Each of two passes is as large as one can be: samples_of_pass
+    of response_of_pass tokens behind one prompt.
     """
 
     samples: int
-    walked: int
-    minibatches: int
-    group_size: int
     prompt: int
     response: int
+    group_size: int
+    minibatches: int
+    samples_of_pass: int
+    response_of_pass: int
 
     @staticmethod
     def of(config: Config, gpus: int) -> Share:
         rollout, optim = config.rollout, config.optim
-        prompts = ceil(rollout.prompts_per_step / gpus)
-        group = rollout.group_size * (config.data.max_prompt_tokens + rollout.max_new_tokens)
-        groups = min(prompts, ceil(optim.tokens_per_microbatch / group))
+        samples = ceil(rollout.prompts_per_step / gpus) * rollout.group_size
+        prompt, response = config.data.max_prompt_tokens, rollout.max_new_tokens
+        room = max(1, optim.tokens_per_microbatch - prompt)
+        together = min(samples, ceil(room / response))
         size = optim.minibatch_prompts or rollout.prompts_per_step
         return Share(
-            samples=prompts * rollout.group_size,
-            walked=groups * rollout.group_size,
-            minibatches=1 if size >= rollout.prompts_per_step else 2,
+            samples=samples,
+            prompt=prompt,
+            response=response,
             group_size=rollout.group_size,
-            prompt=config.data.max_prompt_tokens,
-            response=rollout.max_new_tokens,
+            minibatches=ceil(rollout.prompts_per_step / size),
+            samples_of_pass=together,
+            response_of_pass=min(response, room // together),
         )
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, in passes of whole samples with their prompts."""
+        per_pass = self.prompt + self.samples_of_pass * self.response_of_pass
+        together = max(1, (per_pass - self.prompt) // self.response)
+        return self.samples * self.response + ceil(self.samples / together) * self.prompt
+
+    @property
+    def walked_tokens(self) -> int:
+        """Of the two passes."""
+        return 2 * (self.prompt + self.samples_of_pass * self.response_of_pass)
 
 
 def walk(gpu: FakeGPU, config: Config, model: PretrainedConfig, layers: int, gpus: int) -> None:
     """What the first of so many GPUs does, with so many layers of the model."""
     share = Share.of(config, gpus)
-    config = _with_layers(config, layers / model.num_hidden_layers, share)
+    config = _with_layers(config, layers / model.num_hidden_layers)
     world = World(0, gpus, ceil(gpus / GPUS_OF_A_NODE))
     with TemporaryDirectory() as name, _processes(gpus), gpu:
         folder = Path(name)
@@ -95,12 +111,12 @@ def walk(gpu: FakeGPU, config: Config, model: PretrainedConfig, layers: int, gpu
             llm.sleep(weights=config.rollout.sleep == "always")
         batch, first = _batch(config, share), _followed(gpu, reference)
         # Its share is all that there is: the others have as much.
+        samples = range(2 * share.samples_of_pass)
         if share.minibatches > 1:
-            groups = list(range(batch.num_groups))
-            Passes(policy, first, batch, config, World()).densities(groups)
+            Passes(policy, first, batch, config, World()).densities(samples)
         gpu.enter_place(UPDATE)
         update = Update(policy, first, optimizer, World())
-        update(batch, torch.ones(share.walked), 1e-6, config)
+        update(batch, torch.ones(len(samples)), 1e-6, config)
         gpu.enter_place(SYNC)
         llm.update_weights(merged_tensors(policy.decoder), version=1)
         if sleeps(config, llm.device):
@@ -114,17 +130,16 @@ class _Tokenizer:
         return ""
 
 
-def _with_layers(config: Config, part: float, share: Share) -> Config:
-    """The configuration of a part of the layers, and of the step that is walked."""
+def _with_layers(config: Config, part: float) -> Config:
+    """The configuration for a part of the layers and one update."""
     rollout, optim = config.rollout, config.optim
-    groups = share.walked // share.group_size
     kv_memory = None if rollout.kv_memory is None else rollout.kv_memory * part
     # Which token ends the thinking is the tokenizer's to say, and none is needed.
     soft = dataclasses.replace(rollout.soft, end_of_thinking=None)
     return dataclasses.replace(
         config,
         rollout=dataclasses.replace(rollout, kv_memory=kv_memory, soft=soft),
-        optim=dataclasses.replace(optim, minibatch_prompts=groups),
+        optim=dataclasses.replace(optim, minibatch_prompts=None),
     )
 
 
@@ -224,15 +239,15 @@ def _sample(gpu: FakeGPU, llm: LLM, config: Config, share: Share) -> None:
 
 def _batch(config: Config, share: Share) -> RolloutBatch:
     """What was sampled: thoughts, where the recipe has them, else tokens."""
-    samples = share.walked
-    groups, tokens = samples // share.group_size, samples * share.response
+    samples = 2 * share.samples_of_pass
+    tokens = samples * share.response_of_pass
     soft = config.rollout.soft
     slots = max(soft.top_k if soft.enabled else 1, config.rollout.top_k)
     return RolloutBatch(
-        prompt_ids=torch.zeros(groups * share.prompt, dtype=torch.int32),
-        prompt_lens=torch.full((groups,), share.prompt, dtype=torch.int32),
-        group=torch.arange(groups, dtype=torch.int32).repeat_interleave(share.group_size),
-        response_lens=torch.full((samples,), share.response, dtype=torch.int32),
+        prompt_ids=torch.zeros(2 * share.prompt, dtype=torch.int32),
+        prompt_lens=torch.full((2,), share.prompt, dtype=torch.int32),
+        group=torch.arange(2, dtype=torch.int32).repeat_interleave(share.samples_of_pass),
+        response_lens=torch.full((samples,), share.response_of_pass, dtype=torch.int32),
         soft=SoftTokens(
             ids=torch.zeros(tokens, slots, dtype=torch.int32),
             gprime=torch.zeros(tokens, slots),
@@ -245,5 +260,5 @@ def _batch(config: Config, share: Share) -> RolloutBatch:
         finish=torch.zeros(samples, dtype=torch.uint8),
         seed=0,
         stream=0,
-        weight_version=0,
+        weight_version=torch.zeros(samples, dtype=torch.int64),
     )
