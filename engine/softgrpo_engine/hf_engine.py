@@ -140,10 +140,13 @@ class HFEngine:
                 stream=stream,
                 terminal_ids=terminal.to(self.device, torch.int32).expand(len(uids), -1),
                 k_max=slots,
+                need_kept_mass=True,
             )
+            assert drawn.kept_mass is not None
             step = _Step(
-                drawn.ids, drawn.gprime, drawn.kind, torch.zeros_like(soft_B), drawn.token_logp
-            )
+                drawn.ids, drawn.gprime, drawn.kind, torch.zeros_like(soft_B), drawn.token_logp,
+                drawn.kept_mass,
+            )  # fmt: skip
             steps.append(step)
             if soft:
                 if thinking_end is not None:
@@ -181,7 +184,7 @@ class HFEngine:
                 inputs_BH = with_noise(inputs_BH, noise_BH, deviation_B1)
             inputs_BTH = inputs_BH[:, None]
         return [
-            self._sample(steps[: lengths[row]], row, finish[row] or "length", uid)
+            self._sample(steps[: lengths[row]], row, finish[row] or "length", uid, params.kept_mass)
             for row, uid in enumerate(uids)
         ]
 
@@ -196,7 +199,9 @@ class HFEngine:
             ends |= {own} if isinstance(own, int) else set(own)
         return ends
 
-    def _sample(self, steps: list[_Step], row: int, finish: FinishReason, uid: int) -> Sample:
+    def _sample(
+        self, steps: list[_Step], row: int, finish: FinishReason, uid: int, with_mass: bool
+    ) -> Sample:
         ids_TK = torch.stack([step.ids[row] for step in steps]).cpu()
         tokens = ids_TK[:, 0].tolist()
         return Sample(
@@ -212,6 +217,9 @@ class HFEngine:
             ),
             finish_reason=finish,
             uid=uid,
+            kept_mass=torch.stack([step.kept_mass[row] for step in steps]).cpu()
+            if with_mass
+            else None,
         )
 
 
@@ -257,13 +265,14 @@ class _Phase:
 
 @dataclass(frozen=True)
 class _Step:
-    """One position of all samples: ids, gprime [B, K]; kind, forced, logp [B]."""
+    """One position of all samples: ids, gprime [B, K]; kind, forced, logp, kept_mass [B]."""
 
     ids: Tensor
     gprime: Tensor
     kind: Tensor
     forced: Tensor
     logp: Tensor
+    kept_mass: Tensor
 
     def force(self, rows_B: Tensor, token: int) -> None:
         """Puts ``token`` there, whatever was drawn."""
@@ -274,6 +283,7 @@ class _Step:
         self.kind[rows_B] = 0
         self.forced[rows_B] = True
         self.logp[rows_B] = 0.0
+        self.kept_mass[rows_B] = 1.0
 
 
 def _parameters(params: SamplingParams, soft: SoftParams | None, soft_B: Tensor) -> dict[str, Any]:

@@ -192,7 +192,7 @@ class LLM:
             uids = [default_uids(prompt, params.n) for prompt in ids]
         groups = make_groups(ids, params, soft, seed, uids, stream, self.config, self.tokenizer)
         slots = max((sequence.slots for group in groups for sequence in group), default=1)
-        self.runner.record.reserve(params.max_tokens, slots)
+        self.runner.record.reserve(params.max_tokens, slots, params.kept_mass)
         call = Call(ids, groups, self._samples)
         for sequence in call.sequences:
             self.scheduler.add(sequence)

@@ -19,7 +19,9 @@ class Sample:
 
     token_ids: generated ids, an ending EOS included. logprobs: float32 [T], log p of the token at
     every position, under the distribution it was drawn from. soft: SoftTokens [T, K]. uid: its name
-    for the noise. finish_reason is None while it is still being generated.
+    for the noise. finish_reason is None while it is still being generated. kept_mass: where it was
+    asked for, float32 [T], the probability over the vocabulary of the set that the token was drawn
+    from: logprobs + log kept_mass is log p over the vocabulary. NaN at soft positions.
     """
 
     text: str
@@ -28,6 +30,7 @@ class Sample:
     soft: SoftTokens
     finish_reason: FinishReason | None
     uid: int
+    kept_mass: Tensor | None = None
 
 
 @dataclass(frozen=True)

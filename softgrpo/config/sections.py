@@ -21,7 +21,7 @@ class RunConfig:
     output_dir: where the folders of runs are
     seed: of the noise and the order of the data
     max_steps: training steps
-    resume: `none`, `auto` (the newest checkpoint, if there is one) or the path of a checkpoint, from
+    resume: `none`, `auto` (the newest checkpoint, if there is one) or the path of a checkpoint from
         which a new run begins
     """
 

@@ -176,9 +176,9 @@ class Passes:
         theirs = rollout_logq(positions, settings)
         statistics.add(DIFFERENCE, *mismatch(current.candidates, theirs, classes))
         # Drawn from the vocabulary, without candidates: the token alone is compared.
-        difference = (current.density - positions.logprobs).abs()
+        difference = (current.density - positions.full_logprobs).abs()
         statistics.add(DIFFERENCE, difference, classes.full & ~classes.listed)
-        behaviour = log_densities(theirs, positions.logprobs, positions, settings)
+        behaviour = log_densities(theirs, positions.full_logprobs, positions, settings)
         known = ~classes.forced
         if not settings.method.records_density:
             known &= ~classes.soft

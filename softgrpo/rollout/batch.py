@@ -26,7 +26,8 @@ class RolloutBatch:
     group: int32 [S], ascending. response_lens: int32 [S], sums to T. soft: SoftTokens [T, K].
     logprobs: float32 [T], the rollout's log p of ``soft.token``. uid: int64 [S], the noise key.
     finish: uint8 [S], index into FINISH_REASONS. seed, stream: the other noise keys.
-    weight_version: version of the weights that wrote the batch.
+    weight_version: version of the weights that wrote the batch. kept_mass: float32 [T], as in
+    `Sample`, None where it was not asked for.
     """
 
     prompt_ids: Tensor
@@ -40,6 +41,7 @@ class RolloutBatch:
     seed: int
     stream: int
     weight_version: int
+    kept_mass: Tensor | None = None
 
     @classmethod
     def from_outputs(
@@ -50,6 +52,7 @@ class RolloutBatch:
         records = [sample.soft for sample in samples]
         prompts = [torch.tensor(output.prompt_token_ids, dtype=torch.int32) for output in outputs]
         group = [g for g, output in enumerate(outputs) for _ in output.samples]
+        masses = [sample.kept_mass for sample in samples if sample.kept_mass is not None]
         return cls(
             prompt_ids=torch.cat(prompts),
             prompt_lens=torch.tensor([len(p) for p in prompts], dtype=torch.int32),
@@ -70,6 +73,7 @@ class RolloutBatch:
             seed=seed,
             stream=stream,
             weight_version=weight_version,
+            kept_mass=torch.cat(masses) if len(masses) == len(samples) else None,
         )
 
     @property
@@ -119,6 +123,7 @@ class RolloutBatch:
             num_samples=len(self.group),
             seed=self.seed,
             stream=self.stream,
+            kept_mass=self.kept_mass,
         )
 
     def select_groups(self, keep: Sequence[int]) -> tuple[RolloutBatch, Tensor]:
@@ -142,6 +147,7 @@ class RolloutBatch:
                 seed=self.seed,
                 stream=self.stream,
                 weight_version=self.weight_version,
+                kept_mass=None if self.kept_mass is None else self.kept_mass[rows],
             ),
             rows,
         )

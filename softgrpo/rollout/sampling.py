@@ -63,13 +63,23 @@ def density_settings(config: Config, soft: SoftConfig | None = None) -> DensityS
     )
 
 
-def sampling_params(rollout: RolloutConfig) -> SamplingParams:
+def needs_kept_mass(config: Config) -> bool:
+    """Whether tokens that are drawn from less than the vocabulary are scored over all of it: what
+    the rollout's log p is there follows from the mass that it kept."""
+    settings, rollout = density_settings(config), config.rollout
+    cut = rollout.top_k > 0 or rollout.top_p < 1
+    ends = settings.soft_enabled and settings.method.ending == "vocabulary"
+    return (settings.discrete_full and cut) or ends
+
+
+def sampling_params(rollout: RolloutConfig, kept_mass: bool = False) -> SamplingParams:
     """Settings of discrete positions and the length limit."""
     return SamplingParams(
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         max_tokens=rollout.max_new_tokens,
+        kept_mass=kept_mass,
     )
 
 
@@ -90,13 +100,24 @@ def collect(
     *,
     seed: int,
     stream: int,
+    kept_mass: bool = False,
 ) -> list[Output]:
-    """Samples every prompt once for each of its uids."""
-    return engine.generate_groups(
+    """Samples every prompt once for each of its uids.
+
+    Raises ValueError for an engine that does not know the kept mass where it is asked for.
+    """
+    outputs = engine.generate_groups(
         prompts,
-        sampling_params(rollout),
+        sampling_params(rollout, kept_mass),
         soft_params(rollout, objective) or False,
         seed=seed,
         uids=uids,
         stream=stream,
     )
+    if kept_mass and any(s.kept_mass is None for output in outputs for s in output.samples):
+        raise ValueError(
+            f"rollout.engine: {rollout.engine!r} records no kept_mass, without which the rollout's "
+            "log p over the vocabulary is not known: set algorithm.discrete_logprob=candidates and "
+            "an objective that scores candidates, or another engine"
+        )
+    return outputs

@@ -23,7 +23,13 @@ def hits_stop_string(sequence: Sequence, tokenizer: Any) -> bool:
     return any(string in text for string in stop)
 
 
-def as_sample(sequence: Sequence, soft: SoftTokens, logprobs: Tensor, tokenizer: Any) -> Sample:
+def as_sample(
+    sequence: Sequence,
+    soft: SoftTokens,
+    logprobs: Tensor,
+    kept_mass: Tensor | None,
+    tokenizer: Any,
+) -> Sample:
     """The sample so far, with its record."""
     return Sample(
         text=_text(sequence, tokenizer),
@@ -32,6 +38,7 @@ def as_sample(sequence: Sequence, soft: SoftTokens, logprobs: Tensor, tokenizer:
         soft=soft,
         finish_reason=sequence.finish_reason,
         uid=sequence.uid,
+        kept_mass=kept_mass,
     )
 
 
