@@ -105,6 +105,15 @@ def policy_loss(
     )
 
 
+def kl_estimator(chosen: str, heavy_tailed: bool) -> str:
+    """`auto` is k3, as GRPO has it, but k2 where the density is heavy-tailed
+    (`Method.heavy_tailed`): the variance of exp(-d) is then infinite at positions where the policy
+    has doubled a candidate's probability, while every moment of d is finite."""
+    if chosen != "auto":
+        return chosen
+    return "k2" if heavy_tailed else "k3"
+
+
 def kl_penalty(new_T: Tensor, reference_T: Tensor, estimator: str) -> Tensor:
     """Estimate [T] of KL(policy || reference) at positions sampled from the policy.
 

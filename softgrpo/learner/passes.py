@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from softgrpo.algorithm.correction import importance_weights
 from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
-from softgrpo.algorithm.loss import loss_mask, policy_loss, token_weights
+from softgrpo.algorithm.loss import kl_estimator, loss_mask, policy_loss, token_weights
 from softgrpo.config.sections import Sections
 from softgrpo.distributed import World
 from softgrpo.learner.microbatches import microbatches
@@ -41,6 +42,9 @@ class Passes:
         self.policy, self.reference = policy, reference
         self.batch, self.config, self.world = batch, config, world
         self.statistics = Statistics()
+        heavy_tailed = policy.settings.soft_enabled and policy.settings.method.heavy_tailed
+        estimator = kl_estimator(config.algorithm.kl_estimator, heavy_tailed)
+        self.algorithm = replace(config.algorithm, kl_estimator=estimator)
         self.sample_T = batch.sample_of_token
         self.mask_T = loss_mask(
             batch.classes(policy.settings).forced, batch.is_cut, config.algorithm.mask_truncated
@@ -145,7 +149,7 @@ class Passes:
             of_terms(to_device(weights_T, self.device)) * new.counts.flatten(),
             of_terms(new.positions.sample),
             new.positions.num_samples,
-            self.config.algorithm,
+            self.algorithm,
             correction_T=of_terms(correction_T),
             reference_T=reference,
         )

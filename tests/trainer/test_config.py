@@ -287,7 +287,11 @@ def test_noise_and_objective_must_fit(tmp_path):
             "algorithm.correction.mode: the record of objective 'latent_grpo' does not give",
         ),
         (["algorithm.correction.max=1"], "algorithm.correction.max: 1 is not allowed: must be > 1"),
-        (["algorithm.kl_estimator=k4"], "must be one of k1, k2, k3"),
+        (["algorithm.kl_estimator=k4"], "must be one of auto, k1, k2, k3"),
+        (
+            ["algorithm.kl_estimator=k3", "algorithm.kl_coef=0.001"],
+            "algorithm.kl_estimator: k3 has an infinite variance under objective 'exact'",
+        ),
         (["health.window=5"], "a trend needs >= 10 steps"),
         (["health.window=0", "health.stop=true"], "a trend needs >= 10 steps"),
         (["checkpoint.every=0", "health.stop=true"], "no checkpoint to go back to"),
