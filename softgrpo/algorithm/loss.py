@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -105,7 +106,9 @@ def policy_loss(
     )
 
 
-def kl_estimator(chosen: str, heavy_tailed: bool) -> str:
+def kl_estimator(
+    chosen: Literal["auto", "k1", "k2", "k3"], heavy_tailed: bool
+) -> Literal["k1", "k2", "k3"]:
     """`auto` is k3, as GRPO has it, but k2 where the density is heavy-tailed
     (`Method.heavy_tailed`): the variance of exp(-d) is then infinite at positions where the policy
     has doubled a candidate's probability, while every moment of d is finite."""

@@ -40,7 +40,8 @@ class RolloutEngine(Protocol):
         uids: Sequence[Sequence[int]],
         stream: int = 0,
     ) -> list[Output]:
-        """Samples prompt i once for each uid of ``uids[i]``; soft False is discrete."""
+        """Samples prompt i once for each uid of ``uids[i]``; soft False is discrete. Samples have
+        their kept_mass where params ask for it."""
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softgrpo.algorithm.loss import kl_estimator
-from softgrpo_kernels import soft_density
+from softgrpo_kernels import soft_density, soft_token
 from softgrpo_kernels.methods import METHODS
 
 DRAWS = 400_000
@@ -63,3 +63,34 @@ def test_k2_is_the_estimator_where_k3_has_no_variance():
     assert heavy == {(noise, "exact") for noise in ("gumbel", "dirichlet", "gaussian", "embedding")}
     chosen = [kl_estimator(name, tail) for name in ("auto", "k3") for tail in (True, False)]
     assert chosen == ["k2", "k3", "k3", "k3"]
+
+
+def test_a_clip_range_of_the_objective_clips_few_positions():
+    """The ranges that docs/training.md names, at random changes of 0.1 of the logits."""
+    torch.manual_seed(0)
+    rows = 4000
+    logits = 2.5 * torch.randn(rows, 200)
+    moved = logits + 0.1 * torch.randn(rows, 200)
+    floor = {"weight_floor": 0.1}
+    clipped = {}
+    for objective, draw, settings, clip in (
+        ("exact", {}, {}, 0.5),
+        ("concrete", {}, {}, 0.4),
+        ("censored", floor, {"tau": 0.1, **floor}, 0.2),
+        ("official", {"eps": 1e-6, "noise_clamp": (-1.5, 3.0)}, {}, 0.2),
+    ):
+        drawn = soft_token(
+            logits, top_k=5, top_p=0.95, k_max=5, position=torch.arange(rows), **draw
+        )
+        ids = drawn.ids.long().clamp(min=0)
+        new, old = (
+            soft_density(
+                x.gather(1, ids).masked_fill(drawn.ids < 0, -torch.inf).log_softmax(-1),
+                drawn.gprime, objective=objective, **settings,
+            )
+            for x in (moved, logits)
+        )  # fmt: skip
+        away = ((new - old).exp() - 1).abs()
+        assert (away > clip).double().mean() < 0.045, objective
+        clipped[objective] = (away > 0.2).double().mean().item()
+    assert min(clipped["exact"], clipped["concrete"]) > 0.15
