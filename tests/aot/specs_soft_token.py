@@ -41,9 +41,8 @@ def select(dtype, k, *, tiles=2048):
 
 def draw(k, *, head=False, every=False, chunks=64):
     absent = dict.fromkeys(("bias", *(() if head else ("hidden", "weight"))))
-    absent |= (
-        {} if every else dict.fromkeys(("terminal_ids", "out_lse", "out_entropy", "out_kept_mass"))
-    )
+    absent |= {} if every else dict.fromkeys(("terminal_ids", "out_lse", "out_entropy"))
+    absent |= {} if every or head else {"out_kept_mass": None}
     signature = {
         "keys": "*i64", "chunk_sums": "*fp32", "floats": "*fp32", "ints": "*i64",
         "terminal_ids": "*i32", "hidden": "*bf16", "weight": "*bf16", "softcap": "fp32",
@@ -63,7 +62,7 @@ def draw(k, *, head=False, every=False, chunks=64):
         {
             "K": k, "CHUNKS": chunks, "TERMINALS": 2 if every else 0, "HEAD": head, "BIAS": False,
             "SOFTCAP": False, "JOINT": every, "LSE": every, "ENTROPY": every,
-            "KEPT_MASS": every, **absent,
+            "KEPT_MASS": every or head, **absent,
         },
         divisible=("weight_stride", "hidden_stride", "width"),
         num_warps=4,
