@@ -1,6 +1,6 @@
 """Which clip range and which KL estimator each objective bears off policy, on a small task.
 
-    python benchmarks/learning/off_policy.py exact --json exact.json   # off_policy.json has all four
+    python benchmarks/learning/off_policy.py exact --json exact.json  # off_policy.json: all four
 
 A policy of 4 soft positions with 5 candidates each, a table of logits. The reward is 0 or 1, with
 the mean weight of the right candidate as its probability; 64 samples a step in
