@@ -30,7 +30,12 @@ from softgrpo.log.metrics import rollout_metrics
 from softgrpo.rewards import RewardFunc, RewardRunner
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.engines import load_engine, make_engine, sleeps
-from softgrpo.rollout.sampling import ROLLOUT_STREAM, density_settings, rollout_uids
+from softgrpo.rollout.sampling import (
+    ROLLOUT_STREAM,
+    density_settings,
+    needs_kept_mass,
+    rollout_uids,
+)
 from softgrpo.rollout.scored import ScoredRollout
 from softgrpo.run.held_out import evaluation_rollout
 from softgrpo.run.interrupt import stop_on_signals
@@ -205,6 +210,7 @@ class Trainer:
             config.algorithm.objective,
             seed=config.run.seed,
             stream=ROLLOUT_STREAM,
+            kept_mass=needs_kept_mass(config),
         )
 
     def _most_samples(self) -> int:

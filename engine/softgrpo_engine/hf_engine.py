@@ -216,9 +216,13 @@ class _Group:
                 len(self._uids), -1
             ),
             k_max=self._slots,
+            need_kept_mass=True,
         )
+        assert drawn.kept_mass is not None
         forced_B = torch.zeros_like(self._soft_B)
-        step = _Step(drawn.ids, drawn.gprime, drawn.kind, forced_B, drawn.token_logp)
+        step = _Step(
+            drawn.ids, drawn.gprime, drawn.kind, forced_B, drawn.token_logp, drawn.kept_mass
+        )
         if self._thinking_end is not None:
             over = torch.tensor([phase.over for phase in self._phases], device=logits_BV.device)
             step.force(over, self._thinking_end)
@@ -272,6 +276,9 @@ class _Group:
             ),
             finish_reason=self._finish[row] or "length",
             uid=self._uids[row],
+            kept_mass=torch.stack([step.kept_mass[row] for step in steps]).cpu()
+            if self._params.kept_mass
+            else None,
         )
 
 
@@ -317,13 +324,14 @@ class _Phase:
 
 @dataclass(frozen=True)
 class _Step:
-    """One position of all samples: ids, gprime [B, K]; kind, forced, logp [B]."""
+    """One position of all samples: ids, gprime [B, K]; kind, forced, logp, kept_mass [B]."""
 
     ids: Tensor
     gprime: Tensor
     kind: Tensor
     forced: Tensor
     logp: Tensor
+    kept_mass: Tensor
 
     def force(self, rows_B: Tensor, token: int) -> None:
         """Puts ``token`` there, whatever was drawn."""
@@ -334,6 +342,7 @@ class _Step:
         self.kind[rows_B] = 0
         self.forced[rows_B] = True
         self.logp[rows_B] = 0.0
+        self.kept_mass[rows_B] = 1.0
 
 
 def _parameters(params: SamplingParams, soft: SoftParams | None, soft_B: Tensor) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class LLM:
             uids = uids_of_call(ids, params.n)
         groups = make_groups(ids, params, soft, seed, uids, stream, self.config, self.tokenizer)
         slots = max((sequence.slots for group in groups for sequence in group), default=1)
-        self.runner.record.reserve(params.max_tokens, slots)
+        self.runner.record.reserve(params.max_tokens, slots, params.kept_mass)
         call = call or Call(self._samples)
         for sequence in call.add(ids, groups):
             self.scheduler.add(sequence)

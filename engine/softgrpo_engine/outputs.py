@@ -21,6 +21,9 @@ class Sample:
     every position, under the distribution it was drawn from. soft: SoftTokens [T, K]. uid: its name
     for the noise. finish_reason is None while it is still being generated. group: a number that the
     samples of its prompt in its call share with no others: `LLM.abort` finds it by that.
+    kept_mass: where it was asked for, float32 [T], the probability over the vocabulary of the set
+    that the token was drawn from: logprobs + log kept_mass is log p over the vocabulary. NaN at
+    soft positions.
     """
 
     text: str
@@ -30,6 +33,7 @@ class Sample:
     finish_reason: FinishReason | None
     uid: int
     group: int = -1
+    kept_mass: Tensor | None = None
 
 
 @dataclass(frozen=True)

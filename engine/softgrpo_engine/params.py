@@ -25,6 +25,7 @@ class SamplingParams:
     min_p: relative to the most likely token. max_tokens, min_tokens: generated tokens. seed: None
     draws a fresh one for the call. stop: strings that end a sample and are cut from its text.
     stop_token_ids: ids that end it, beside the model's own. ignore_eos: only the length ends it.
+    kept_mass: `Sample.kept_mass` is wanted.
     """
 
     n: int = 1
@@ -38,6 +39,7 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    kept_mass: bool = False
 
     def __post_init__(self) -> None:
         _require(self.n >= 1, "n", self.n, ">= 1")

@@ -66,6 +66,7 @@ void bind_soft_token(const pybind11::kwargs& kwargs) {
   args.embed_out = in.pointer<void>("out_embed");
   args.lse = in.pointer<float>("out_lse");
   args.entropy = in.pointer<float>("out_entropy");
+  args.kept_mass = in.pointer<float>("out_kept_mass");
   const pybind11::gil_scoped_release release;
   soft_token(args);
 }

@@ -48,6 +48,8 @@ class RowSampler {
  private:
   bool soft() const { return row_.mode == kSoft; }
 
+  float top() const { return best_tile_.value / row_.temperature; }
+
   Sums sums(float temperature) const {
     return SOFTGRPO_BEST(exponential_sums<T>)(z_, args_.vocabulary, temperature,
                                               best_tile_.value / temperature);
@@ -67,6 +69,7 @@ class RowSampler {
     if (args_.embed_out) write_embedding();
     if (args_.lse) args_.lse[b_] = std::numeric_limits<float>::quiet_NaN();
     if (args_.entropy) args_.entropy[b_] = std::numeric_limits<float>::quiet_NaN();
+    if (args_.kept_mass) args_.kept_mass[b_] = std::numeric_limits<float>::quiet_NaN();
   }
 
   // Appends the tokens of one tile with logits of at least `low` (and above -inf) to the list.
@@ -120,22 +123,34 @@ class RowSampler {
   // Steps 1 to 5 on the row's candidates.
   void sample_listed() {
     select_candidates(row_.top_k);
-    if (args_.hidden) refine_candidates();
     auto& list = scratch_.list;
+    if (args_.hidden) {
+      const double before = logit_mass();
+      refine_candidates();
+      refined_mass_ = logit_mass() - before;
+    }
     for (Candidate& c : list) c.value /= row_.temperature;
     std::sort(list.begin(), list.end(), comes_before);
     const auto count = static_cast<int64_t>(list.size());
-    const double lse = cut(mass_of_list());
+    cut(mass_of_list());
     const double eps = soft() ? row_.eps : 0.0f;
     slots_ = eps > 0.0 ? count : kept_;
     Slot slots[kMaxCandidates];
     for (int64_t j = 0; j < slots_; ++j) {
-      double logp = list[j].value - lse;
+      double logp = list[j].value - kept_lse_;
       if (eps > 0.0) logp = std::log((j < kept_ ? std::exp(logp) : 0.0) + eps);
       slots[j] = {{0.0f, list[j].id}, static_cast<float>(logp)};
     }
     perturb(slots, slots_, row_);
     for (int64_t j = 0; j < slots_; ++j) write_slot(j, slots[j]);
+  }
+
+  // Mass of the listed tokens, whose values are logits, in units of the row's best token.
+  double logit_mass() const {
+    double mass = 0.0;
+    for (const Candidate& c : scratch_.list)
+      mass += std::exp(static_cast<double>(c.value / row_.temperature) - top());
+    return mass;
   }
 
   // What top-p is a share of, in units of the first candidate's probability.
@@ -151,8 +166,8 @@ class RowSampler {
   }
 
   // Top-p and min-p on the sorted list, `total` being the mass of the set in units of the first
-  // candidate's probability. Sets kept_, returns log-sum-exp of what is kept.
-  double cut(double total) {
+  // candidate's probability. Sets kept_ and kept_lse_.
+  void cut(double total) {
     const auto& list = scratch_.list;
     const auto count = static_cast<int64_t>(list.size());
     double mass = 0.0;
@@ -162,49 +177,49 @@ class RowSampler {
       if (kept_ > 0 && !inside) break;
       mass += r;
     }
-    return list[0].value + std::log(mass);
+    kept_lse_ = list[0].value + std::log(mass);
   }
 
   // Gumbel-max over the whole vocabulary, or over a set of it that need not fit into the slots.
   void sample_unlisted() {
-    const float top = best_tile_.value / row_.temperature;
     const bool whole_vocabulary = row_.top_k <= 0 || row_.top_k >= args_.vocabulary;
-    double lse;
     Candidate winner;
     if (whole_vocabulary && row_.top_p >= 1.0f && row_.min_p <= 0.0f) {
-      lse = top + std::log(sums(row_.temperature).mass);
+      kept_lse_ = top() + std::log(sums(row_.temperature).mass);
       winner = SOFTGRPO_BEST(gumbel_argmax<T>)(z_, args_.vocabulary, row_.temperature, row_.key());
     } else {
-      lse = whole_vocabulary ? cut_vocabulary() : cut_top_k();
+      if (whole_vocabulary)
+        cut_vocabulary();
+      else
+        cut_top_k();
       winner = argmax_of_kept();
     }
     float noise;
     SOFTGRPO_BEST(gumbel_of_ids)(&noise, &winner.id, 1, row_.key());
     float z;
     SOFTGRPO_BEST(convert_logits<T>)(&z, z_ + winner.id, 1);
-    const auto logp = static_cast<float>(z / row_.temperature - lse);
+    const auto logp = static_cast<float>(z / row_.temperature - kept_lse_);
     slots_ = 1;
     write_slot(0, {{logp + noise, winner.id}, logp});
   }
 
-  // The list gets the kept tokens of the first top_k; returns their log-sum-exp.
-  double cut_top_k() {
+  // The list gets the kept tokens of the first top_k.
+  void cut_top_k() {
     select_candidates(row_.top_k);
     auto& list = scratch_.list;
     for (Candidate& c : list) c.value /= row_.temperature;
     std::sort(list.begin(), list.end(), comes_before);
-    return cut(mass_of_list());
+    cut(mass_of_list());
   }
 
-  // The list gets the kept tokens of the whole vocabulary, unsorted; returns their log-sum-exp.
+  // The list gets the kept tokens of the whole vocabulary, unsorted.
   // Only the bucket in which the mass reaches top_p has to be sorted.
-  double cut_vocabulary() {
-    const float top = best_tile_.value / row_.temperature;
+  void cut_vocabulary() {
     auto& masses = scratch_.masses;
     scratch_.bucket_of.resize(args_.vocabulary);
     masses.assign(kBuckets, 0.0);
     SOFTGRPO_BEST(fill_buckets<T>)(scratch_.bucket_of.data(), masses.data(), z_, args_.vocabulary,
-                                   row_.temperature, top);
+                                   row_.temperature, top());
     double total = 0.0;
     for (const double mass : masses) total += mass;
     double before = 0.0;
@@ -214,7 +229,7 @@ class RowSampler {
       before += masses[border++];
     split_at(border);
     auto& list = scratch_.list;
-    const Candidate first = {top, 0};
+    const Candidate first = {top(), 0};
     double mass = before;
     if (row_.min_p > 0.0f) {
       mass = 0.0;
@@ -230,7 +245,7 @@ class RowSampler {
       mass += r;
     }
     kept_ = static_cast<int64_t>(list.size());
-    return top + std::log(mass);
+    kept_lse_ = top() + std::log(mass);
   }
 
   // The list gets the tokens of the buckets before this one, as far as min_p keeps them; border
@@ -240,7 +255,7 @@ class RowSampler {
     auto& border = scratch_.border;
     list.clear();
     border.clear();
-    const Candidate first = {best_tile_.value / row_.temperature, 0};
+    const Candidate first = {top(), 0};
     for (const Candidate& tile : scratch_.tiles) {
       if (tile.value == -HUGE_VALF) continue;
       const int64_t begin = tile.id * kTile;
@@ -302,6 +317,14 @@ class RowSampler {
     write_weights(args_.weights + at, args_.gprime + at);
     if (args_.embed_out) write_embedding();
     if (args_.lse || args_.entropy) write_statistics();
+    if (args_.kept_mass && !args_.kind[b_]) args_.kept_mass[b_] = kept_mass();
+  }
+
+  // Share of the vocabulary's mass, in which refined candidates count as they are.
+  float kept_mass() const {
+    if (row_.mode == kGreedy) return 1.0f;
+    const double kept = std::exp(kept_lse_ - top());
+    return static_cast<float>(kept / std::max(sums(row_.temperature).mass + refined_mass_, kept));
   }
 
   // soft_weights of the Python package: g' / tau in fp32, the rest in fp64, one rounding.
@@ -313,10 +336,10 @@ class RowSampler {
     double powers[kMaxCandidates];
     double total = 0.0;
     // Not always slot 0: a token that was drawn need not be the heaviest.
-    const double top = *std::max_element(gprime, gprime + slots_) / row_.tau;
+    const double best = *std::max_element(gprime, gprime + slots_) / row_.tau;
     for (int64_t j = 0; j < slots_; ++j) {
       const bool counts = static_cast<double>(gprime[0]) - gprime[j] <= row_.reach;
-      total += powers[j] = counts ? std::exp(gprime[j] / row_.tau - top) : 0.0;
+      total += powers[j] = counts ? std::exp(gprime[j] / row_.tau - best) : 0.0;
     }
     for (int64_t j = 0; j < slots_; ++j) weights[j] = static_cast<float>(powers[j] / total);
   }
@@ -344,6 +367,8 @@ class RowSampler {
   const T* z_;
   Candidate best_tile_ = {};
   int64_t kept_ = 0, slots_ = 0;
+  double kept_lse_ = 0.0;  // log-sum-exp of the kept
+  double refined_mass_ = 0.0;  // what the candidates' logits from the head add to the row's mass
 };
 
 template <class T>

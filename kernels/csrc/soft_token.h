@@ -52,9 +52,10 @@ struct SoftTokenArgs {
   float* token_logp;
   uint8_t* kind;
   bool* valid;
-  void* embed_out;    // null: not wanted, as are the next two
+  void* embed_out;    // null: not wanted, as are the next three
   float* lse;
   float* entropy;
+  float* kept_mass;
 };
 void soft_token(const SoftTokenArgs& args);
 

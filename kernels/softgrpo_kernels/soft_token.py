@@ -49,6 +49,7 @@ def soft_token(
     order: str = "top_k_first",
     need_lse: bool = False,
     need_entropy: bool = False,
+    need_kept_mass: bool = False,
     out: SoftToken | None = None,
     backend: str = "auto",
 ) -> SoftToken:
@@ -109,6 +110,7 @@ def soft_token(
             z = softcap tanh(logit_scale (W x + bias) / softcap).
         order: "top_k_first": top_p is a share of the top_k's mass. "joint": of the vocabulary's.
         need_lse, need_entropy: also return those of the whole vocabulary.
+        need_kept_mass: also return the probability of the set that a discrete token was drawn from.
         out: room for the result, contiguous; it is returned. None: it is allocated.
         backend: "auto" (CPU tensors: C++ where it is built; CUDA: Triton), "reference", "cpu" or
             "triton".
@@ -140,7 +142,7 @@ def soft_token(
         mode=mode,
         noise=noise,
     )
-    return _sample(inputs, rows, need_lse, need_entropy, out, backend)
+    return _sample(inputs, rows, (need_lse, need_entropy, need_kept_mass), out, backend)
 
 
 @torch.no_grad()
@@ -158,6 +160,7 @@ def soft_token_of_rows(
     order: str = "top_k_first",
     need_lse: bool = False,
     need_entropy: bool = False,
+    need_kept_mass: bool = False,
     out: SoftToken | None = None,
     backend: str = "auto",
 ) -> SoftToken:
@@ -174,21 +177,20 @@ def soft_token_of_rows(
         logits, embed, terminal_ids, hidden, lm_head, bias, softcap, logit_scale, order
     )
     rows.check_shape(inputs.source.shape[0], inputs.source.device)
-    return _sample(inputs, rows, need_lse, need_entropy, out, backend)
+    return _sample(inputs, rows, (need_lse, need_entropy, need_kept_mass), out, backend)
 
 
 def _sample(
     inputs: SoftTokenInputs,
     rows: RowParameters,
-    need_lse: bool,
-    need_entropy: bool,
+    needed: tuple[bool, bool, bool],
     out: SoftToken | None,
     backend: str,
 ) -> SoftToken:
     """The op on checked arguments."""
     source = inputs.source
     device = source.device
-    layout = SoftToken.layout(source, rows.k_max, inputs.embed, need_lse, need_entropy)
+    layout = SoftToken.layout(source, rows.k_max, inputs.embed, *needed)
     if out is None:
         out = SoftToken(**{name: _room(spec, device) for name, spec in layout.items()})  # type: ignore[arg-type]
     else:
@@ -252,7 +254,7 @@ LIBRARY.define(
     "Tensor? hidden, Tensor? lm_head, Tensor? bias, float? softcap, float logit_scale, bool joint, "
     "Tensor(a!) ids, Tensor(b!) gprime, Tensor(c!) weights, Tensor(d!) logp, Tensor(e!) n, "
     "Tensor(f!) token, Tensor(g!) token_logp, Tensor(h!) kind, Tensor(i!)? embedded, "
-    "Tensor(j!)? lse, Tensor(k!)? entropy, Tensor(l!) valid) -> ()"
+    "Tensor(j!)? lse, Tensor(k!)? entropy, Tensor(l!)? kept_mass, Tensor(m!) valid) -> ()"
 )
 LIBRARY.impl("soft_token", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("softgrpo_kernels::soft_token", lambda *arguments: None)

@@ -156,6 +156,11 @@ class SoftToken:
         lse: [B], logsumexp of logits / temperature over the vocabulary (temperature 1 in greedy
             rows; NaN in skipped and invalid ones), or None where it was not asked for.
         entropy: [B], of the softmax of the same, in nats, or None.
+        kept_mass: [B], what softmax(logits / temperature) over the vocabulary gives the set that
+            the token was drawn from, so that token_logp + log kept_mass is the token's log p over
+            the vocabulary; with hidden and lm_head the candidates have their logits from there.
+            1 in greedy rows; NaN where kind is 1, for it is not computed there, and in skipped and
+            invalid rows. Or None.
         valid: bool [B], False where the logits hold NaN or +inf or nothing finite, and, on a
             device, where a parameter of the row is out of its range: to look at it on the host
             would wait. (On the CPU such a row is a ValueError.) Such a row holds what a skipped one
@@ -173,11 +178,17 @@ class SoftToken:
     embed: Tensor | None
     lse: Tensor | None
     entropy: Tensor | None
+    kept_mass: Tensor | None
     valid: Tensor
 
     @staticmethod
     def layout(
-        source: Tensor, k_max: int, embed: Tensor | None, need_lse: bool, need_entropy: bool
+        source: Tensor,
+        k_max: int,
+        embed: Tensor | None,
+        need_lse: bool,
+        need_entropy: bool,
+        need_kept_mass: bool = False,
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
         """(dtype, shape) of every field for these logits [B, V] or hidden states [B, H]; None
         where it is not wanted."""
@@ -195,6 +206,7 @@ class SoftToken:
             "embed": None if embed is None else (embed.dtype, (rows, embed.shape[1])),
             "lse": (wide, (rows,)) if need_lse else None,
             "entropy": (wide, (rows,)) if need_entropy else None,
+            "kept_mass": (wide, (rows,)) if need_kept_mass else None,
             "valid": (torch.bool, (rows,)),
         }
 
@@ -230,7 +242,7 @@ class SoftToken:
         self.valid.fill_(True)
         if self.embed is not None:
             self.embed.zero_()
-        for statistic in (self.lse, self.entropy):
+        for statistic in (self.lse, self.entropy, self.kept_mass):
             if statistic is not None:
                 statistic.fill_(torch.nan)
 

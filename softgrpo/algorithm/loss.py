@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,17 @@ def policy_loss(
         clipped_high=(ratio > high) & (advantages_T > 0),
         kl=kl,
     )
+
+
+def kl_estimator(
+    chosen: Literal["auto", "k1", "k2", "k3"], heavy_tailed: bool
+) -> Literal["k1", "k2", "k3"]:
+    """`auto` is k3, as GRPO has it, but k2 where the density is heavy-tailed
+    (`Method.heavy_tailed`): the variance of exp(-d) is then infinite at positions where the policy
+    has doubled a candidate's probability, while every moment of d is finite."""
+    if chosen != "auto":
+        return chosen
+    return "k2" if heavy_tailed else "k3"
 
 
 def kl_penalty(new_T: Tensor, reference_T: Tensor, estimator: str) -> Tensor:

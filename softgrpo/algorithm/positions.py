@@ -118,7 +118,9 @@ class Positions:
     ids, gprime: [T, K], kind, token: [T], the record (`softgrpo_engine.SoftTokens`). logprobs:
     float32 [T], the rollout's log p of the token. uid, position: int64 [T], counters of the noise.
     sample: int64 [T], the sample of each, of num_samples. seed, stream: the other keys of the
-    noise. mixtures: of the soft positions, where their noise is scored; set by the policy.
+    noise. kept_mass: float32 [T], the probability over the vocabulary of the set that the token was
+    drawn from; None: 1. mixtures: of the soft positions, where their noise is scored; set by the
+    policy.
     """
 
     ids: Tensor
@@ -133,4 +135,10 @@ class Positions:
     num_samples: int
     seed: int
     stream: int
+    kept_mass: Tensor | None = None
     mixtures: NoisyMixtures | None = None
+
+    @property
+    def full_logprobs(self) -> Tensor:
+        """The rollout's log p of the token over the vocabulary [T]; NaN at soft positions."""
+        return self.logprobs if self.kept_mass is None else self.logprobs + self.kept_mass.log()

@@ -123,7 +123,14 @@ def _check_method(config: Sections) -> None:
             f"algorithm.ratio_level: objective {objective!r} has a ratio of every drawn slot, not "
             "one a sample; set ratio_level=token"
         )
-    corrected = config.algorithm.correction.mode != "none"
+    algorithm = config.algorithm
+    if method.heavy_tailed and algorithm.kl_coef and algorithm.kl_estimator == "k3":
+        raise ConfigError(
+            f"algorithm.kl_estimator: k3 has an infinite variance under objective {objective!r} of "
+            f"{soft.noise!r} noise once the policy doubles a candidate's probability: set "
+            "kl_estimator=k2 (or auto)"
+        )
+    corrected = algorithm.correction.mode != "none"
     if not method.records_density and (corrected or config.rollout.ahead):
         what = f"{soft.noise!r} noise" if not method.keeps_logp else f"objective {objective!r}"
         key, remedy = ("algorithm.correction.mode", "mode=none")

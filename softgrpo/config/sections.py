@@ -21,7 +21,8 @@ class RunConfig:
     output_dir: where the folders of runs are
     seed: of the noise and the order of the data
     max_steps: training steps
-    resume: `none`, `auto` (the newest checkpoint, if there is one) or the path of a checkpoint
+    resume: `none`, `auto` (the newest checkpoint, if there is one) or the path of a checkpoint from
+        which a new run begins
     """
 
     name: str = "run"
@@ -167,7 +168,7 @@ class AlgorithmConfig:
     dual_clip: bound of the ratio where the advantage is negative; null: none
     kl_coef: weight of the KL to the frozen first model; 0: none, and no copy of it in memory
     kl_estimator: `k1`, `k2` pull with the gradient of KL(policy || first model), `k3` with that of
-        KL(first model || policy)
+        KL(first model || policy); `auto`: k2 where k3 has an infinite variance (`exact`), else k3
     dynamic_sampling_rounds: further rounds of prompts that replace groups of equal rewards (DAPO)
     overlong_buffer: the reward falls by up to 1 over the last so many tokens of the limit (DAPO)
     mask_truncated: responses that the length limit cut are not learnt from
@@ -182,7 +183,7 @@ class AlgorithmConfig:
     clip_high: NonNegative = 0.2
     dual_clip: Annotated[float, Range(1, open_low=True)] | None = 3.0
     kl_coef: NonNegative = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
     dynamic_sampling_rounds: Count = 0
     overlong_buffer: Count = 0
     mask_truncated: bool = False

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from softgrpo.algorithm.correction import importance_weights
 from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
-from softgrpo.algorithm.loss import bounded_exp, loss_mask, policy_loss, token_weights
+from softgrpo.algorithm.loss import (
+    bounded_exp,
+    kl_estimator,
+    loss_mask,
+    policy_loss,
+    token_weights,
+)
 from softgrpo.config.sections import Sections
 from softgrpo.distributed import World
 from softgrpo.learner.lora import WithoutAdapters
@@ -42,6 +49,9 @@ class Passes:
         self.policy, self.reference = policy, reference
         self.batch, self.config, self.world = batch, config, world
         self.statistics = Statistics()
+        heavy_tailed = policy.settings.soft_enabled and policy.settings.method.heavy_tailed
+        estimator = kl_estimator(config.algorithm.kl_estimator, heavy_tailed)
+        self.algorithm = replace(config.algorithm, kl_estimator=estimator)
         self.sample_T = batch.sample_of_token
         self.mask_T = loss_mask(
             batch.classes(policy.settings).forced, batch.is_cut, config.algorithm.mask_truncated
@@ -147,7 +157,7 @@ class Passes:
             of_terms(weights_T) * new.counts.flatten(),
             of_terms(new.positions.sample),
             new.positions.num_samples,
-            self.config.algorithm,
+            self.algorithm,
             correction_T=of_terms(correction_T),
             reference_T=reference,
         )
@@ -179,9 +189,9 @@ class Passes:
         theirs = rollout_logq(positions, settings)
         statistics.add(DIFFERENCE, *mismatch(current.candidates, theirs, classes))
         # Drawn from the vocabulary, without candidates: the token alone is compared.
-        difference = (current.density - positions.logprobs).abs()
+        difference = (current.density - positions.full_logprobs).abs()
         statistics.add(DIFFERENCE, difference, classes.full & ~classes.listed)
-        behaviour = log_densities(theirs, positions.logprobs, positions, settings)
+        behaviour = log_densities(theirs, positions.full_logprobs, positions, settings)
         known = ~classes.forced
         if not settings.method.records_density:
             known &= ~classes.soft

@@ -26,7 +26,8 @@ class RolloutBatch:
     group: int32 [S], ascending. response_lens: int32 [S], sums to T. soft: SoftTokens [T, K].
     logprobs: float32 [T], the rollout's log p of ``soft.token``. uid: int64 [S], the noise key.
     finish: uint8 [S], index into FINISH_REASONS. seed, stream: the other noise keys.
-    weight_version: int64 [S], version of the weights that drew the sample.
+    weight_version: int64 [S], version of the weights that drew the sample. kept_mass:
+    float32 [T], as in `Sample`, None where it was not asked for.
     """
 
     prompt_ids: Tensor
@@ -40,6 +41,7 @@ class RolloutBatch:
     weight_version: Tensor
     seed: int
     stream: int
+    kept_mass: Tensor | None = None
 
     @classmethod
     def from_outputs(
@@ -57,6 +59,7 @@ class RolloutBatch:
         group = [g for g, output in enumerate(outputs) for _ in output.samples]
         if isinstance(weight_version, int):
             weight_version = [weight_version] * len(outputs)
+        masses = [sample.kept_mass for sample in samples if sample.kept_mass is not None]
         return cls(
             prompt_ids=torch.cat(prompts),
             prompt_lens=torch.tensor([len(p) for p in prompts], dtype=torch.int32),
@@ -77,6 +80,7 @@ class RolloutBatch:
             weight_version=torch.tensor([weight_version[g] for g in group], dtype=torch.int64),
             seed=seed,
             stream=stream,
+            kept_mass=torch.cat(masses) if len(masses) == len(samples) else None,
         )
 
     @property
@@ -126,6 +130,7 @@ class RolloutBatch:
             num_samples=len(self.group),
             seed=self.seed,
             stream=self.stream,
+            kept_mass=self.kept_mass,
         )
 
     def select_samples(self, keep: Sequence[int]) -> tuple[RolloutBatch, Tensor]:
@@ -150,6 +155,7 @@ class RolloutBatch:
                 weight_version=self.weight_version[samples],
                 seed=self.seed,
                 stream=self.stream,
+                kept_mass=None if self.kept_mass is None else self.kept_mass[rows],
             ),
             rows,
         )

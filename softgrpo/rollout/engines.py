@@ -46,7 +46,7 @@ class RolloutEngine(Protocol):
 
         groups is a queue that other engines share: the next one is taken when there is room for it.
         between_steps is called now and then; what it raises ends the samples, and reaches the
-        caller.
+        caller. Samples have their kept_mass where params ask for it.
         """
         ...
 

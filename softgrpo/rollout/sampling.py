@@ -64,13 +64,23 @@ def density_settings(config: Config, soft: SoftConfig | None = None) -> DensityS
     )
 
 
-def sampling_params(rollout: RolloutConfig) -> SamplingParams:
+def needs_kept_mass(config: Config) -> bool:
+    """Whether tokens that are drawn from less than the vocabulary are scored over all of it: what
+    the rollout's log p is there follows from the mass that it kept."""
+    settings, rollout = density_settings(config), config.rollout
+    cut = rollout.top_k > 0 or rollout.top_p < 1
+    ends = settings.soft_enabled and settings.method.ending == "vocabulary"
+    return (settings.discrete_full and cut) or ends
+
+
+def sampling_params(rollout: RolloutConfig, kept_mass: bool = False) -> SamplingParams:
     """Settings of discrete positions and the length limit."""
     return SamplingParams(
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         max_tokens=rollout.max_new_tokens,
+        kept_mass=kept_mass,
     )
 
 
@@ -93,13 +103,15 @@ def iter_samples(
     stream: int,
     queue: Iterator[int],
     at_once: int,
+    kept_mass: bool = False,
     between_steps: Callable[[], None] = lambda: None,
 ) -> Generator[tuple[int, Output], None, None]:
     """Samples prompts once for each of their uids; yields (prompt index, Output) as they end.
 
     queue: indices of prompts, which other processes take as well, each when its engine has room.
     at_once: so many are in progress at most. Engines with room for everything then share it
-    equally, whoever comes first.
+    equally, whoever comes first. Raises ValueError for an engine that does not know the kept mass
+    where it is asked for.
     """
     taken: list[int] = []
     ended = 0
@@ -117,13 +129,20 @@ def iter_samples(
         begun = len(taken)
         for place, output in engine.iter_groups(
             groups(),
-            sampling_params(rollout),
+            sampling_params(rollout, kept_mass),
             soft_params(rollout, objective) or False,
             seed=seed,
             stream=stream,
             between_steps=between_steps,
         ):
             ended += 1
+            if kept_mass and any(sample.kept_mass is None for sample in output.samples):
+                raise ValueError(
+                    f"rollout.engine: {rollout.engine!r} records no kept_mass, without which the "
+                    "rollout's log p over the vocabulary is not known: set algorithm."
+                    "discrete_logprob=candidates and an objective that scores candidates, or "
+                    "another engine"
+                )
             yield taken[begun + place], output
         if begun == len(taken):
             return
@@ -138,9 +157,11 @@ def collect(
     *,
     seed: int,
     stream: int,
+    kept_mass: bool = False,
 ) -> list[Output]:
-    """Samples every prompt once for each of its uids."""
+    """Samples every prompt once for each of its uids; errors as `iter_samples`."""
     count = len(prompts)
     keys: Any = {"seed": seed, "stream": stream, "queue": iter(range(count)), "at_once": count}
+    keys["kept_mass"] = kept_mass
     outputs = dict(iter_samples(engine, prompts, uids, rollout, objective, **keys))
     return [outputs[index] for index in range(count)]

@@ -158,8 +158,8 @@ _FREE_TO_CHANGE = (
 def find_checkpoint(folder: RunFolder, config: ConfigFile) -> Path | None:
     """The checkpoint that ``run.resume`` names, None for a new run.
 
-    Raises ConfigError when a new run would overwrite one, when there is no such checkpoint, or when
-    the run that wrote it was configured differently.
+    Raises ConfigError when another run than that of the folder would begin in it, when there is no
+    such checkpoint, or when the run that wrote it was configured differently.
     """
     resume = config.run.resume
     if resume == "none":
@@ -170,12 +170,25 @@ def find_checkpoint(folder: RunFolder, config: ConfigFile) -> Path | None:
             )
         return None
     if resume == "auto":
+        latest = folder.latest_checkpoint()
         if folder.config.exists():
-            _check_same_run(type(config).load(folder.config), config, folder.config)
-        return folder.latest_checkpoint()
+            then = type(config).load(folder.config)
+            _check_same_run(then, config, folder.config)
+            if latest is None and then.run.resume not in ("none", "auto"):
+                raise ConfigError(
+                    f"{folder.path} began from {then.run.resume} and ended before its first "
+                    "checkpoint: begin again from there under another run.name"
+                )
+        return latest
     path = Path(resume)
     if not (path / STATE_FILE).exists():
         raise ConfigError(f"run.resume: {resume!r} is no checkpoint (it has no {STATE_FILE})")
+    if folder.holds_a_run():
+        # Its later checkpoints and its rows are not of the branch, and `auto` could not tell.
+        raise ConfigError(
+            f"{folder.path} already holds a run: begin one from {resume} under another run.name, "
+            "or continue that one with run.resume=auto"
+        )
     return path
 
 

@@ -47,6 +47,7 @@ class Round:
         *,
         seed: int,
         stream: int,
+        kept_mass: bool = False,
     ) -> None:
         self.rewards, self.world = rewards, world
         self.prompts, self.rollout = prompts, rollout
@@ -66,6 +67,7 @@ class Round:
             objective,
             seed=seed,
             stream=stream,
+            kept_mass=kept_mass,
             queue=world.queue(len(prompts)),
             at_once=-(-len(prompts) // world.size),
             between_steps=self._check,

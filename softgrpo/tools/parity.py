@@ -20,7 +20,13 @@ from softgrpo.config import Config
 from softgrpo.learner.policy import Policy
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.engines import make_engine
-from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
+from softgrpo.rollout.sampling import (
+    ROLLOUT_STREAM,
+    collect,
+    density_settings,
+    needs_kept_mass,
+    rollout_uids,
+)
 from softgrpo_engine.model.weights import load_decoder
 from softgrpo_kernels import soft_weights
 from softgrpo_kernels.reference import soft_embedding as reference
@@ -77,19 +83,15 @@ def compare(
     hf_logq, hf_token = _transformers_logq(model, batch, positions, settings)
     scores = {
         "engine": _Scores(
-            engine_logq, log_densities(engine_logq, positions.logprobs, positions, settings)
+            engine_logq, log_densities(engine_logq, positions.full_logprobs, positions, settings)
         ),
         "trainer": _Scores(trainer.candidates, trainer.density),
         "HF": _Scores(hf_logq, log_densities(hf_logq, hf_token, positions, settings)),
     }
-    # Over the whole vocabulary the trainer leaves top-p out, on purpose.
-    nucleus = settings.discrete_full and config.rollout.top_p < 1
     rows = []
     for one, other in itertools.combinations(scores, 2):
         who, bound = f"{one}/{other}", BOUNDS[config.model.dtype]
-        for row in _differences(who, scores[other], scores[one], positions, settings, bound):
-            free = nucleus and one == "engine" and (row.where, row.what) == ("discrete", "density")
-            rows.append(dataclasses.replace(row, bound=None) if free else row)
+        rows += _differences(who, scores[other], scores[one], positions, settings, bound)
     return rows
 
 
@@ -109,6 +111,7 @@ def _draw(
         config.algorithm.objective,
         seed=config.run.seed,
         stream=ROLLOUT_STREAM,
+        kept_mass=needs_kept_mass(config),
     )
     batch = RolloutBatch.from_outputs(
         outputs, seed=config.run.seed, stream=ROLLOUT_STREAM, weight_version=0

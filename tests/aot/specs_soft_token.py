@@ -42,12 +42,14 @@ def select(dtype, k, *, tiles=2048):
 def draw(k, *, head=False, every=False, chunks=64):
     absent = dict.fromkeys(("bias", *(() if head else ("hidden", "weight"))))
     absent |= {} if every else dict.fromkeys(("terminal_ids", "out_lse", "out_entropy"))
+    absent |= {} if every or head else {"out_kept_mass": None}
     signature = {
         "keys": "*i64", "chunk_sums": "*fp32", "floats": "*fp32", "ints": "*i64",
         "terminal_ids": "*i32", "hidden": "*bf16", "weight": "*bf16", "softcap": "fp32",
         "logit_scale": "fp32", "out_ids": "*i32", "out_gprime": "*fp32", "out_weights": "*fp32",
         "out_logp": "*fp32", "out_n": "*i32", "out_token": "*i32", "out_token_logp": "*fp32",
-        "out_kind": "*u8", "out_lse": "*fp32", "out_entropy": "*fp32", "out_valid": "*u8",
+        "out_kind": "*u8", "out_lse": "*fp32", "out_entropy": "*fp32",
+        "out_kept_mass": "*fp32", "out_valid": "*u8",
         **dict.fromkeys(
             ("chunks", "batch", "terminal_width", "hidden_stride", "weight_stride", "width",
              "k_max"), "i32",
@@ -59,7 +61,8 @@ def draw(k, *, head=False, every=False, chunks=64):
         {name: kind for name, kind in signature.items() if name not in absent},
         {
             "K": k, "CHUNKS": chunks, "TERMINALS": 2 if every else 0, "HEAD": head, "BIAS": False,
-            "SOFTCAP": False, "JOINT": every, "LSE": every, "ENTROPY": every, **absent,
+            "SOFTCAP": False, "JOINT": every, "LSE": every, "ENTROPY": every,
+            "KEPT_MASS": every or head, **absent,
         },
         divisible=("weight_stride", "hidden_stride", "width"),
         num_warps=4,

@@ -19,8 +19,8 @@ SPECS = [
     ),
     Spec(
         "cut", f"{GPU}:cut_kernel",
-        {**ROW, **SOURCE, **CHUNKS, "cut": "*i32", "lse": "*fp64"},
-        {"PADDED": 64, "JOINT": False}, divisible=DIVISIBLE, num_warps=16,
+        {**ROW, **SOURCE, **CHUNKS, "cut": "*i32", "lse": "*fp64", "out_kept_mass": "*fp32"},
+        {"PADDED": 64, "JOINT": False, "KEPT_MASS": True}, divisible=DIVISIBLE, num_warps=16,
     ),
     Spec(
         "draw from the vocabulary", f"{GPU}:draw_kernel",

@@ -30,6 +30,8 @@ def test_the_three_agree_in_float32(case, tiny_config, capsys):
     assert main([str(tiny_config), "--max-tokens", "8", *CASES[case]]) == 0
     shown = capsys.readouterr().out
     assert "within bounds" in shown
+    discrete = [row for row in table(shown) if row[0] == "discrete" and len(row) > 1]
+    assert all(row[-1] == "ok" for row in discrete)
     phases = {row[0] for row in table(shown)} & {"soft", "discrete"}
     soft = set() if case in ("candidates", "vocabulary", "nucleus") else {"soft"}
     assert phases == soft | (set() if case in ("exact", "dirichlet", "embedding") else {"discrete"})

@@ -1,6 +1,7 @@
 """softgrpo-train from the outside: what it leaves, that it learns, resumes and refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -239,3 +240,19 @@ def test_a_second_run_does_not_overwrite_the_first(tiny_config, tmp_path, capsys
     other_lr = refused(capsys, tiny_config, "run.resume=auto", "optim.lr=1e-4")
     assert "optim.lr was 0.003" in other_lr
     assert (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_branch_needs_a_name_of_its_own(tiny_config, tmp_path, capsys):
+    """Else `auto` would go on from the checkpoints that the branch has left behind."""
+    train(tiny_config, "run.max_steps=2", "checkpoint.every=1")
+    run = tmp_path / "runs" / "tiny"
+    before = (run / "metrics.jsonl").read_bytes()
+    branch = f"run.resume={run / 'checkpoints' / 'step_000001'}", "optim.lr=1e-4"
+    assert "another run.name" in refused(capsys, tiny_config, *branch)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    train(tiny_config, *branch, "run.name=branch", "run.max_steps=2")
+    assert [row["step"] for row in rows_of(run.parent / "branch")] == [2]
+    # Killed before its first checkpoint, it has nothing to continue from but that of another run.
+    shutil.rmtree(run.parent / "branch" / "checkpoints")
+    again = refused(capsys, tiny_config, "run.name=branch", "run.resume=auto", "optim.lr=1e-4")
+    assert "began from" in again

@@ -71,7 +71,8 @@ def pair(path, tokenizer, device):
 @pytest.mark.parametrize("case", CASES)
 def test_the_oracle_draws_what_the_native_engine_draws(case, pair):
     soft, changes = CASES[case]
-    params = SamplingParams(max_tokens=12, **{"temperature": 0.9, "top_k": 6, **changes})
+    changes = {"temperature": 0.9, "top_k": 6, **changes}
+    params = SamplingParams(max_tokens=12, kept_mass=True, **changes)
     ours, theirs = (
         engine.generate_groups(PROMPTS, params, soft, seed=2**63 + 5, uids=UIDS, stream=1)
         for engine in pair
@@ -85,6 +86,8 @@ def test_the_oracle_draws_what_the_native_engine_draws(case, pair):
             assert getattr(x.soft, name).tolist() == getattr(y.soft, name).tolist()
         torch.testing.assert_close(x.soft.gprime, y.soft.gprime, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(x.logprobs, y.logprobs, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(x.kept_mass, y.kept_mass, atol=1e-5, rtol=1e-4, equal_nan=True)
+        assert x.kept_mass.isnan().tolist() == x.soft.kind.bool().tolist()
     kinds = torch.cat([s.soft.kind for s in a])
     assert bool(kinds.any()) == bool(soft)
     if "budget" in case or case == "answer":

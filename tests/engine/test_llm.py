@@ -1,6 +1,7 @@
 """LLM: greedy against transformers, phases, limits, groups, weight updates."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def test_soft_record_is_what_the_model_says(make_llm, hf_model, prompts):
 def test_logprobs_of_discrete_positions_are_those_of_the_draw(make_llm, hf_model, prompts):
     """Temperature, the kept candidates and their renormalisation, as transformers' logits say."""
     params = SamplingParams(max_tokens=20, seed=3, ignore_eos=True, temperature=0.6, top_k=4)
-    sample = only(make_llm().generate(prompts[2], params, soft=False, progress=False))
+    llm = make_llm()
+    sample = only(llm.generate(prompts[2], params, soft=False, progress=False))
     logits = hf_model(torch.tensor([prompts[2] + sample.token_ids])).logits[0]
     kept = (logits[len(prompts[2]) - 1 : -1].detach() / 0.6).topk(4)
     tokens = torch.tensor(sample.token_ids)
@@ -78,6 +80,14 @@ def test_logprobs_of_discrete_positions_are_those_of_the_draw(make_llm, hf_model
     torch.testing.assert_close(sample.logprobs, expected, atol=2e-5, rtol=0)
     assert float(expected.min()) < -1  # not always the best one
     assert torch.equal(sample.soft.ids.sort().values.int(), kept.indices.sort().values.int())
+    # Over the vocabulary, for those who ask.
+    assert sample.kept_mass is None
+    params = replace(params, kept_mass=True)
+    asked = only(llm.generate(prompts[2], params, soft=False, progress=False))
+    torch.testing.assert_close(asked.logprobs, sample.logprobs, atol=2e-5, rtol=0)
+    full = (logits[len(prompts[2]) - 1 : -1].detach() / 0.6).log_softmax(-1)
+    expected = full.gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(asked.logprobs + asked.kept_mass.log(), expected, atol=2e-5, rtol=0)
 
 
 def test_a_group_computes_its_prompt_once(make_llm, prompts):

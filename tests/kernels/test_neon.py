@@ -165,7 +165,7 @@ def test_soft_token(run, dtype, vocabulary, order):
     terminal = torch.randint(vocabulary, (len(logits), vocabulary // 4), dtype=torch.int32)
     want = soft_token(
         logits, embed, **settings, terminal_ids=terminal, order=order,
-        need_lse=True, need_entropy=True, backend="reference",
+        need_lse=True, need_entropy=True, need_kept_mass=True, backend="reference",
     )  # fmt: skip
     assert len(want.kind[want.valid & (settings["mode"] == 2)].unique()) == 2
 
@@ -179,7 +179,7 @@ def test_soft_token(run, dtype, vocabulary, order):
 
     for name in ("ids", "n", "token", "kind", "valid"):
         assert torch.equal(getattr(have, name), getattr(want, name)), name
-    for name in ("gprime", "weights", "logp", "token_logp", "lse", "entropy"):
+    for name in ("gprime", "weights", "logp", "token_logp", "lse", "entropy", "kept_mass"):
         torch.testing.assert_close(
             getattr(have, name), getattr(want, name), rtol=1e-6, atol=1e-6, equal_nan=True
         )

@@ -10,6 +10,8 @@ from logit_styles import logits_of
 from softgrpo_kernels import SoftToken, gumbel_noise, soft_embedding, soft_token, soft_weights
 from softgrpo_kernels.extension import cpu_extension
 
+STATISTICS = {"need_lse": True, "need_entropy": True, "need_kept_mass": True}
+FLOATS = ("gprime", "weights", "logp", "token_logp", "embed", "lse", "entropy", "kept_mass")
 BACKENDS = ["reference"] if cpu_extension() is None else ["reference", "cpu"]
 needs_extension = pytest.mark.skipif(cpu_extension() is None, reason="no C++ extension")
 GREEDY, DISCRETE, SOFT, SKIP = range(4)
@@ -89,8 +91,7 @@ def test_cpp_equals_the_reference(style, isa):
         "position": torch.arange(7),
         "uid": torch.arange(7) + 2**32 - 7,
         "terminal_ids": torch.arange(350).view(7, 50) % 257,
-        "need_lse": True,
-        "need_entropy": True,
+        **STATISTICS,
     }
     try:
         for vocabulary in (16, 257, 3001):
@@ -100,7 +101,7 @@ def test_cpp_equals_the_reference(style, isa):
                 out = soft_token(z, embed, **parameters, backend="cpu")
                 for name in ("ids", "n", "token", "kind", "valid"):
                     assert torch.equal(getattr(out, name), getattr(expected, name)), name
-                for name in ("gprime", "weights", "logp", "token_logp", "embed", "lse", "entropy"):
+                for name in FLOATS:
                     torch.testing.assert_close(
                         getattr(out, name),
                         getattr(expected, name),
@@ -240,9 +241,7 @@ def test_bad_rows_are_marked_and_harm_nobody(backend):
     z[0, 299], z[1, 0], z[2] = torch.nan, torch.inf, -torch.inf
     mode = torch.tensor([SOFT, DISCRETE, SOFT, SKIP, GREEDY, SOFT])
     z[3] = torch.nan  # not read
-    out = soft_token(
-        z, torch.ones(300, 4), top_k=5, mode=mode, need_lse=True, need_entropy=True, backend=backend
-    )
+    out = soft_token(z, torch.ones(300, 4), top_k=5, mode=mode, backend=backend, **STATISTICS)
     assert out.valid.tolist() == [False] * 3 + [True] * 3
     assert out.token[:4].tolist() == [-1] * 4
     assert out.n.tolist()[:4] == [0] * 4
@@ -272,7 +271,7 @@ def test_a_row_does_not_depend_on_its_batch(backend):
     batch = mixed_batch(17)
     batch["top_k"][5] = -1  # a discrete row over the whole vocabulary
     embed = torch.randn(2003, 40).bfloat16()
-    options = {"need_lse": True, "need_entropy": True, "backend": backend}
+    options = {**STATISTICS, "backend": backend}
     together = soft_token(embed=embed, **batch, **options)
     shuffled = torch.randperm(17)
     moved = soft_token(embed=embed, **{k: v[shuffled] for k, v in batch.items()}, **options)
@@ -296,7 +295,7 @@ def test_results_do_not_depend_on_the_threads():
         outs = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outs.append(soft_token(embed=embed, **batch, need_lse=True, need_entropy=True))
+            outs.append(soft_token(embed=embed, **batch, **STATISTICS))
     finally:
         torch.set_num_threads(before)
     for name in FIELDS:

@@ -15,6 +15,7 @@ from softgrpo_kernels import (
 from softgrpo_kernels.row_parameters import RowParameters
 
 OPS = torch.ops.softgrpo_kernels
+STATISTICS = {"need_lse": True, "need_entropy": True, "need_kept_mass": True}
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def _seed():
 
 def room(rows, k_max, embed, *, fill=0.0):
     logits = torch.empty(rows, 1)
-    layout = SoftToken.layout(logits, k_max, embed, True, True)
+    layout = SoftToken.layout(logits, k_max, embed, True, True, True)
     return SoftToken(**{n: torch.full(s[1], fill).to(s[0]) for n, s in layout.items()})
 
 
@@ -89,8 +90,8 @@ def test_bad_values_are_named_in_compiled_code_too():
 def test_out_is_filled_and_returned(backend):
     logits, embed = torch.randn(5, 90), torch.randn(90, 7)
     settings = {
-        "top_k": 6, "k_max": 8, "mode": torch.tensor([0, 1, 2, 3, 2]), "need_lse": True,
-        "need_entropy": True, "backend": backend,
+        "top_k": 6, "k_max": 8, "mode": torch.tensor([0, 1, 2, 3, 2]), **STATISTICS,
+        "backend": backend,
     }  # fmt: skip
     logits[4, 0] = torch.nan
     expected = soft_token(logits, embed, **settings)
@@ -115,7 +116,7 @@ def test_room_that_does_not_fit_is_named(name, value, message):
     logits, embed = torch.randn(5, 90), torch.randn(90, 7)
     out = replace(room(5, 8, embed), **{name: value})
     with pytest.raises(ValueError, match=message):
-        soft_token(logits, embed, top_k=6, k_max=8, need_lse=True, need_entropy=True, out=out)
+        soft_token(logits, embed, top_k=6, k_max=8, out=out, **STATISTICS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

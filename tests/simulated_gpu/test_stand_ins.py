@@ -79,7 +79,7 @@ STEP = (
 
 
 def poisoned(source, embed, k_max, statistics):
-    layout = SoftToken.layout(source, k_max, embed, statistics, statistics)
+    layout = SoftToken.layout(source, k_max, embed, *[statistics] * 3)
     return SoftToken(**{n: s and torch.full(s[1], -7.0).to(s[0]) for n, s in layout.items()})
 
 
@@ -88,7 +88,7 @@ def step(logits, *, k_max=4, statistics=True, width=9, **settings):
     out = poisoned(logits, embed, k_max, statistics)
     return soft_token(
         logits, embed, k_max=k_max, backend="triton", out=out, need_lse=statistics,
-        need_entropy=statistics, **settings,
+        need_entropy=statistics, need_kept_mass=statistics, **settings,
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def step_from_hidden(hidden, head, *, k_max=4, statistics=True, **settings):
     embed = torch.randn(len(head), 9)
     return soft_token(
         None, embed, hidden=hidden, lm_head=head, k_max=k_max, backend="triton",
-        need_lse=statistics, need_entropy=statistics, **settings,
+        need_lse=statistics, need_entropy=statistics, need_kept_mass=statistics, **settings,
     )  # fmt: skip
 
 

@@ -105,7 +105,9 @@ def numpy_surrogate(ratio, a, low, high, dual):
 
 
 def test_policy_loss_equals_numpy_in_every_region():
-    algorithm = AlgorithmConfig(clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.05)
+    algorithm = AlgorithmConfig(
+        clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.05, kl_estimator="k3"
+    )
     result, _ = run(algorithm, reference_T=REFERENCE)
     expected = 0.0
     for new, old, a, w, ref in zip(NEW, OLD, ADVANTAGE, WEIGHT, REFERENCE, strict=True):
@@ -159,7 +161,7 @@ def test_a_masked_token_is_in_no_ratio():
 
 
 def test_correction_weighs_the_surrogate_and_not_the_kl():
-    algorithm = AlgorithmConfig(kl_coef=0.1)
+    algorithm = AlgorithmConfig(kl_coef=0.1, kl_estimator="k3")
     correction = np.random.default_rng(2).uniform(size=400)
     result, _ = run(algorithm, reference_T=REFERENCE, correction_T=correction)
     expected = 0.0

@@ -107,7 +107,7 @@ def test_on_policy_the_gradient_is_that_of_the_summed_density(batch):
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_off_policy_every_slot_is_clipped_by_itself(batch, kl_coef):
-    config = config_of(kl_coef=kl_coef, clip_high=0.3)
+    config = config_of(kl_coef=kl_coef, kl_estimator="k3", clip_high=0.3)
     policy, plain = (Policy(make_decoder(), SETTINGS, torch.float32) for _ in range(2))
     reference = Policy(make_decoder(), SETTINGS, torch.float32) if kl_coef else None
     passes = Passes(policy, reference, batch, config, World())

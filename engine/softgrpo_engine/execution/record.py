@@ -28,7 +28,8 @@ from softgrpo_kernels.soft_weights import weight_reach, weights_within
 
 class Drawn(NamedTuple):
     """What was drawn at the positions of the rows: [rows, capacity], ids and gprime [rows,
-    capacity, candidates], as in SoftTokens; logprob: float32, log p of the token."""
+    capacity, candidates], as in SoftTokens; logprob: float32, log p of the token; kept_mass:
+    float32, as in Sample, or [rows, 0] where nobody has asked for it."""
 
     ids: Tensor
     gprime: Tensor
@@ -36,9 +37,12 @@ class Drawn(NamedTuple):
     forced: Tensor
     token: Tensor
     logprob: Tensor
+    kept_mass: Tensor
 
     @staticmethod
-    def empty(rows: int, capacity: int, candidates: int, device: torch.device) -> Drawn:
+    def empty(
+        rows: int, capacity: int, candidates: int, device: torch.device, kept_mass: bool = False
+    ) -> Drawn:
         """Room in which nothing is drawn yet."""
         shape = (rows, capacity)
         return Drawn(
@@ -48,6 +52,7 @@ class Drawn(NamedTuple):
             forced=torch.zeros(shape, dtype=torch.bool, device=device),
             token=torch.zeros(shape, dtype=torch.int32, device=device),
             logprob=torch.zeros(shape, device=device),
+            kept_mass=torch.full((rows, capacity * kept_mass), torch.nan, device=device),
         )
 
 
@@ -55,7 +60,8 @@ class Record:
     """Rows of samples: parameters, and the SoftTokens of every generated position.
 
     A sample keeps its row while it is preempted; its inputs are rebuilt from here alone. Tables
-    grow with the longest answer and the most candidates that were asked for.
+    grow with the longest answer and the most candidates that were asked for, and hold kept masses
+    once somebody has asked for them.
 
     draws: RowParameters of 2 rows columns, first of every row as it draws discretely, then softly;
     the position is that of its first new token. soft: uint8 [rows], 1 where the next
@@ -65,6 +71,7 @@ class Record:
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows, self.device = rows, device
         self.capacity = self.candidates = 0
+        self.keeps_mass = False
         self.drawn = Drawn.empty(rows, 0, 0, device)
         self.draws = RowParameters(
             torch.zeros(len(FLOAT_COLUMNS), 2 * rows, device=device),
@@ -78,18 +85,21 @@ class Record:
         self._reader = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._changed: torch.cuda.Event | None = None  # outside of a step
 
-    def reserve(self, capacity: int, candidates: int) -> None:
-        """Makes room for ``capacity`` positions of ``candidates`` slots, keeping what is there."""
-        if capacity <= self.capacity and candidates <= self.candidates:
+    def reserve(self, capacity: int, candidates: int, kept_mass: bool = False) -> None:
+        """Makes room for ``capacity`` positions of ``candidates`` slots, and their kept mass,
+        keeping what is there."""
+        new_mass = kept_mass and not self.keeps_mass
+        if capacity <= self.capacity and candidates <= self.candidates and not new_mass:
             return
-        old, length, slots = self.drawn, self.capacity, self.candidates
-        self.capacity, self.candidates = max(capacity, length), max(candidates, slots)
-        self.drawn = Drawn.empty(self.rows, self.capacity, self.candidates, self.device)
+        old = self.drawn
+        self.capacity = max(capacity, self.capacity)
+        self.candidates = max(candidates, self.candidates)
+        self.keeps_mass |= kept_mass
+        self.drawn = Drawn.empty(
+            self.rows, self.capacity, self.candidates, self.device, self.keeps_mass
+        )
         for target, source in zip(self.drawn, old, strict=True):
-            if source.dim() == 3:
-                target[:, :length, :slots] = source
-            else:
-                target[:, :length] = source
+            target[tuple(slice(size) for size in source.shape)] = source
         self._mark_changed()
 
     @property
@@ -151,6 +161,8 @@ class Record:
         self.drawn.forced[places] = self._false
         self.drawn.token[places] = drawn.token
         self.drawn.logprob[places] = drawn.token_logp
+        if drawn.kept_mass is not None:
+            self.drawn.kept_mass[places] = drawn.kept_mass
         self.soft[rows_B] = drawn.kind
 
     def force(self, row: int, index: int, token: int) -> None:
@@ -164,6 +176,8 @@ class Record:
         drawn.forced[row, index].fill_(True)
         drawn.token[row, index].fill_(token)
         drawn.logprob[row, index].fill_(0.0)
+        if self.keeps_mass:
+            drawn.kept_mass[row, index].fill_(1.0)
         self.set_soft_phase(row, False)
         self._mark_changed()
 
@@ -193,8 +207,11 @@ class Record:
         )
         return seed, position + index_T, uid, stream
 
-    def soft_tokens(self, sequences: Seq[Sequence]) -> list[tuple[SoftTokens, Tensor]]:
-        """The records of samples so far [T, slots] and their log-probabilities [T], copied.
+    def soft_tokens(
+        self, sequences: Seq[Sequence]
+    ) -> list[tuple[SoftTokens, Tensor, Tensor | None]]:
+        """The records of samples so far [T, slots], their log-probabilities [T], and their kept
+        masses [T] where they asked for them, copied.
 
         One wait for all of them: for what the host has read of them already, not for the step under
         way, which only adds positions.
@@ -213,24 +230,30 @@ class Record:
             with torch.cuda.stream(self._reader):
                 words = ToHost(self._words(np.concatenate(places))).wait()
         return [
-            _unpacked(part, self.candidates, sequence.slots)
+            _unpacked(part, self.candidates, sequence)
             for part, sequence in zip(words.split(lengths), sequences, strict=True)
         ]
 
     def _words(self, places: np.ndarray) -> Tensor:
-        """What is recorded at flat places, as one table int32 [T, 2 K + 4]."""
+        """What is recorded at flat places, as one table int32 [T, 2 K + 4, or 5 with the mass]."""
         at = to_device(places, self.device)
-        columns = [part.flatten(0, 1).index_select(0, at) for part in self.drawn]
+        kept = [part for part in self.drawn if part.shape[1]]
+        columns = [part.flatten(0, 1).index_select(0, at) for part in kept]
         columns = [c.view(torch.int32) if c.is_floating_point() else c for c in columns]
         return torch.cat(
             [c.int().view(len(at), c.shape[1] if c.dim() > 1 else 1) for c in columns], dim=1
         )
 
 
-def _unpacked(words: Tensor, candidates: int, slots: int) -> tuple[SoftTokens, Tensor]:
+def _unpacked(
+    words: Tensor, candidates: int, sequence: Sequence
+) -> tuple[SoftTokens, Tensor, Tensor | None]:
     """A sample's rows of `Record._words`; tensors of their own."""
-    ids, gprime, rest = words.split([candidates, candidates, 4], dim=1)
-    kind, forced, token, logprob = (column.clone() for column in rest.unbind(1))
+    slots = sequence.slots
+    ids, gprime = words[:, : 2 * candidates].split(candidates, dim=1)
+    columns = [column.clone() for column in words[:, 2 * candidates :].unbind(1)]
+    kind, forced, token, logprob = columns[:4]
+    kept_mass = columns[4].view(torch.float32) if sequence.params.kept_mass else None
     return (
         SoftTokens(
             ids[:, :slots].clone(),
@@ -240,6 +263,7 @@ def _unpacked(words: Tensor, candidates: int, slots: int) -> tuple[SoftTokens, T
             token,
         ),
         logprob.view(torch.float32),
+        kept_mass,
     )
 
 

@@ -321,6 +321,7 @@ class Runner:
             # again in fp32, as the trainer does.
             hidden=hidden_BH,
             lm_head=self.decoder.lm_head_weight,
+            need_kept_mass=self.record.keeps_mass,
         )
         self.record.write(row_B, index_B, drawn)
         rows = [drawn.token, drawn.kind, drawn.valid, *entropy]

@@ -32,7 +32,13 @@ def _hits_stop_string(sequence: Sequence, tokenizer: Any) -> bool:
     return _stop_index(text, tail, stop, tokenizer) is not None
 
 
-def as_sample(sequence: Sequence, soft: SoftTokens, logprobs: Tensor, tokenizer: Any) -> Sample:
+def as_sample(
+    sequence: Sequence,
+    soft: SoftTokens,
+    logprobs: Tensor,
+    kept_mass: Tensor | None,
+    tokenizer: Any,
+) -> Sample:
     """The sample so far, with its record."""
     return Sample(
         text=_text(sequence, tokenizer),
@@ -42,6 +48,7 @@ def as_sample(sequence: Sequence, soft: SoftTokens, logprobs: Tensor, tokenizer:
         finish_reason=sequence.finish_reason,
         uid=sequence.uid,
         group=sequence.group,
+        kept_mass=kept_mass,
     )
 
 

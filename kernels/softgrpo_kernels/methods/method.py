@@ -104,6 +104,13 @@ class Method:
         """Whether the rollout's own density follows from the record."""
         return self.keeps_logp and self.normalised_over == "candidates"
 
+    @property
+    def heavy_tailed(self) -> bool:
+        """Whether the ratio of two of its densities has a variance that is infinite once a
+        candidate's probability has halved (or, of normal noise, exponential in their distance):
+        the densities of continuous noise itself. What the others score bounds the ratio."""
+        return self.objective == "exact" and not self.draws_token
+
     @classmethod
     def refuses_scale(cls, scale: Any) -> Any:
         """Whether a noise_scale, >= 0 and finite, is not allowed (`scale_rule` says what is); of a

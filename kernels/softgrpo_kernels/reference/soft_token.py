@@ -42,6 +42,8 @@ def soft_token(inputs: SoftTokenInputs, rows: RowParameters, out: SoftToken) -> 
     if terminal_ids is not None:
         ended = ((terminal_ids == out.token[:, None]) & (terminal_ids >= 0)).any(-1)
         out.kind.masked_fill_(ended, 0)
+    if out.kept_mass is not None:
+        out.kept_mass.masked_fill_(out.kind == 1, torch.nan)
     out.weights.copy_(weights_within(out.gprime, out.kind, rows.tau, rows.reach))
     if embed is not None and out.embed is not None:
         out.embed.copy_(soft_embedding(out.ids, out.weights, embed))
@@ -75,12 +77,16 @@ def _sample_listed(
     # A token masked out by -inf is no candidate.
     live = (sampled & rows.listed)[:, None] & (slots < rows.top_k[:, None]) & (z_BK > -torch.inf)
     if head is not None:
-        z_BK = head.logits_of(ids, z_BK.dtype)
+        z_BK = torch.where(live, head.logits_of(ids, z_BK.dtype), z_BK)
+        z_BV = z_BV.scatter(1, ids, z_BK)
     a_BK = (z_BK / rows.temperature[:, None]).masked_fill(~live, -torch.inf)
     ids, a_BK, live = _sorted(a_BK, ids, live)
 
     mass = _mass(z_BV / rows.temperature[:, None]) if joint else None
     kept, logp_64 = _renormalise(a_BK, live, rows.top_p, rows.min_p, mass)
+    if out.kept_mass is not None:
+        kept_mass = _kept_mass(a_BK, kept, z_BV / rows.temperature[:, None])
+        out.kept_mass.copy_(torch.where(live.any(-1), kept_mass, torch.nan))
     # eps: every candidate stays, those that top-p cut with p = 0.
     eps = torch.where((rows.mode == SOFT)[:, None], rows.eps[:, None], 0.0).double()
     with_eps = torch.log(torch.where(kept, logp_64.exp(), 0.0) + eps)
@@ -106,6 +112,8 @@ def _sample_greedy(out: SoftToken, ids: Tensor, z_BV: Tensor, greedy: Tensor) ->
     out.ids[greedy, 0] = token.int()
     out.gprime[greedy, 0] = logp.to(out.gprime.dtype)
     out.logp[greedy, 0] = logp.to(out.logp.dtype)
+    if out.kept_mass is not None:
+        out.kept_mass[greedy] = 1.0
 
 
 def _sample_unlisted(
@@ -119,6 +127,8 @@ def _sample_unlisted(
         live[top_k:] = False
     limits = rows.top_p[row, None], rows.min_p[row, None]
     kept, logp = _renormalise(a_V[None], live[None], *limits, mass)
+    if out.kept_mass is not None:
+        out.kept_mass[row] = _kept_mass(a_V[None], kept, a_V[None])[0]
     ids, logp = order[kept[0]], logp[0][kept[0]]
     keys = (x[row] for x in (rows.seed, rows.position, rows.uid, rows.stream))
     noise = gumbel_noise(ids, *keys).to(a_V.dtype)
@@ -135,6 +145,12 @@ def _mass(a_BV: Tensor) -> Tensor:
     """[B, 1] fp64: total probability in units of the most probable token's."""
     a_BV = a_BV.double()
     return torch.exp(a_BV - a_BV.amax(-1, keepdim=True)).sum(-1, keepdim=True)
+
+
+def _kept_mass(a_BK: Tensor, kept: Tensor, a_BV: Tensor) -> Tensor:
+    """[B] fp64: probability of the kept slots under the softmax of a_BV."""
+    kept_lse = a_BK.double().masked_fill(~kept, -torch.inf).logsumexp(-1)
+    return torch.exp(kept_lse - a_BV.double().logsumexp(-1)).clamp(max=1.0)
 
 
 def _renormalise(

@@ -124,6 +124,7 @@ void run_soft_token(Input& in, Output& out) {
   args.embed_out = out.array<void>(rows * width * bytes);
   args.lse = out.array<float>(rows * 4);
   args.entropy = out.array<float>(rows * 4);
+  args.kept_mass = out.array<float>(rows * 4);
   args.valid = out.array<bool>(rows);
   soft_token(args);
 }

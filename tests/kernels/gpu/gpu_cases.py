@@ -5,19 +5,19 @@ import torch
 from softgrpo_kernels import SoftToken, soft_token
 
 EXACT = ("ids", "n", "token", "kind", "valid")
-FLOATS = ("gprime", "weights", "logp", "token_logp", "lse", "entropy")
+FLOATS = ("gprime", "weights", "logp", "token_logp", "lse", "entropy", "kept_mass")
 
 
 def poisoned(logits, k_max, embed):
     """Room in which everything that is not written shows."""
-    layout = SoftToken.layout(logits, k_max, embed, True, True)
+    layout = SoftToken.layout(logits, k_max, embed, True, True, True)
     room = {n: torch.full(s[1], -99.0, device=logits.device).to(s[0]) for n, s in layout.items()}
     return SoftToken(**room)
 
 
 def compare(device, logits, embed, *, k_max, rtol=2e-6, **settings):
     """Both back ends on the same arguments; returns the Triton one's result."""
-    settings |= {"need_lse": True, "need_entropy": True, "k_max": k_max}
+    settings |= {"need_lse": True, "need_entropy": True, "need_kept_mass": True, "k_max": k_max}
     expected = soft_token(logits, embed, backend="reference", **settings)
     moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in settings.items()}
     logits, embed = logits.to(device), embed.to(device)

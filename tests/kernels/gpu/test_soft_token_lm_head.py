@@ -18,7 +18,7 @@ def integers(*shape, dtype):
 
 
 def compare(device, hidden, head, **settings):
-    settings |= {"need_lse": True, "need_entropy": True, "k_max": 8}
+    settings |= {"need_lse": True, "need_entropy": True, "need_kept_mass": True, "k_max": 8}
     embed = torch.randn(len(head), 9)
     expected = soft_token(None, embed, hidden=hidden, lm_head=head, backend="reference", **settings)
     moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in settings.items()}

@@ -44,6 +44,7 @@ def draw_kernel(
     out_kind: Tensor,
     out_lse: Tensor | None,
     out_entropy: Tensor | None,
+    out_kept_mass: Tensor | None,
     out_valid: Tensor,
     k_max: int,
     K: int,
@@ -55,6 +56,7 @@ def draw_kernel(
     JOINT: bool,
     LSE: bool,
     ENTROPY: bool,
+    KEPT_MASS: bool,
 ) -> None:
     assert grid == (batch,)
     assert chunks <= CHUNKS
@@ -70,6 +72,7 @@ def draw_kernel(
     slot = torch.arange(K)
     key = rows_of(keys, batch, K, K).masked_fill(~(listed[:, None] | greedy), NOTHING)
     token, value, logp = torch.full_like(key, -1), *torch.full((2, batch, K), -torch.inf)
+    kept_mass = torch.where(greedy[:, 0], 1.0, torch.nan)
     if bool(listed.any()):
         live = listed[:, None] & (slot < rows.top_k[:, None]) & (key != NOTHING)
         z = value_of(key)
@@ -85,7 +88,13 @@ def draw_kernel(
                 assert bias is not None
                 biases = first(bias, int(ids.max()) + 1)[ids]
             z = mapped(dots, biases, softcap, logit_scale, SOFTCAP)
-        token, value, logp = _drawn(z, key, live, slot, rows, mass, JOINT)
+        token, value, logp, best, kept = _drawn(z, key, live, slot, rows, mass, JOINT)
+        if KEPT_MASS:
+            a, before = (x / rows.temperature[:, None] - top[:, None] for x in (z, value_of(key)))
+            change = (torch.exp(a) - torch.exp(before)).masked_fill(~live, 0.0).sum(-1)
+            kept = kept * torch.exp(best - top)
+            share = kept / torch.maximum(mass + change if HEAD else mass, kept)
+            kept_mass = torch.where(listed, share, kept_mass)
     if bool(greedy.any()):
         head_of_row = greedy & (slot == 0)
         token = torch.where(head_of_row, token_of(key), token)
@@ -118,6 +127,9 @@ def draw_kernel(
         assert out_entropy is not None
         entropy = torch.where(sampled, log_mass - weighted / mass, torch.nan)
         first(out_entropy, batch).copy_(entropy)
+    if KEPT_MASS:
+        assert out_kept_mass is not None
+        first(out_kept_mass, batch).copy_(kept_mass.masked_fill(soft, torch.nan))
 
 
 def _vocabulary_sums(sums: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,12 +155,13 @@ def _sound(rows: RowParameters) -> Tensor:
 def _drawn(
     z: Tensor, key: Tensor, live: Tensor, slot: Tensor, rows: RowParameters, mass: Tensor,
     joint: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(ids, g', log p) of the listed rows, in the order of g'; -1 and -inf in unused slots."""
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(ids, g', log p) of the listed rows, in the order of g'; -1 and -inf in unused slots. And (a
+    of the first candidate, mass of what is kept in its units)."""
     a = z / rows.temperature[:, None]
     key = key_of(a, token_of(key)).masked_fill_(~live, NOTHING).sort(descending=True).values
     token, a, live = token_of(key), value_of(key), key != NOTHING
-    exact, used = _cut(a, live, slot, rows, mass if joint else None)
+    exact, used, kept_mass = _cut(a, live, slot, rows, mass if joint else None)
     g, ahead = perturb(exact, token, used, rows)
     rank = g if ahead is None else g.masked_fill(ahead, torch.inf)
     key = key_of(rank, token).masked_fill_(~used, NOTHING)
@@ -158,13 +171,16 @@ def _drawn(
         token_of(key).masked_fill_(free, -1),
         g.gather(1, order).masked_fill_(free, -torch.inf),
         exact.gather(1, order).masked_fill_(free, -torch.inf),
+        a[:, 0],
+        kept_mass,
     )
 
 
 def _cut(
     a: Tensor, live: Tensor, slot: Tensor, rows: RowParameters, mass: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(log p, slots in use) of descending rows after top-p, min-p and eps."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p, slots in use, mass of what is kept in units of the first) of descending rows after
+    top-p, min-p and eps."""
     top_p = rows.top_p[:, None]
     dead = ~live
     best = a.masked_fill(dead, -torch.inf).amax(-1, keepdim=True)
@@ -174,13 +190,14 @@ def _cut(
     before = wide.cumsum(-1) - wide
     kept = (before / share < top_p) | (top_p >= 1.0)
     kept = live & ((kept & (ratio >= rows.min_p[:, None])) | (slot == 0))
-    logp = a - best - torch.log((ratio * kept).sum(-1, keepdim=True))
+    kept_mass = (ratio * kept).sum(-1, keepdim=True)
+    logp = a - best - torch.log(kept_mass)
     eps = torch.where(rows.mode == SOFT, rows.eps, 0.0)[:, None]
     used = kept
     if bool((eps > 0.0).any()):
         with_eps = torch.log(torch.exp(logp).masked_fill_(~kept, 0.0) + eps)
         used, logp = torch.where(eps > 0.0, live, kept), torch.where(eps > 0.0, with_eps, logp)
-    return logp.masked_fill_(~used, 0.0), used
+    return logp.masked_fill_(~used, 0.0), used, kept_mass[:, 0]
 
 
 def _weights(value: Tensor, token: Tensor, rows: RowParameters) -> Tensor:

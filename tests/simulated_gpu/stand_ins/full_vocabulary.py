@@ -138,7 +138,9 @@ def cut_kernel(
     PADDED: int,
     cut: Tensor,
     lse: Tensor,
+    out_kept_mass: Tensor | None,
     JOINT: bool,
+    KEPT_MASS: bool,
 ) -> None:
     assert grid == (batch,)
     assert chunks <= PADDED
@@ -160,6 +162,10 @@ def cut_kernel(
         )
     rows_of(cut, batch, 2, 2)[index] = torch.stack((key, last), -1).int()
     first(lse, batch)[index] = top.double() + log_mass
+    if KEPT_MASS:
+        assert out_kept_mass is not None
+        share = torch.where(limited, (log_mass.exp() / total).clamp(max=1.0), 1.0)
+        first(out_kept_mass, batch)[index] = share.float()
 
 
 def draw_kernel(

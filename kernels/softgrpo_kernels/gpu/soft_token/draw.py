@@ -98,7 +98,8 @@ def head_logits(
 
 @triton.jit
 def cut(a, live, slot, soft, mass, row, JOINT: tl.constexpr):
-    """(log p, slots in use) of a descending row after top-p, min-p and eps.
+    """(log p, slots in use, mass of what is kept in units of the first) of a descending row after
+    top-p, min-p and eps.
 
     Masses are added up in fp64; exponentials are fp32, so that a prefix within 1e-6 of top_p may
     fall on either side of it.
@@ -113,21 +114,24 @@ def cut(a, live, slot, soft, mass, row, JOINT: tl.constexpr):
         share = mass.to(tl.float64)
     kept = before / share < tl.where(top_p >= 1.0, float("inf"), top_p)
     kept = live & ((kept & (ratio >= min_p)) | (slot == 0))
-    logp = a - best - tl.log(tl.sum(tl.where(kept, ratio, 0.0), axis=0))
+    kept_mass = tl.sum(tl.where(kept, ratio, 0.0), axis=0)
+    logp = a - best - tl.log(kept_mass)
     used = kept
     if eps > 0.0:
         used = live
         logp = tl.log(tl.where(kept, tl.exp(logp), 0.0) + eps)
-    return tl.where(used, logp, 0.0), used
+    return tl.where(used, logp, 0.0), used, kept_mass
 
 
 @triton.jit
 def draw_listed(z, token, live, slot, soft, mass, row, JOINT: tl.constexpr):
     """(token, g', log p) of every slot in the order of g', behind a token that was drawn itself,
-    from the candidates and their logits: -1 and -inf in slots that are not used."""
+    from the candidates and their logits: -1 and -inf in slots that are not used. And (a of the
+    first candidate, mass of what is kept in its units)."""
     a = tl.div_rn(z, float_of(row, TEMPERATURE))
     a, token, live = sorted_candidates(a, token, live)
-    logp, used = cut(a, live, slot, soft, mass, row, JOINT)
+    best = tl.max(tl.where(live, a, -float("inf")), axis=0)
+    logp, used, kept_mass = cut(a, live, slot, soft, mass, row, JOINT)
     g, first = perturb(logp, token, used, soft, row)
     g_of_first = tl.sum(tl.where(first, g, 0.0), axis=0)
     g, moved_token, used = sorted_candidates(tl.where(first, float("inf"), g), token, used)
@@ -136,7 +140,16 @@ def draw_listed(z, token, live, slot, soft, mass, row, JOINT: tl.constexpr):
     # Every token is there once: the sum has one term.
     moved = tl.where(moved_token[:, None] == token[None, :], logp[None, :], 0.0)
     logp = tl.where(used, tl.sum(moved, axis=1), -float("inf"))
-    return moved_token, tl.where(used, g, -float("inf")), logp
+    return moved_token, tl.where(used, g, -float("inf")), logp, best, kept_mass
+
+
+@triton.jit
+def refined_mass(z, key, live, top, row):
+    """What logits of the candidates from the head add to a row's mass, in units of exp(top)."""
+    temperature = float_of(row, TEMPERATURE)
+    change = tl.exp(tl.div_rn(z, temperature) - top)
+    change -= tl.exp(tl.div_rn(value_of(key), temperature) - top)
+    return tl.sum(tl.where(live, change, 0.0), axis=0)
 
 
 @triton.jit
@@ -164,10 +177,10 @@ def draw_kernel(
     keys, chunk_sums, chunks, floats, ints, batch, terminal_ids, terminal_width, hidden,
     hidden_stride, weight, weight_stride, bias, width, softcap, logit_scale, out_ids, out_gprime,
     out_weights, out_logp, out_n, out_token, out_token_logp, out_kind, out_lse, out_entropy,
-    out_valid, k_max,
+    out_kept_mass, out_valid, k_max,
     K: tl.constexpr, CHUNKS: tl.constexpr, TERMINALS: tl.constexpr, HEAD: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, JOINT: tl.constexpr, LSE: tl.constexpr,
-    ENTROPY: tl.constexpr,
+    ENTROPY: tl.constexpr, KEPT_MASS: tl.constexpr,
 ):  # fmt: skip
     """Program b: everything of row b that follows from its candidates. Rows of
     `RowParameters.unlisted` are left as padding."""
@@ -178,7 +191,7 @@ def draw_kernel(
     slot = tl.arange(0, K)
     token, gprime = tl.full([K], -1, tl.int32), tl.full([K], -float("inf"), tl.float32)
     logp, weights = gprime, tl.zeros([K], tl.float32)
-    lse, entropy = float("nan"), float("nan")
+    lse, entropy, kept_mass = float("nan"), float("nan"), float("nan")
     if mode != SKIP:
         top, mass, weighted, bad = vocabulary_sums(
             chunk_sums + index * chunks * COLUMNS, chunks, CHUNKS, ENTROPY
@@ -191,6 +204,7 @@ def draw_kernel(
             token = tl.where(slot == 0, token_of(tl.load(keys + index * K + slot)), -1)
             logp = tl.where(slot == 0, 0.0 - log_mass, -float("inf"))
             gprime = logp
+            kept_mass = 1.0
         if valid & is_listed(row):
             key = tl.load(keys + index * K + slot)
             live = (slot < int_of(row, TOP_K)) & (key != NOTHING)
@@ -201,7 +215,15 @@ def draw_kernel(
                     logit_scale,
                 )  # fmt: skip
                 z = head_logits(token_of(key), live, head, K, 64, BIAS, SOFTCAP)
-            token, gprime, logp = draw_listed(z, token_of(key), live, slot, soft, mass, row, JOINT)
+            token, gprime, logp, best, kept = draw_listed(
+                z, token_of(key), live, slot, soft, mass, row, JOINT
+            )
+            if KEPT_MASS:
+                whole = mass
+                if HEAD:
+                    whole += refined_mass(z, key, live, top, row)
+                kept *= tl.exp(best - top)
+                kept_mass = kept / tl.maximum(whole, kept)
 
     n = tl.sum((token >= 0).to(tl.int32), axis=0)
     first = tl.sum(tl.where(slot == 0, token, 0), axis=0)
@@ -228,6 +250,8 @@ def draw_kernel(
         tl.store(out_lse + index, lse)
     if ENTROPY:
         tl.store(out_entropy + index, entropy)
+    if KEPT_MASS:
+        tl.store(out_kept_mass + index, tl.where(soft, float("nan"), kept_mass))
 
 
 def draw(
@@ -257,9 +281,10 @@ def draw(
         0 if weight is None else weight.shape[1],
         float((head and head.softcap) or 0.0), float(head.logit_scale if head else 1.0),
         out.ids, out.gprime, out.weights, out.logp, out.n, out.token, out.token_logp, out.kind,
-        out.lse, out.entropy, out.valid.view(torch.uint8), rows.k_max,
+        out.lse, out.entropy, out.kept_mass, out.valid.view(torch.uint8), rows.k_max,
         K=k, CHUNKS=triton.next_power_of_2(chunks), TERMINALS=ends, HEAD=head is not None,
         BIAS=bias is not None, SOFTCAP=head is not None and head.softcap is not None, JOINT=joint,
         LSE=out.lse is not None, ENTROPY=out.entropy is not None,
+        KEPT_MASS=out.kept_mass is not None,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -76,8 +76,9 @@ def sample_full_vocabulary(
         *row_arguments, *source, chunk, chunks, padded, num_warps=8, **options
     )
     cut_kernel[(batch,)](
-        *row_arguments, *source, chunk, chunks, padded, cut, lse, joint, num_warps=16, **options
-    )
+        *row_arguments, *source, chunk, chunks, padded, cut, lse, out.kept_mass, joint,
+        out.kept_mass is not None, num_warps=16, **options,
+    )  # fmt: skip
     draw_kernel[(SPLITS.value, batch)](
         *row_arguments, *source, cut, best, best_id, num_warps=8, **options
     )
@@ -139,9 +140,11 @@ def _source(index, logits, stride, vocabulary, listed_a, listed_id, count, limit
 @triton.jit(do_not_specialize=["batch", "k_max", "chunks"])
 def cut_kernel(
     floats, ints, valid, batch, k_max, logits, stride, vocabulary, listed_a, listed_id, count,
-    chunk, chunks, PADDED: tl.constexpr, cut, lse, JOINT: tl.constexpr,
+    chunk, chunks, PADDED: tl.constexpr, cut, lse, out_kept_mass, JOINT: tl.constexpr,
+    KEPT_MASS: tl.constexpr,
 ):  # fmt: skip
-    """Program b: what is kept of row b, (order, last id of those that tie with it), and its lse."""
+    """Program b: what is kept of row b, (order, last id of those that tie with it), and its lse;
+    where asked for, the share of the row's mass that is kept."""
     index = tl.program_id(0)
     row = Row(floats, ints, batch, index, k_max)
     if not is_mine(row, valid):
@@ -154,11 +157,14 @@ def cut_kernel(
         tl.store(cut + index * 2, LOWEST)
         tl.store(cut + index * 2 + 1, -1)
         tl.store(lse + index, top.to(tl.float64) + tl.log(total))
+        if KEPT_MASS:
+            tl.store(out_kept_mass + index, 1.0)
         return
 
     source = _source(index, logits, stride, vocabulary, listed_a, listed_id, count, limits)
     scale = Scale(top, unit_of(total), chunk)
     # Kept is every token above `order`, and of those that tie with it the first `free`.
+    whole = total
     order = tl.full((), LOWEST, tl.int32)
     free = tl.zeros((), tl.int64)
     if limits.top_k > 0:
@@ -171,6 +177,8 @@ def cut_kernel(
     tl.store(cut + index * 2, order)
     tl.store(cut + index * 2 + 1, last)
     tl.store(lse + index, top.to(tl.float64) + tl.log(mass))
+    if KEPT_MASS:
+        tl.store(out_kept_mass + index, (mass / tl.maximum(whole, mass)).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["batch", "k_max"])
