@@ -106,7 +106,6 @@ def walk(gpu: FakeGPU, config: Config, model: PretrainedConfig, layers: int, gpu
         optimizer = make_optimizer(policy.decoder, config.optim)
         _take_empty_step(optimizer, gpu)
         _follow(gpu, policy, optimizer)
-        _sample(gpu, llm, config, share)
         if sleeps(config, llm.device):
             llm.sleep(weights=config.rollout.sleep == "always")
         batch, first = _batch(config, share), _followed(gpu, reference)
@@ -117,10 +116,12 @@ def walk(gpu: FakeGPU, config: Config, model: PretrainedConfig, layers: int, gpu
         gpu.enter_place(UPDATE)
         update = Update(policy, first, optimizer, World())
         update(batch, torch.ones(len(samples)), 1e-6, config)
+        optimizer.zero_grad()
         gpu.enter_place(SYNC)
         llm.update_weights(merged_tensors(policy.decoder), version=1)
         if sleeps(config, llm.device):
             llm.wake()
+        _sample(gpu, llm, config, share)  # of the next step, as all but the first of a run
 
 
 class _Tokenizer:
