@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_init
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -202,6 +203,12 @@ class _Stream:
         return lambda *_, **__: _Stream()
 
 
+_IGNORED = (
+    "_lazy_init", "set_device", "synchronize", "empty_cache", "get_rng_state", "set_rng_state",
+    "manual_seed_all",
+)  # fmt: skip
+
+
 def _nothing(*_: Any, **__: Any) -> None: ...
 
 
@@ -214,7 +221,7 @@ def _visible(gpu: FakeGPU) -> Iterator[None]:
         raise ConfigError(
             "--plan runs the program of a GPU, whose kernels are Triton's: pip install triton"
         ) from None
-    cuda = {
+    cuda: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
@@ -226,10 +233,11 @@ def _visible(gpu: FakeGPU) -> Iterator[None]:
         "stream": _Stream,
         "Stream": _Stream,
         "Event": _Stream,
-    } | dict.fromkeys(("_lazy_init", "set_device", "synchronize", "empty_cache"), _nothing)
-    resize, move = torch.UntypedStorage.resize_, Tensor.to
+    } | dict.fromkeys(_IGNORED, _nothing)
+    resize = torch.UntypedStorage.resize_
+    move: Any = Tensor.to
     address = torch.UntypedStorage.data_ptr
-    real_device = Tensor.device.__get__  # type: ignore[attr-defined]
+    real_device = Tensor.device.__get__
 
     def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
         resize(storage, size)
@@ -241,7 +249,9 @@ def _visible(gpu: FakeGPU) -> Iterator[None]:
     def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # In C++ a device without its number is asked for it, and a build without CUDA has none.
         named = [DEVICE if _is_gpu(x) else x for x in args]
-        return move(tensor, *named, **{k: DEVICE if _is_gpu(x) else x for k, x in kwargs.items()})
+        options = {k: DEVICE if _is_gpu(x) else x for k, x in kwargs.items()}
+        moved: Tensor = move(tensor, *named, **options)
+        return moved
 
     def device_of(tensor: Tensor) -> torch.device:
         device: torch.device = real_device(tensor)
@@ -251,7 +261,7 @@ def _visible(gpu: FakeGPU) -> Iterator[None]:
         return storage._cdata if gpu.is_counted(storage) else address(storage)
 
     def tensor_address(tensor: Tensor) -> int:
-        offset = tensor.storage_offset() * tensor.element_size()
+        offset = int(tensor.storage_offset()) * tensor.element_size()
         return storage_address(tensor.untyped_storage()) + offset
 
     is_cuda = property(lambda tensor: tensor.device.type == "cuda")
@@ -268,5 +278,7 @@ def _visible(gpu: FakeGPU) -> Iterator[None]:
         patch(mock.patch.object(FakeTensor, "data_ptr", tensor_address, create=True))
         patch(mock.patch.object(torch.UntypedStorage, "data_ptr", storage_address))
         launch = lambda kernel, grid: _nothing  # noqa: E731
+        # FSDP moves a parameter by exchanging it, as it does for kinds of tensors made in Python.
+        patch(mock.patch.object(_fsdp_init, "is_traceable_wrapper_subclass", return_value=True))
         patch(mock.patch.object(KernelInterface, "__getitem__", launch))
         yield

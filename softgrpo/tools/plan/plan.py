@@ -152,24 +152,31 @@ def changes(
         if left * GIB >= share.group_size * (share.prompt + share.response) * size.kv_bytes:
             found.append(f"set rollout.kv_memory={left}")
         else:
-            found.append("the engine and the weights leave no room for the KV cache")
-    if any(phase in over for phase in (OLD, REFERENCE, UPDATE)):
-        found += _changes_of_passes(config)
-    if over and (not found or "no room" in found[-1]):
-        found.append("take more GPUs, or train adapters (lora.rank=64)")
+            found.append(f"no room for the KV cache beside the weights: {_more(config, gpus)}")
+    of_passes = [over[phase] for phase in (OLD, REFERENCE, UPDATE) if phase in over]
+    if of_passes:
+        found += _changes_of_passes(config, size, gpus, max(of_passes))
     return found
 
 
-def _changes_of_passes(config: Config) -> list[str]:
+def _changes_of_passes(config: Config, size: Size, gpus: int, over: float) -> list[str]:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     changes = []
     if config.rollout.sleep == "never":
         changes.append("set rollout.sleep=auto")
+    elif config.rollout.sleep == "auto" and 2 * size.parameters > over:
+        changes.append("set rollout.sleep=always")
     if not config.optim.gradient_checkpointing:
         changes.append("set optim.gradient_checkpointing=true")
     if config.optim.tokens_per_microbatch > longest:
         changes.append(f"set optim.tokens_per_microbatch={longest}")
-    return changes or ["take more GPUs, or train adapters (lora.rank=64)"]
+    return changes or [_more(config, gpus)]
+
+
+def _more(config: Config, gpus: int) -> str:
+    """Where no setting is left; weights are in no more shards than a node has GPUs."""
+    more = "take larger GPUs" if gpus >= GPUS_OF_A_NODE else "take more GPUs"
+    return more if config.lora.rank else f"{more}, or train adapters (lora.rank=64)"
 
 
 def _rounded(value: float | None) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -94,6 +95,8 @@ def walk(gpu: FakeGPU, config: Config, model: PretrainedConfig, layers: int, gpu
     """What the first of so many GPUs does, with so many layers of the model."""
     share = Share.of(config, gpus)
     config = _with_layers(config, layers / model.num_hidden_layers)
+    if config.lora.rank:
+        importlib.import_module("peft")  # which looks for CUDA's functions meanwhile
     world = World(0, gpus, ceil(gpus / GPUS_OF_A_NODE))
     with TemporaryDirectory() as name, _processes(gpus), gpu:
         folder = Path(name)
