@@ -104,7 +104,7 @@ def test_a_small_model_takes_what_is_planned(simulated_gpu, checkpointing):
 
 def test_two_shallow_models_tell_of_a_deep_one():
     gpus, model = 64, deep(7)
-    config = small("rollout.sleep=always", "rollout.group_size=40")
+    config = small("rollout.sleep=always", "rollout.group_size=80")
     peaks, flops = peaks_and_flops(config, model, gpus)
     whole = FakeGPU()
     walk(whole, config, model, 7, gpus)
