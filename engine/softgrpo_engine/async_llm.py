@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -45,9 +46,10 @@ class AsyncLLM:
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | None = None,
         soft: SoftParams | Literal[False] | None = None,
+        **names: Any,
     ) -> list[Output]:
-        """As `LLM.generate`."""
-        async with self._call(prompts, params, soft) as call:
+        """As `LLM.generate`; names: seed, uids and stream, as of `LLM.submit`."""
+        async with self._call(prompts, params, soft, **names) as call:
             outputs = dict(call.ended())
             while not call.is_done:
                 await self._next_step()
@@ -59,9 +61,10 @@ class AsyncLLM:
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | None = None,
         soft: SoftParams | Literal[False] | None = None,
+        **names: Any,
     ) -> AsyncIterator[tuple[int, Sample]]:
-        """As `LLM.stream`. To a slow reader an item can bring several new tokens."""
-        async with self._call(prompts, params, soft) as call:
+        """As `LLM.stream`, names as above. To a slow reader an item can bring several new tokens."""
+        async with self._call(prompts, params, soft, **names) as call:
             while not call.is_read:
                 if not call.has_news:
                     await self._next_step()
@@ -72,22 +75,28 @@ class AsyncLLM:
         """As `LLM.abort`."""
         await self._on_worker(lambda: self.llm.abort(uid))
 
+    async def metrics(self) -> dict[str, float]:
+        """As `LLM.metrics`, between two steps."""
+        return await self._on_worker(self.llm.metrics)
+
     @asynccontextmanager
     async def _call(
         self,
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | None,
         soft: SoftParams | Literal[False] | None,
+        **names: Any,
     ) -> AsyncIterator[Call]:
         """Submits the samples, and takes them out in the end however that comes."""
         calls: list[Call] = []
+        submit = partial(self.llm.submit, prompts, params, soft, **names)
 
         def release() -> None:
             for call in calls:
                 self.llm.release(call)
 
         try:
-            await self._on_worker(lambda: calls.append(self.llm.submit(prompts, params, soft)))
+            await self._on_worker(lambda: calls.append(submit()))
             yield calls[0]
         finally:
             # The worker keeps the order: also a caller that was cancelled while it submitted is

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
 from softgrpo_engine.outputs import Output, Sample
+from softgrpo_engine.requests.samples import prompt_logprobs
 from softgrpo_engine.scheduling.sequence import Sequence
 
 
@@ -60,7 +61,8 @@ class Call:
                     _raise_error(sequence)
                     del self._prompt_of[sequence], self._unread[sequence]
                 samples = [sequence.sample for sequence in group if sequence.sample]
-                yield index, Output(list(self._prompts[index]), samples)
+                scored = prompt_logprobs(group[0]) if group else None
+                yield index, Output(list(self._prompts[index]), samples, scored)
 
     def news(self) -> Iterator[tuple[int, Sample]]:
         """(prompt index, the sample so far) of those that went on since they were last given."""

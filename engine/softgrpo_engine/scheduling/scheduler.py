@@ -150,7 +150,8 @@ class Scheduler:
             if sequence.is_drawn or (sequence.row is None and not self._rows):
                 return
             # At least one position is computed: it gives the logits.
-            prefix = self.pool.find_prefix(sequence.prompt[: sequence.length - 1])
+            reusable = 0 if sequence.scores_prompt else sequence.length - 1
+            prefix = self.pool.find_prefix(sequence.prompt[:reusable])
             for page in prefix:
                 self.pool.share(page)
             missing = pages_for(sequence.length) - len(prefix)
@@ -220,6 +221,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
+        sequence.prompt_parts.clear()
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
