@@ -63,7 +63,7 @@ class AsyncLLM:
         soft: SoftParams | Literal[False] | None = None,
         **names: Any,
     ) -> AsyncIterator[tuple[int, Sample]]:
-        """As `LLM.stream`, names as above. To a slow reader an item can bring several new tokens."""
+        """As `LLM.stream`, names as above. An item can bring a slow reader several new tokens."""
         async with self._call(prompts, params, soft, **names) as call:
             while not call.is_read:
                 if not call.has_news:
