@@ -96,6 +96,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         limit_concurrency=arguments.max_batch_size + arguments.max_waiting + _SPARE_CONNECTIONS,
         server_header=False,
     )
+    listener.listen()
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     print(f"serving {settings.name} on http://{host}:{port} (Ctrl-C ends it)", flush=True)

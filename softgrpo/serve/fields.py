@@ -10,7 +10,7 @@ from softgrpo.serve.errors import ApiError
 
 # Beyond them float32 overflows on the way to a draw, which would end the samples of everybody.
 _SMALLEST, _LARGEST = 1e-6, 1e6
-_LARGEST_INTEGER = 2**31 - 1
+_LARGEST_INTEGER = 2**32 - 1
 
 
 def read_object(body: bytes) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LARGEST_INTEGER:
-            raise wrong(name, value, "an integer below 2^31")
+            raise wrong(name, value, "an integer below 2^32")
         return value
 
     def number(self, name: str) -> float | None:

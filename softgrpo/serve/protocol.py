@@ -66,6 +66,8 @@ def parse_request(body: bytes, *, is_chat: bool, default_soft: SoftParams | None
         raise ApiError(400, "echo and stream do not go together: leave one of them out", "echo")
     prompts = _messages(fields) if is_chat else _prompts(fields)
     uid = keys.integer("soft_uid")
+    if uid is not None and uid < 0:
+        raise wrong("soft_uid", uid, ">= 0 and < 2^32")
     if uid is not None and len(prompts) > 1:
         raise ApiError(400, "soft_uid names the samples of one prompt: send one", "soft_uid")
     logprobs = _logprobs(fields, is_chat)

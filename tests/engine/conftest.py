@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import EOS, THINK_END, VOCABULARY, hf_model, tokenizer  # noqa: F401
+from tiny_llama import VOCABULARY
 
 from softgrpo_engine import LLM
 from softgrpo_engine.model.config import DecoderConfig

@@ -9,13 +9,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from tiny_llama import hf_model, tokenizer  # noqa: F401
 
-pytest.importorskip("starlette", reason="starlette is not installed (extra [serve])")
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra [serve])")
-
-from softgrpo.serve.app import make_app
-from softgrpo.serve.settings import ServeSettings
 from softgrpo_engine import LLM, SoftParams
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.model.decoder import Decoder
@@ -25,7 +19,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture(scope="session")
-def make_llm(hf_model, tokenizer):  # noqa: F811
+def make_llm(hf_model, tokenizer):
     """make_llm(...): an engine with a chat template; keyword arguments go to LLM."""
 
     def make(**options):
@@ -43,6 +37,11 @@ class Served:
     """A running server."""
 
     def __init__(self, llm, **settings):
+        import uvicorn
+
+        from softgrpo.serve.app import make_app
+        from softgrpo.serve.settings import ServeSettings
+
         self.llm = llm
         settings = {"name": "tiny", "soft": SoftParams()} | settings
         app = make_app(llm, ServeSettings(**settings))

@@ -7,13 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from softgrpo.serve import admission, stream
+pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "aaabacad"}]
@@ -37,7 +36,10 @@ WRONG = {
     "an id outside the vocabulary": ({"stop_token_ids": [97]}, "stop_token_ids"),
     "an unknown soft key": ({"soft_tua": 1}, "soft_tua"),
     "an unknown soft key of vLLM": ({"vllm_xargs": {"soft_tua": 1}}, "soft_tua"),
-    "a setting of other noise": ({"soft_noise": "dirichlet", "soft_tau": 0.1}, "tau"),
+    "a setting of other noise": (
+        {"soft_noise": "multiplex", "soft_weight_floor": 0.5},
+        "weight_floor",
+    ),
     "an unknown noise": ({"soft_noise": "loud"}, "noise"),
     "half of a clip": ({"soft_clip_low": 0}, "soft_clip_high"),
     "more thoughts than tokens": ({"soft_min_tokens": 9}, "min_soft_tokens"),
@@ -87,7 +89,7 @@ def test_the_key(make_llm, serve):
 
 @pytest.mark.parametrize("says_its_length", [True, False])
 def test_a_body_that_is_too_large_is_not_read(served, monkeypatch, says_its_length):
-    monkeypatch.setattr(admission, "MOST_BYTES", 50_000)
+    monkeypatch.setattr("softgrpo.serve.admission.MOST_BYTES", 50_000)
     connection = served.connect()
     if says_its_length:
         connection.putrequest("POST", CHAT)
@@ -102,7 +104,7 @@ def test_a_body_that_is_too_large_is_not_read(served, monkeypatch, says_its_leng
 
 
 def test_a_body_that_does_not_come(served, monkeypatch):
-    monkeypatch.setattr(admission, "_BODY_SECONDS", 0.05)
+    monkeypatch.setattr("softgrpo.serve.admission._BODY_SECONDS", 0.05)
     connection = served.connect()
     connection.putrequest("POST", CHAT)
     connection.putheader("Content-Length", "10")
@@ -111,19 +113,30 @@ def test_a_body_that_does_not_come(served, monkeypatch):
     connection.close()
 
 
-def open_stream(server, body):
-    """A socket whose stream has begun."""
+def open_stream(server, body, has_begun=True):
+    """A socket with a stream, which has begun or is about to."""
     client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
     data = json.dumps({**body, "stream": True}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
     client.sendall(head.encode() + data)
-    assert client.recv(20).startswith(b"HTTP/1.1 200")
+    if has_begun:
+        assert client.recv(20).startswith(b"HTTP/1.1 200")
     return client
 
 
+def slowed(llm):
+    """The engine with steps that take as long as those of a model."""
+    step = llm.step
+    llm.step = lambda: time.sleep(0.02) or step()
+    return llm
+
+
 def test_a_full_queue_sends_clients_away(make_llm, serve):
-    with serve(make_llm(max_batch_size=1), max_waiting=1) as server:
-        with open_stream(server, ENDLESS), open_stream(server, {**ENDLESS, "max_tokens": 1}):
+    llm = slowed(make_llm(max_batch_size=1))
+    with serve(llm, max_waiting=1) as server:
+        with open_stream(server, ENDLESS), open_stream(server, ENDLESS, has_begun=False):
+            while llm.metrics()["waiting"] == 0:
+                time.sleep(0.01)
             status, headers, _ = server.request("POST", CHAT, BODY)
             assert status == 429
             assert int(headers["retry-after"]) >= 1
@@ -134,9 +147,7 @@ def test_a_full_queue_sends_clients_away(make_llm, serve):
 
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_client_that_leaves_takes_its_samples_out(make_llm, serve, is_streamed):
-    llm = make_llm()
-    step = llm.step
-    llm.step = lambda: time.sleep(0.02) or step()
+    llm = slowed(make_llm())
     with serve(llm) as server:
         if is_streamed:
             client = open_stream(server, ENDLESS)
@@ -152,7 +163,7 @@ def test_a_client_that_leaves_takes_its_samples_out(make_llm, serve, is_streamed
 
 
 def test_a_reader_that_stops_holds_up_nobody_and_is_let_go(make_llm, serve, monkeypatch):
-    monkeypatch.setattr(stream, "SEND_SECONDS", 0.3)
+    monkeypatch.setattr("softgrpo.serve.stream.SEND_SECONDS", 0.3)
     llm = make_llm(max_batch_size=2)
     # So much text a token that the buffers between server and client are soon full.
     body = {**ENDLESS, "n": 1, "return_positions": True, "return_soft": True, "top_k": 60}
@@ -261,11 +272,3 @@ def test_the_command_says_what_is_wrong(capsys):
     assert f"port {port}" in capsys.readouterr().err
     assert main(["--model", "./nowhere", "--port", "0"]) == 2
     assert "nowhere" in capsys.readouterr().err
-
-
-def test_no_thread_is_left(make_llm, serve):
-    with serve(make_llm()) as server:
-        server.post(CHAT, BODY)
-    # What a pool of threads leaves idle ends with it.
-    names = [thread.name for thread in threading.enumerate()]
-    assert not any(name.startswith("Thread-") for name in names[1:] if "serve" in name)

@@ -2,6 +2,7 @@
 
 import pytest
 
+pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 openai = pytest.importorskip("openai", reason="openai is not installed (extra [dev])")
 
 MESSAGES = [{"role": "user", "content": "aaabacad"}]

@@ -5,6 +5,8 @@ import torch
 
 from softgrpo_engine import SamplingParams, SoftParams
 
+pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "aaabacad"}]
 PROMPT = "aaabacad"
@@ -68,8 +70,8 @@ def test_a_stream_says_the_same_piece_by_piece(served):
     text = "".join(piece["delta"].get("content", "") for piece in pieces)
     assert text == whole["message"]["content"]
     for name in ("ids", "gprime", "kind", "forced"):
-        assert sum((piece["soft"][name] for piece in pieces), []) == whole["soft"][name]
-    entries = sum((piece["logprobs"]["content"] for piece in pieces), [])
+        assert [row for piece in pieces for row in piece["soft"][name]] == whole["soft"][name]
+    entries = [entry for piece in pieces for entry in piece["logprobs"]["content"]]
     assert entries == whole["logprobs"]["content"]
     assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
     assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 9)
