@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,6 +13,7 @@ from softgrpo.serve.admission import check_key
 from softgrpo.serve.errors import ApiError
 from softgrpo.serve.generation import LEFT, Generation, Generator
 from softgrpo.serve.metrics import Metrics
+from softgrpo.serve.page import chat_page
 from softgrpo.serve.settings import ServeSettings
 from softgrpo_engine import LLM
 
@@ -20,6 +21,10 @@ from softgrpo_engine import LLM
 def make_app(llm: LLM, settings: ServeSettings) -> ASGIApp:
     """The application of one model."""
     generator = Generator(llm, settings)
+    html = chat_page(llm, settings)
+
+    async def page(http: HttpRequest) -> Response:
+        return HTMLResponse(html)
 
     async def health(http: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})
@@ -40,6 +45,7 @@ def make_app(llm: LLM, settings: ServeSettings) -> ASGIApp:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     routes = [
+        Route("/", page),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
