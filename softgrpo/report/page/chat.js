@@ -30,7 +30,7 @@ function chooser(label, options) {
 }
 
 const soft = DATA.soft;
-const mode = chooser("Tokens", [["both", "soft beside discrete"], ["soft", "soft"], ["discrete", "discrete"]]);
+const mode = chooser("Tokens", [["both", "both"], ["soft", "soft"], ["discrete", "discrete"]]);
 const tau = slider("tau of the mixture", {
   min: -2, max: 0.3, step: 0.05, value: Math.log10(soft.tau), scale: (x) => 10 ** x,
   title: "Small: nearly one token. Large: all candidates alike.",
@@ -100,8 +100,8 @@ class Answer {
     this.text = "";
     this.view = new TokenView([], `${kind} answer, token by token`);
     this.facts = html("span", {}, "waiting");
-    this.plain = html("div", { class: "plain" });
-    const as = html("details", {}, html("summary", {}, "As text"), this.plain);
+    this.whole = html("div", { class: "whole" });
+    const as = html("details", {}, html("summary", {}, "As text"), this.whole);
     const name = html("div", { class: "named" }, html("b", {}, kind), this.facts);
     this.element = html("article", { class: "sample answer", "aria-label": `${kind} answer` }, name, this.view.element, as);
   }
@@ -113,7 +113,7 @@ class Answer {
       for await (const choice of events(this.kind, messages, signal)) {
         this.view.append(choice.positions.map(readPosition));
         this.text += DATA.chat ? (choice.delta.content ?? "") : choice.text;
-        this.plain.textContent = this.text;
+        this.whole.textContent = this.text;
         this.view.tokens.scrollTop = this.view.chosen ? this.view.tokens.scrollTop : 1e9;
         end = choice.finish_reason === "length" ? "cut at the most tokens" : "ended";
         this.tell(start, choice.finish_reason ? end : "");
