@@ -66,6 +66,11 @@ class Server:
         assert found, "the server did not start"
         return Server(process, int(found[1]))
 
+    def cpu_seconds(self) -> float:
+        """That it has used so far: on a machine with other work it says more than the clock."""
+        words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, words[11:13])) / os.sysconf("SC_CLK_TCK")
+
     def memory(self) -> float:
         """MiB of its resident memory."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -215,30 +220,43 @@ async def chaos(server: Server, clients: int, seconds: float) -> None:
     print(f"left in the engine (running, waiting, share of the KV cache): {', '.join(left)}")
 
 
-async def throughput(server: Server, bodies: list[dict[str, Any]], *, stream: bool) -> float:
-    """Tokens/s of all of them at once."""
+@dataclass
+class Rate:
+    """Tokens/s by the clock, and of the CPU time of the process that made them."""
+
+    clock: float
+    cpu: float
+
+    def __str__(self) -> str:
+        return f"{self.clock:.0f} tokens/s ({self.cpu:.0f} a second of CPU time)"
+
+
+async def throughput(server: Server, bodies: list[dict[str, Any]], *, stream: bool) -> Rate:
+    """Of all of them at once."""
     rest = {"stream": stream, "stream_options": {"include_usage": True}}
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), server.cpu_seconds()
     answers = await asyncio.gather(
         *(ask(server.port, json.dumps({**body, **rest}).encode()) for body in bodies)
     )
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, server.cpu_seconds() - cpu
     assert all(answer.is_complete for answer in answers)
-    return sum(answer.tokens for answer in answers) / seconds
+    tokens = sum(answer.tokens for answer in answers)
+    return Rate(tokens / seconds, tokens / cpu)
 
 
-def generate(model: str, bodies: list[dict[str, Any]]) -> float:
-    """Tokens/s of `LLM.generate` on them."""
+def generate(model: str, bodies: list[dict[str, Any]]) -> Rate:
+    """Of `LLM.generate` on them."""
     from softgrpo_engine import LLM, SamplingParams, SoftParams
 
     llm = LLM(model, max_model_len=2048, max_batch_size=len(bodies))
     params = SamplingParams(max_tokens=bodies[0]["max_tokens"], ignore_eos=True)
     prompts = [body["messages"] for body in bodies]
     llm.generate(prompts, SamplingParams(max_tokens=4), SoftParams(), progress=False)  # warm
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     outputs = llm.generate(prompts, params, SoftParams(), progress=False)
-    seconds = time.perf_counter() - start
-    return sum(len(s.token_ids) for o in outputs for s in o.samples) / seconds
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    tokens = sum(len(s.token_ids) for o in outputs for s in o.samples)
+    return Rate(tokens / seconds, tokens / cpu)
 
 
 def small_model(folder: Path) -> str:
@@ -266,24 +284,27 @@ def main() -> None:
     add("--tokens", type=int, default=64, help="of each answer in the measure of throughput")
     add("--generate", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the server
     chance = random.Random(0)
     rest = {"max_tokens": arguments.tokens, "ignore_eos": True}
     bodies = [{**question(chance), **rest} for _ in range(arguments.clients)]
     if arguments.generate:
-        print(generate(arguments.model, bodies))
+        print(json.dumps(vars(generate(arguments.model, bodies))))
         return
     if arguments.model == "small":
         arguments.model = small_model(Path(f"/tmp/softgrpo-serve-load-{os.getpid()}"))
     command = [sys.executable, __file__, "--generate", "--model", arguments.model]
     command += ["--clients", str(arguments.clients), "--tokens", str(arguments.tokens)]
-    alone = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    alone = Rate(**json.loads(said))
     server = Server.start(arguments.model, arguments.clients, arguments.max_waiting)
     try:
         asyncio.run(throughput(server, [{**b, "max_tokens": 4} for b in bodies], stream=False))
-        print(f"LLM.generate, {arguments.clients} samples at once: {alone:.0f} tokens/s")
+        print(f"LLM.generate, {arguments.clients} samples at once: {alone}")
         for name, stream in (("whole", False), ("streamed", True)):
             rate = asyncio.run(throughput(server, bodies, stream=stream))
-            print(f"served, {name}: {rate:.0f} tokens/s, {rate / alone:.2f} of it")
+            shares = f"{rate.clock / alone.clock:.2f} and {rate.cpu / alone.cpu:.2f} of it"
+            print(f"served, {name}: {rate}, {shares}", flush=True)
         asyncio.run(chaos(server, arguments.clients, 60 * arguments.minutes))
         server.process.send_signal(signal.SIGTERM)
         print(f"exit status after SIGTERM: {server.process.wait(60)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -15,7 +15,7 @@ import torch
 from softgrpo_engine.llm import LLM
 from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import SamplingParams, SoftParams
-from softgrpo_engine.requests.call import Call
+from softgrpo_engine.requests.call import Call, news_of
 from softgrpo_engine.requests.prompts import Prompt
 
 T = TypeVar("T")
@@ -40,6 +40,8 @@ class AsyncLLM:
             1, "softgrpo-engine", torch.set_num_threads, (torch.get_num_threads(),)
         )
         self._step: asyncio.Future[Any] | None = None
+        self._asking: list[Call] = []
+        self._reading: asyncio.Future[dict[Call, Iterator[tuple[int, Sample]]]] | None = None
 
     async def generate(
         self,
@@ -68,7 +70,7 @@ class AsyncLLM:
             while not call.is_read:
                 if not call.has_news:
                     await self._next_step()
-                for item in await self._on_worker(lambda: list(call.news())):
+                for item in await self._news(call):
                     yield item
 
     async def abort(self, uid: int) -> None:
@@ -102,6 +104,19 @@ class AsyncLLM:
             # The worker keeps the order: also a caller that was cancelled while it submitted is
             # found here.
             await asyncio.shield(self._on_worker(release))
+
+    async def _news(self, call: Call) -> Iterator[tuple[int, Sample]]:
+        """Of a call; the callers that wait for the same step share one read of the record."""
+        self._asking.append(call)
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._read_news())
+        return (await asyncio.shield(self._reading))[call]
+
+    async def _read_news(self) -> dict[Call, Iterator[tuple[int, Sample]]]:
+        await asyncio.sleep(0)  # by now all of them ask
+        calls, self._asking, self._reading = self._asking, [], None
+        news = await self._on_worker(partial(news_of, calls))
+        return dict(zip(calls, news, strict=True))
 
     async def _next_step(self) -> None:
         """Waits for the step in progress, or for a new one: the callers share it."""

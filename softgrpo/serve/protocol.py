@@ -103,7 +103,7 @@ def _sampling_params(
     seed = keys.values.get("soft_seed", fields.values.get("seed"))
     if seed is not None and type(seed) is not int:
         raise wrong("seed", seed, "an integer")
-    given = {
+    given: dict[str, Any] = {
         "n": fields.integer("n"),
         "temperature": fields.number("temperature"),
         "top_p": fields.number("top_p"),
