@@ -70,6 +70,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     from softgrpo.serve.app import make_app
     from softgrpo.serve.settings import ServeSettings
+    from softgrpo.serve.stream import SEND_SECONDS
     from softgrpo_engine import LLM
     from softgrpo_engine.model.source import resolve_model
 
@@ -96,6 +97,10 @@ def _serve(arguments: argparse.Namespace) -> None:
         limit_concurrency=arguments.max_batch_size + arguments.max_waiting + _SPARE_CONNECTIONS,
         server_header=False,
     )
+    if sys.platform == "linux":
+        # What a reader that stopped has not taken would hold its connection, and the server's end.
+        patience = int(1000 * SEND_SECONDS)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
     listener.listen()
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host

@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from softgrpo.serve.errors import ApiError
+from softgrpo.serve.stream import Disconnected
 
 MOST_BYTES = 4 * 2**20
 _BODY_SECONDS = 30.0
@@ -56,10 +58,10 @@ def check_key(http: HttpRequest, key: str | None) -> None:
 
 
 async def read_body(http: HttpRequest) -> bytes:
-    """The whole body; raises ApiError for one that is too large, or that does not come."""
+    """The whole body. Raises ApiError for one that is too large or does not come, Disconnected."""
     length = http.headers.get("content-length", "0")
     too_large = ApiError(413, f"the body is too large: at most {MOST_BYTES} bytes")
-    if not length.isdecimal() or int(length) > MOST_BYTES:
+    if not length.isdecimal() or len(length) > 9 or int(length) > MOST_BYTES:
         raise too_large
     body = bytearray()
     try:
@@ -68,6 +70,8 @@ async def read_body(http: HttpRequest) -> bytes:
                 body += chunk
                 if len(body) > MOST_BYTES:
                     raise too_large
+    except ClientDisconnect:
+        raise Disconnected from None
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {_BODY_SECONDS:.0f} s") from None
     return bytes(body)

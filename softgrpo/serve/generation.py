@@ -70,8 +70,16 @@ class Generation:
         self._generator, self._is_chat = generator, is_chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        generator, start = self._generator, time.monotonic()
-        http = HttpRequest(scope, receive)
+        start = time.monotonic()
+        try:
+            await self._answer(HttpRequest(scope, receive), send, start)
+        except Disconnected:
+            scope[LEFT] = True  # its samples are out of the engine; there is nobody to tell
+        else:
+            self._generator.metrics.request.add(time.monotonic() - start)
+
+    async def _answer(self, http: HttpRequest, send: Send, start: float) -> None:
+        generator = self._generator
         check_key(http, generator.settings.api_key)
         request = parse_request(
             await read_body(http),
@@ -80,16 +88,12 @@ class Generation:
         )
         with generator.admission.room_for(len(request.prompts) * request.params.n):
             job = await generator.job(request)
-            try:
-                if request.stream:
-                    events = _events(generator, job, start)
-                    await unless_disconnected(receive, send_events(send, events))
-                else:
-                    body = await unless_disconnected(receive, _whole(generator, job))
-                    await JSONResponse(body)(scope, receive, send)
-            except Disconnected:
-                scope[LEFT] = True  # its samples are out of the engine; there is nobody to tell
-        generator.metrics.request.add(time.monotonic() - start)
+            if request.stream:
+                events = _events(generator, job, start)
+                await unless_disconnected(http.receive, send_events(send, events))
+            else:
+                body = await unless_disconnected(http.receive, _whole(generator, job))
+                await JSONResponse(body)(http.scope, http.receive, send)
 
 
 async def _whole(generator: Generator, job: Job) -> dict[str, Any]:

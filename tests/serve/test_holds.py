@@ -113,6 +113,20 @@ def test_a_body_that_does_not_come(served, monkeypatch):
     connection.close()
 
 
+def test_a_client_that_leaves_before_its_body_is_no_mistake(served, caplog):
+    route = f'softgrpo_requests_total{{route="{CHAT}",status="499"}}'
+    before = served.metric(route)
+    connection = served.connect()
+    connection.putrequest("POST", CHAT)
+    connection.putheader("Content-Length", "10")
+    connection.endheaders(b"{")
+    connection.close()
+    give_up = time.monotonic() + 10
+    while served.metric(route) == before:
+        assert time.monotonic() < give_up
+    assert "Traceback" not in caplog.text
+
+
 def open_stream(server, body, has_begun=True):
     """A socket with a stream, which has begun or is about to."""
     client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
