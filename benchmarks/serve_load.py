@@ -56,8 +56,9 @@ class Server:
     port: int
 
     @staticmethod
-    def start(model: str, max_batch_size: int, max_waiting: int) -> Server:
+    def start(model: str, dtype: str, max_batch_size: int, max_waiting: int) -> Server:
         command = [sys.executable, "-m", "softgrpo.cli.serve", "--model", model, "--soft"]
+        command += ["--dtype", dtype]
         command += ["--port", "0", "--api-key", KEY, "--max-model-len", "2048"]
         command += ["--max-batch-size", str(max_batch_size), "--max-waiting", str(max_waiting)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -244,11 +245,11 @@ async def throughput(server: Server, bodies: list[dict[str, Any]], *, stream: bo
     return Rate(tokens / seconds, tokens / cpu)
 
 
-def generate(model: str, bodies: list[dict[str, Any]]) -> Rate:
+def generate(model: str, dtype: str, bodies: list[dict[str, Any]]) -> Rate:
     """Of `LLM.generate` on them."""
     from softgrpo_engine import LLM, SamplingParams, SoftParams
 
-    llm = LLM(model, max_model_len=2048, max_batch_size=len(bodies))
+    llm = LLM(model, dtype=dtype, max_model_len=2048, max_batch_size=len(bodies))
     params = SamplingParams(max_tokens=bodies[0]["max_tokens"], ignore_eos=True)
     prompts = [body["messages"] for body in bodies]
     llm.generate(prompts, SamplingParams(max_tokens=4), SoftParams(), progress=False)  # warm
@@ -278,6 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="directory, hub id or alias; `small` is random")
+    add("--dtype", default="bfloat16", help="float32 where the CPU multiplies that faster")
     add("--clients", type=int, default=64)
     add("--minutes", type=float, default=10.0)
     add("--max-waiting", type=int, default=16, help="so few that the queue is full at times")
@@ -289,15 +291,25 @@ def main() -> None:
     rest = {"max_tokens": arguments.tokens, "ignore_eos": True}
     bodies = [{**question(chance), **rest} for _ in range(arguments.clients)]
     if arguments.generate:
-        print(json.dumps(vars(generate(arguments.model, bodies))))
+        print(json.dumps(vars(generate(arguments.model, arguments.dtype, bodies))))
         return
     if arguments.model == "small":
         arguments.model = small_model(Path(f"/tmp/softgrpo-serve-load-{os.getpid()}"))
-    command = [sys.executable, __file__, "--generate", "--model", arguments.model]
+    command = [
+        sys.executable,
+        __file__,
+        "--generate",
+        "--model",
+        arguments.model,
+        "--dtype",
+        arguments.dtype,
+    ]
     command += ["--clients", str(arguments.clients), "--tokens", str(arguments.tokens)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     alone = Rate(**json.loads(said))
-    server = Server.start(arguments.model, arguments.clients, arguments.max_waiting)
+    server = Server.start(
+        arguments.model, arguments.dtype, arguments.clients, arguments.max_waiting
+    )
     try:
         asyncio.run(throughput(server, [{**b, "max_tokens": 4} for b in bodies], stream=False))
         print(f"LLM.generate, {arguments.clients} samples at once: {alone}")

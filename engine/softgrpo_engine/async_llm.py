@@ -48,10 +48,13 @@ class AsyncLLM:
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | None = None,
         soft: SoftParams | Literal[False] | None = None,
-        **names: Any,
+        *,
+        uids: Seq[Seq[int]] | None = None,
+        stream: int = 0,
     ) -> list[Output]:
-        """As `LLM.generate`; names: seed, uids and stream, as of `LLM.submit`."""
-        async with self._call(prompts, params, soft, **names) as call:
+        """As `LLM.generate`; uids and stream as of `LLM.submit`."""
+        submit = partial(self.llm.submit, prompts, params, soft, uids=uids, stream=stream)
+        async with self._call(submit) as call:
             outputs = dict(call.ended())
             while not call.is_done:
                 await self._next_step()
@@ -63,13 +66,18 @@ class AsyncLLM:
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | None = None,
         soft: SoftParams | Literal[False] | None = None,
-        **names: Any,
+        *,
+        uids: Seq[Seq[int]] | None = None,
+        stream: int = 0,
     ) -> AsyncIterator[tuple[int, Sample]]:
-        """As `LLM.stream`, names as above. An item can bring a slow reader several new tokens."""
-        async with self._call(prompts, params, soft, **names) as call:
+        """As `LLM.stream`, uids and stream as of `LLM.submit`. To a slow reader an item can bring
+        several new tokens."""
+        submit = partial(self.llm.submit, prompts, params, soft, uids=uids, stream=stream)
+        async with self._call(submit) as call:
             while not call.is_read:
                 if not call.has_news:
                     await self._next_step()
+                    continue
                 for item in await self._news(call):
                     yield item
 
@@ -82,16 +90,9 @@ class AsyncLLM:
         return await self._on_worker(self.llm.metrics)
 
     @asynccontextmanager
-    async def _call(
-        self,
-        prompts: Prompt | Seq[Prompt],
-        params: SamplingParams | None,
-        soft: SoftParams | Literal[False] | None,
-        **names: Any,
-    ) -> AsyncIterator[Call]:
+    async def _call(self, submit: Callable[[], Call]) -> AsyncIterator[Call]:
         """Submits the samples, and takes them out in the end however that comes."""
         calls: list[Call] = []
-        submit = partial(self.llm.submit, prompts, params, soft, **names)
 
         def release() -> None:
             for call in calls:

@@ -63,6 +63,8 @@ def _serve(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{name} is not installed: pip install 'softgrpo[serve]'")
     if arguments.max_waiting < 0:
         raise ValueError(f"--max-waiting {arguments.max_waiting} is not allowed: must be >= 0")
+    if arguments.api_key == "":
+        raise ValueError("an empty --api-key would let everybody in: leave it out, or give one")
     # A port in use is found before the model is loaded.
     listener = _listener(arguments.host, arguments.port)
     # Heavy imports come after the arguments are known to be good.
