@@ -100,6 +100,7 @@ class LLM:
         self._awake = True
         self.overlap = self.runner.graphs is not None
         self._launched: tuple[Plan, Launched] | None = None  # not read yet
+        self._unchecked = False  # samples came since the pages were last accounted for
 
     def generate(
         self,
@@ -196,6 +197,7 @@ class LLM:
         call = Call(ids, groups, self._samples)
         for sequence in call.sequences:
             self.scheduler.add(sequence)
+        self._unchecked = True
         return call
 
     def step(self) -> list[Sequence]:
@@ -229,8 +231,9 @@ class LLM:
     def release(self, call: Call) -> None:
         """Takes out what is left of a call: nothing stays behind, also after an error."""
         self._abort([s for s in call.sequences if s.sample is None])
-        if not self.scheduler.has_work:
+        if self._unchecked and not self.scheduler.has_work:
             self.scheduler.check()
+            self._unchecked = False
 
     def abort(self, uid: int) -> None:
         """Ends the samples of that name; they come back with finish_reason "abort"."""
