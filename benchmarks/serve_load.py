@@ -22,6 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -293,8 +294,9 @@ def main() -> None:
     if arguments.generate:
         print(json.dumps(vars(generate(arguments.model, arguments.dtype, bodies))))
         return
+    folder = tempfile.TemporaryDirectory()  # until the end of the program
     if arguments.model == "small":
-        arguments.model = small_model(Path(f"/tmp/softgrpo-serve-load-{os.getpid()}"))
+        arguments.model = small_model(Path(folder.name))
     command = [
         sys.executable,
         __file__,
