@@ -154,7 +154,8 @@ async def client(port: int, chance: random.Random, until: float, counts: Counts)
     while time.monotonic() < until:
         (kind,) = chance.choices(kinds, weights)
         body = {**question(chance), "max_tokens": chance.choice((1, 16, 64, 200))}
-        body |= {"stream": kind != "whole", "soft": chance.randrange(2)}
+        # Several samples for some, so that the queue is full at times.
+        body |= {"stream": kind != "whole", "soft": chance.randrange(2), "n": chance.choice((1, 3))}
         body["stream_options"] = {"include_usage": True}
         options: dict[str, Any] = {}
         data = None
