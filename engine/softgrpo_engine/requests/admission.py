@@ -115,8 +115,10 @@ def make_groups(
                 thinking=soft is not None,
                 rule=entropy_rule(soft),
                 embedding_noise=embedding_noise,
+                # The samples of a group share its prompt: the first computes it.
+                scores_prompt=i == 0 and params.prompt_logprobs is not None,
             )
-            for uid in uids
+            for i, uid in enumerate(uids)
         ]
 
     return [group(*pair) for pair in zip(prompts, uids, strict=True)]
