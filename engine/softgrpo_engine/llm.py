@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
