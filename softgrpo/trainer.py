@@ -125,6 +125,8 @@ class Trainer:
             )
             lr = learning_rate(config.optim, step, config.run.max_steps)
             update_row, updates = self.update(batch, advantages_S, lr, config)
+            # The memory of the gradients is for the KV cache until the next update.
+            self.update.optimizer.zero_grad()
         with self._timed("sync", times):
             if updates or config.rollout.sleep == "always":
                 version = self.llm.weight_version + updates

@@ -27,12 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors(parser.prog, "interrupted; run.resume=auto continues"):
         config = Config.load(arguments.config, overrides)
         # Imported here: a misspelt key is told at once, not after seconds of imports.
+        if arguments.json and not arguments.plan:
+            parser.error("--json goes with --plan")
         if arguments.plan:
-            from rich.console import Console
-
-            from softgrpo.tools.plan import plan
-
-            Console().print(plan(config))
+            return _plan(config, arguments.json)
         elif arguments.dry_run:
             from softgrpo.tools.dry_run import dry_run
 
@@ -52,6 +50,24 @@ def _train(config: Config) -> None:
         print(f"report  {folder / 'report.html'}")
         if config.checkpoint.export_hf:
             print(f"model   {folder / 'model'}")
+
+
+def _plan(config: Config, json_file: str | None) -> int:
+    """Prints the plan; 1 where the run fits on no number of GPUs."""
+    import json
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from softgrpo.tools.plan import make_plan
+
+    plan = make_plan(config)
+    Console().print(plan.table())
+    for line in plan.advice():
+        print(line)
+    if json_file:
+        Path(json_file).write_text(json.dumps(plan.rows(), indent=1) + "\n")
+    return 0 if plan.fits else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         help="metrics also to tensorboard, wandb or trackio (log.report_to)",
     )
     add("--dry-run", action="store_true", help="check everything, try a tiny step, leave nothing")
-    add("--plan", action="store_true", help="memory and time on 1, 8 and 64 GPUs, by arithmetic")
+    add(
+        "--plan",
+        action="store_true",
+        help="memory and time on 1, 8 and 64 GPUs; 1: it fits on none",
+    )
+    add("--json", metavar="FILE", help="with --plan: also its rows as JSON")
     add("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     return parser
 

@@ -60,6 +60,7 @@ PRESETS = {
     "paper-1.5b": {},
     "paper-3b": {
         "model.path": "meta-llama/Llama-3.2-3B-Instruct",
+        "rollout.kv_memory": 50.0,
         "checkpoint.every": 80,
         "eval.every": 20,
     },

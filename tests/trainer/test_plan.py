@@ -1,155 +1,171 @@
-"""The arithmetic of --plan against what a small run really takes."""
+"""The plan of a run, against runs of small models whose memory is really there."""
 
-import io
-from types import SimpleNamespace
+import gc
+import json
+from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config
 
+from softgrpo.cli.train import main
 from softgrpo.config import Config, ConfigError
-from softgrpo.tools.plan import (
-    Shape,
-    decoder_config,
-    kv_cache,
-    memory,
-    plan,
-    seconds,
-    training_flops,
-)
-from softgrpo_engine.execution.memory import page_bytes
+from softgrpo.tools.plan import make_plan
+from softgrpo.tools.plan.depth import peaks_and_flops
+from softgrpo.tools.plan.device import FakeGPU
+from softgrpo.tools.plan.model import model_config, write_empty_model
+from softgrpo.tools.plan.plan import GIB, changes
+from softgrpo.tools.plan.seconds import Hardware, Size, kv_cache
+from softgrpo.tools.plan.walk import PHASES, walk
 from softgrpo_engine.model.config import DecoderConfig
-from softgrpo_engine.model.decoder import Decoder
-from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
-from softgrpo_engine.training.group_attention import GroupAttention
 
-PROMPT, RESPONSES = 128, 7
-TOKENS = PROMPT * (1 + RESPONSES)
-SMALL = DecoderConfig.from_hf(
-    Qwen2Config(
-        vocab_size=300,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ),
-    (),
+aten = torch.ops.aten
+SMALL = Qwen2Config(
+    vocab_size=800,
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
 )
+SETTINGS = [
+    "data.max_prompt_tokens=64",
+    "rollout.max_new_tokens=192",
+    "rollout.group_size=4",
+    "optim.tokens_per_microbatch=1024",
+]
 
 
-def config_of(**sections):
-    base = Config.load("demo")
-    changes = {
-        name: SimpleNamespace(**{**vars(getattr(base, name)), **values})
-        for name, values in sections.items()
-    }
-    return SimpleNamespace(**{**vars(base), **changes})
+def small(*overrides):
+    return Config.load("paper-1.5b", [*SETTINGS, *overrides])
 
 
-def a_pass(decoder):
-    """Input and arguments of one training pass of TOKENS tokens."""
-    inputs_TH = torch.randn(TOKENS, SMALL.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    response = torch.arange(PROMPT, 2 * PROMPT)
-    positions = torch.cat([torch.arange(PROMPT), response.repeat(RESPONSES)])
-    heads = (SMALL.num_heads, SMALL.num_kv_heads)
-    return inputs_TH, positions, GroupAttention([PROMPT], [[PROMPT] * RESPONSES], *heads)
+def deep(layers):
+    values = SMALL.to_dict() | {"num_hidden_layers": layers}
+    return Qwen2Config.from_dict(values | {"layer_types": ["full_attention"] * layers})
 
 
-def test_weights_gradients_and_moments_are_exact():
-    decoder = Decoder(SMALL)
-    optimizer = torch.optim.AdamW(decoder.parameters())
-    for parameter in decoder.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    parts = memory(config_of(), Shape.of(SMALL), 1)
-    weights = sum(p.nbytes for p in decoder.parameters())
-    moments = sum(
-        state[key].nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
-    )
-    assert parts["weights, float32"] == parts["gradients, float32"] == weights
-    assert parts["Adam, two moments in float32"] == moments
-    assert parts["weights of the engine, bfloat16"] == weights / 2
-    # A node of eight holds the whole once, and so does every further node.
-    for gpus in (8, 64):
-        assert memory(config_of(), Shape.of(SMALL), gpus)["weights, float32"] == weights / 8
+def of_phases(peaks):
+    phases = {phase for phase, _ in peaks if phase}
+    return {p: max(peak for (phase, _), peak in peaks.items() if phase == p) for p in phases}
 
 
-def test_the_cache_is_that_of_the_engine():
-    config = config_of(
-        rollout={"max_new_tokens": 1000, "max_batch_size": 32}, data={"max_prompt_tokens": 24}
-    )
-    pages = 32 * 1024 // PAGE_SIZE
-    assert kv_cache(config, Shape.of(SMALL), 1) == pages * page_bytes(Decoder(SMALL).bfloat16())
+class RealGPU:
+    """The simulated GPU in the place of a fake one: what its allocator gave out."""
+
+    def __init__(self, device):
+        self.core, self.place, self.peaks = device.core, ("", ""), {}
+
+    def enter_place(self, phase, part=""):
+        _, peak = self.core.memory()
+        self.peaks[self.place] = max(peak, self.peaks.get(self.place, 0))
+        self.place = (phase, part)
+        self.core.reset_peak()
+
+    def __enter__(self):
+        self.core.reset_peak()
+
+    def __exit__(self, *_):
+        self.enter_place("")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_that_a_pass_keeps(checkpointing):
-    decoder = Decoder(SMALL).train()
-    decoder.gradient_checkpointing = checkpointing
-    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
-    kept = {}
+class CountingGPU(RealGPU):
+    """Its products of matrices are counted, those `before` the passes too."""
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        of_tokens = tensor.dim() and tensor.shape[0] == TOKENS
-        if of_tokens and storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
+    def __init__(self, device, counter):
+        super().__init__(device)
+        self.counter = counter
 
-    inputs_TH, positions, attention = a_pass(decoder)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = decoder(inputs_TH, positions, attention)
-    measured = sum(storage.nbytes() for storage in kept.values())
-    config = config_of(
-        optim={"tokens_per_microbatch": TOKENS, "gradient_checkpointing": checkpointing}
-    )
-    planned = memory(config, Shape.of(SMALL), 1)["activations of a pass"]
-    if checkpointing:  # and the layer that is computed again, which is not alive yet
-        planned -= TOKENS * Shape.of(SMALL).activation_bytes
-    assert measured == pytest.approx(planned, rel=0.15)
-    assert out.requires_grad
+    def products(self):
+        counted = self.counter.get_flop_counts()["Global"]
+        return sum(counted.get(op, 0) for op in (aten.mm, aten.addmm))  # not of stand-ins
+
+    def enter_place(self, phase, part=""):
+        super().enter_place(phase, part)
+        if phase == "old densities" and not hasattr(self, "before"):
+            self.before = self.products()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_operations_are_those_of_a_pass(checkpointing):
-    decoder = Decoder(SMALL).train()
-    decoder.gradient_checkpointing = checkpointing
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_a_small_model_takes_what_is_planned(simulated_gpu, checkpointing):
+    config = small(f"optim.gradient_checkpointing={checkpointing}")
+    real = RealGPU(simulated_gpu)
+    gc.collect()  # models of other tests
+    before, _ = simulated_gpu.core.memory()
+    walk(real, config, SMALL, SMALL.num_hidden_layers, 1)
+    measured = {phase: peak - before for phase, peak in of_phases(real.peaks).items()}
+    fake = FakeGPU()
+    walk(fake, config, SMALL, SMALL.num_hidden_layers, 1)
+    planned = of_phases(fake.peaks)
+    assert set(measured) == set(planned) == set(PHASES)
+    for phase in PHASES:
+        assert planned[phase] == pytest.approx(measured[phase], rel=0.01), phase
+
+
+def test_two_shallow_models_tell_of_a_deep_one():
+    gpus = 64
+    model, config = deep(9), small("optim.gradient_checkpointing=true")
+    peaks, flops = peaks_and_flops(config, model, gpus)
+    whole = FakeGPU()
+    walk(whole, config, model, 9, gpus)
+    assert flops == pytest.approx(whole.flops)
+    assert peaks == pytest.approx(of_phases(whole.peaks), rel=1e-3)
+
+
+def test_the_operations_are_those_of_a_real_step(simulated_gpu):
+    config = small("optim.gradient_checkpointing=true")
     with FlopCounterMode(display=False) as counter:
-        decoder(*a_pass(decoder)).sum().backward()
-    config = config_of(optim={"gradient_checkpointing": checkpointing}, algorithm={"kl_coef": 0.0})
-    # The counter does not know the attention of the CPU.
-    planned = training_flops(config, Shape.of(SMALL), TOKENS, context=0.0)
-    assert counter.get_total_flops() == pytest.approx(planned, rel=0.1)
+        real = CountingGPU(simulated_gpu, counter)
+        walk(real, config, SMALL, SMALL.num_hidden_layers, 1)
+    fake = FakeGPU()
+    walk(fake, config, SMALL, SMALL.num_hidden_layers, 1)
+    assert sum(fake.flops.values()) == real.products() - real.before
 
 
-def test_the_recipes_of_the_paper_are_planned_without_a_network():
+def test_the_recipes_are_planned_without_a_network():
     sizes = {"paper-1.5b": 1.78, "paper-3b": 3.21, "paper-7b": 7.62}
     for recipe, billions in sizes.items():
-        config = Config.load(recipe)
-        shape = Shape.of(decoder_config(config.model.path))
-        assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.01)
-        console = Console(record=True, width=120, file=io.StringIO())
-        console.print(plan(config))
-        text = console.export_text()
-        assert "64 GPUs" in text
-        assert "rollout.kv_memory, GiB" in text
+        model = model_config(Config.load(recipe).model.path)
+        size = Size.of(DecoderConfig.from_hf(model, ()))
+        assert size.parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
 
-@pytest.mark.parametrize("override", ["lora.rank=8", "optim.name=adamw_8bit"])
-def test_what_the_arithmetic_does_not_know_is_refused(override):
-    with pytest.raises(ConfigError, match="--plan knows AdamW on all weights"):
-        plan(Config.load("paper-1.5b", [override]))
+def test_the_command_says_what_to_change_and_exits_1(tmp_path, capsys, monkeypatch):
+    write_empty_model(SMALL, 4, tmp_path / "model")
+    rows, model = tmp_path / "rows.json", f"model.path={tmp_path / 'model'}"
+    one = ["rollout.prompts_per_step=1", "optim.minibatch_prompts=null", "rollout.group_size=8"]
+    command = ["--plan", "--json", str(rows), "--config", "paper-1.5b", model, *SETTINGS, *one]
+    assert main(command) == 0
+    found = json.loads(rows.read_text())
+    assert [row["phase"] for row in found] == [p for p in PHASES if p != "old densities"]
+    assert {row["gpus"] for row in found} == {1}
+    peak = max(row["peak_gib"] for row in found)
+    assert "does not fit" not in capsys.readouterr().out
+    tiny = Hardware(memory=0.5 * peak * 2**30, reserved=0)
+    monkeypatch.setattr("softgrpo.tools.plan.plan.Hardware", lambda: tiny)
+    assert main([*command, "optim.gradient_checkpointing=false"]) == 1
+    assert "set optim.gradient_checkpointing=true" in capsys.readouterr().out
 
 
-def test_more_gpus_take_less_time_and_a_smaller_cache_more():
-    from softgrpo.tools.plan import Hardware
+def test_the_cache_takes_what_is_left():
+    """The proposed rollout.kv_memory fits, and one GiB more would not."""
+    config = small("rollout.max_new_tokens=80000", "rollout.max_batch_size=1024")
+    config = replace(config, optim=replace(config.optim, tokens_per_microbatch=100000))
+    model = deep(40)
+    size = Size.of(DecoderConfig.from_hf(model, ()))
+    cache = kv_cache(config, size, 1)
+    usable = cache - 3.5 * GIB
+    peaks = {phase: round(cache + GIB) for phase in ("start", "rollout", "sync")}
+    assert changes(config, size, 1, peaks, usable) == [
+        f"set rollout.kv_memory={int(cache / GIB - 4.5)}"
+    ]
 
-    config = Config.load("paper-1.5b")
-    shape = Shape.of(decoder_config(config.model.path))
-    one, eight = (sum(seconds(config, shape, n, Hardware(), 20e9).values()) for n in (1, 8))
-    assert 4 < one / eight < 12
-    small = seconds(config, shape, 8, Hardware(), 2e9)["rollout"]
-    assert small > 2 * seconds(config, shape, 8, Hardware(), 20e9)["rollout"]
+
+@pytest.mark.parametrize(
+    "override", ["optim.name=adamw_8bit", "rollout.engine=hf", "model.dtype=float32"]
+)
+def test_what_a_plan_does_not_know_is_refused(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        make_plan(Config.load("paper-1.5b", [override]))

@@ -37,7 +37,8 @@ class PackedLinear:
         self._bias, self._silu_mul = bias_N, silu_mul
         self.ours: PackedWeight | None = None  # with our kernel
         self._onednn = self._weight = None
-        if batch_invariant or (weight_NK.dtype == torch.bfloat16 and matrix_unit()):
+        on_cpu = weight_NK.device.type == "cpu"  # the host of a GPU may have such a unit, too
+        if batch_invariant or (on_cpu and weight_NK.dtype == torch.bfloat16 and matrix_unit()):
             self.ours = pack_weight(weight_NK, bias_N, silu_mul=silu_mul)
             if batch_invariant and not self.ours.is_compiled:
                 raise ValueError(
