@@ -16,7 +16,8 @@ _LARGEST_INTEGER = 2**32 - 1
 def read_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body."""
     try:
-        value = json.loads(body, parse_constant=_refuse)
+        # UTF-8 alone: of bytes, json would take halves of surrogate pairs too.
+        value = json.loads(body.decode(), parse_constant=_refuse)
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except (ValueError, RecursionError):

@@ -12,7 +12,7 @@ from softgrpo.serve.errors import ApiError
 from softgrpo.serve.protocol import Request
 from softgrpo_engine import LLM, SamplingParams
 from softgrpo_engine.requests.admission import make_groups
-from softgrpo_engine.requests.prompts import Prompt, default_uids, encode
+from softgrpo_engine.requests.prompts import Prompt, encode, uids_of_call
 from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
 
 # A longer text cannot fit: it is not even encoded, which would hold up everybody.
@@ -72,7 +72,7 @@ class Preparation:
     def _uids(self, request: Request, prompts: list[list[int]]) -> list[list[int]]:
         n = request.params.n
         if request.uid is None:
-            return [default_uids(prompt, n) for prompt in prompts]
+            return uids_of_call(prompts, n)
         return [[(request.uid + i) % 2**32 for i in range(n)]]
 
     def _check_samples(
