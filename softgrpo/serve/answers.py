@@ -66,8 +66,9 @@ class Answers:
         if self.thinking_end not in ids:
             return sample.text, ""
         thoughts = ids[: ids.index(self.thinking_end)]
-        reasoning = self.tokens.decode(thoughts)
-        rest = sample.text[len(reasoning) :]
+        # Of the text as it is: a stop string that cut it may have begun in the thoughts.
+        length = len(self.tokens.decode(thoughts))
+        reasoning, rest = sample.text[:length], sample.text[length:]
         return reasoning, rest.removeprefix(self.tokens.text(self.thinking_end)).lstrip("\n")
 
     def logprobs(self, positions: Sequence[Position], offsets: Offsets) -> dict[str, Any] | None:

@@ -210,7 +210,7 @@ def _message(index: int, message: object) -> dict[str, str]:
         raise ApiError(400, f"{where} must be an object with a role and a content", where)
     if message.get("tool_calls"):
         raise ApiError(400, f"{where}.tool_calls is not supported by this server", where)
-    role, content = message["role"], message.get("content")
+    role, content = str(message["role"]), message.get("content")
     if content is None and role == "assistant":
         content = ""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]

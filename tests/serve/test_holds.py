@@ -86,7 +86,7 @@ def test_a_body_that_is_no_json_object(served, body):
     assert served.error(CHAT, body)[0] == 400
 
 
-def test_other_errors_have_the_same_form(served):
+def test_other_errors_have_the_same_form(served, monkeypatch):
     assert served.error("/v1/nothing", {})[0] == 404
     assert served.error("/v1/models", {})[0] == 405
     status, error = served.error(CHAT, {**BODY, "model": "gpt-4"})
@@ -95,6 +95,11 @@ def test_other_errors_have_the_same_form(served):
     assert served.error(COMPLETIONS, {"prompt": "aa", "echo": True, "stream": True})[0] == 400
     assert served.error(COMPLETIONS, {"prompt": ["aa", "ab"], "soft_uid": 1})[0] == 400
     assert served.error(COMPLETIONS, {"prompt": [1000]})[0] == 400
+    many = {"prompt": [[3] * 250] * 8, "echo": True, "logprobs": 64, "max_tokens": 1}
+    monkeypatch.setattr("softgrpo.serve.jobs._MOST_LOGPROBS", 250 * 65)
+    for body in ({**many, "n": 1}, {**many, "prompt": [3] * 250, "n": 2}):
+        assert "logprobs=64" in served.error(COMPLETIONS, body)[1]["message"]
+    served.post(COMPLETIONS, {**many, "prompt": [3] * 250, "n": 1})
 
 
 def test_the_key(make_llm, serve):
@@ -354,3 +359,22 @@ def test_the_command_says_what_is_wrong(capsys):
     assert f"port {port}" in capsys.readouterr().err
     assert main(["--model", "./nowhere", "--port", "0"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_port_that_another_server_took_meanwhile_is_one_line(make_llm, monkeypatch, capsys):
+    """Both were loading their models: neither listened yet."""
+    from softgrpo.cli.serve import main
+
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = str(other.getsockname()[1])
+
+        def load(*args, **options):
+            other.listen()
+            return make_llm()
+
+        monkeypatch.setattr("softgrpo_engine.LLM", load)
+        monkeypatch.setattr("softgrpo_engine.model.source.resolve_model", lambda name: name)
+        assert main(["--model", "tiny", "--port", port]) == 2
+    assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err

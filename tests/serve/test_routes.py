@@ -240,6 +240,22 @@ def test_thinking_can_be_split_off(make_llm, serve):
             assert "".join(piece.get(name, "") for piece in pieces) == message[name]
 
 
+def test_a_stop_string_may_begin_in_the_thoughts(make_llm, serve):
+    llm = make_llm()
+    body = {**BODY, "max_tokens": 12, "soft_max_tokens": 4}
+    with serve(llm) as server:
+        text = server.post(CHAT, body)["choices"][0]["message"]["content"]
+    stop = text[7:10]  # the thoughts are four tokens of two letters
+    with serve(llm, split_thinking=True) as server:
+        (choice,) = server.post(CHAT, {**body, "stop": stop})["choices"]
+        assert choice["message"]["reasoning_content"] == text[:7]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("", "stop")
+        pieces = [
+            event["choices"][0]["delta"] for event in server.events(CHAT, body | {"stop": stop})
+        ]
+        assert "".join(piece.get("reasoning_content", "") for piece in pieces) == text[:7]
+
+
 def test_what_other_clients_send_beside(served):
     """lighteval's and Open WebUI's bodies."""
     served.post(
