@@ -98,6 +98,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         make_app(llm, settings),
         log_level="warning",
         access_log=False,
+        lifespan="off",
         limit_concurrency=arguments.max_batch_size + arguments.max_waiting + _SPARE_CONNECTIONS,
         server_header=False,
     )

@@ -54,7 +54,8 @@ class Answers:
         prompt = self._prompt_text(output) if self.request.echo else ""
         logprobs = self.logprobs(positions, Offsets(self.tokens, len(prompt)))
         if self.request.echo and logprobs is not None:
-            of_prompt = self.logprobs(prompt_positions(output), Offsets(self.tokens, 0)) or {}
+            offsets = Offsets(self.tokens, 0, sent=prompt)
+            of_prompt = self.logprobs(prompt_positions(output), offsets) or {}
             logprobs = {name: of_prompt[name] + logprobs[name] for name in logprobs}
         return {"index": index, "text": prompt + text, "logprobs": logprobs, **end}
 

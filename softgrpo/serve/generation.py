@@ -78,7 +78,7 @@ class Generation:
         start = time.monotonic()
         try:
             await self._answer(HttpRequest(scope, receive), send, start)
-        except Disconnected:
+        except (Disconnected, asyncio.CancelledError):  # or the server was told to end at once
             scope[LEFT] = True  # its samples are out of the engine; there is nobody to tell
         else:
             self._generator.metrics.request.add(time.monotonic() - start)

@@ -47,11 +47,12 @@ class TokenTexts:
 class Offsets:
     """Where tokens begin in the text that they make, in characters, one after the other.
 
-    A token that begins inside a character begins where that does. start: of the first one.
+    A token that begins inside a character begins where that does. start: of the first one. sent: a
+    prompt, which can hold special tokens; others, such as a BOS that was added, are not in a text.
     """
 
-    def __init__(self, tokens: TokenTexts, start: int) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: TokenTexts, start: int, sent: str = "") -> None:
+        self._tokens, self._sent = tokens, sent
         self._before: list[int] = []  # of the whole characters that came last
         self._open: list[int] = []  # whose last character is not complete
         self._closed, self._begun = start, 0  # characters, and those of _open that are complete
@@ -62,6 +63,8 @@ class Offsets:
 
     def _next(self, token: int) -> int:
         own = text = self._tokens.stands_alone(token)
+        if own == "" and self._sent.startswith(name := self._tokens.text(token), self._closed):
+            own = text = name
         if text is None or self._open:
             known = self._tokens.decode(self._before)
             text = self._tokens.decode([*self._before, *self._open, token])[len(known) :]

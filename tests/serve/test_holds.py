@@ -350,6 +350,18 @@ def test_sigterm_lets_answers_end(tmp_path, hf_model, make_llm):
         process.wait()
 
 
+def test_an_end_at_once_is_no_mistake(make_llm, serve, caplog):
+    """A second Ctrl-C."""
+    with serve(slowed(make_llm())) as server:
+        client = open_stream(server, ENDLESS)
+        server.server.should_exit = server.server.force_exit = True
+        server.thread.join(10)
+        assert not server.thread.is_alive()
+        client.close()
+    assert "ASGI callable returned without completing" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
 def test_the_command_says_what_is_wrong(capsys):
     from softgrpo.cli.serve import main
 

@@ -50,6 +50,15 @@ def test_offsets_of_characters_that_are_several_tokens(of_bytes):
     assert [offsets.of([token])[0] for token in ids] == places[: len(ids)]
 
 
+def test_special_tokens_count_where_they_were_sent(of_bytes):
+    sent = "a<end>b<end>"
+    ids = [of_bytes.eos_token_id, *of_bytes.encode(sent, add_special_tokens=False)]
+    tokens = TokenTexts(of_bytes)
+    # The first was added, as a BOS is.
+    assert Offsets(tokens, 0, sent=sent).of(ids) == [0, 0, 1, 6, 7]
+    assert Offsets(tokens, 0).of(ids) == [0, 0, 1, 1, 2]
+
+
 def test_bytes_that_are_no_character_do_not_hold_up_the_others(of_bytes):
     (lead,) = of_bytes.convert_tokens_to_ids(["\u00f0"])
     ids = [lead] * 6 + of_bytes.encode("ab", add_special_tokens=False)
