@@ -108,6 +108,13 @@ def test_nothing_is_wider_than_the_window(page, width):
     ask(page, "aaabacad", maxTokens=40)
     page.wait(f"{IDLE} && document.querySelectorAll('.answer').length == 2")
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
+    # The place to write is at the bottom of the window, wherever the conversation is.
+    for place in (0, 1e6):
+        page.value(f"scrollTo(0, {place})")
+        below = page.value(
+            "innerHeight - document.getElementById('ask').getBoundingClientRect().bottom"
+        )
+        assert below == pytest.approx(0, abs=1)
 
 
 def test_a_cleared_conversation_does_not_come_back(page, served):
