@@ -12,7 +12,8 @@ from softgrpo_engine import SamplingParams, SoftParams
 from softgrpo_engine.params import K_MAX
 from softgrpo_engine.requests.prompts import Prompt
 
-_MOST_STOPS, _MOST_PROMPTS = 16, 2048
+# Stop strings are looked for at every token, in the event loop too: long ones would hold it up.
+_MOST_STOPS, _LONGEST_STOP, _MOST_PROMPTS = 16, 256, 2048
 # What the engine does not do: a request that leaves it at this value asks for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -133,7 +134,7 @@ def _sampling_params(
         "min_p": fields.number("min_p"),
         "min_tokens": fields.integer("min_tokens"),
         "seed": None if seed is None else seed % 2**64,
-        "stop": fields.strings("stop", _MOST_STOPS),
+        "stop": fields.strings("stop", _MOST_STOPS, _LONGEST_STOP),
         "stop_token_ids": fields.integers("stop_token_ids"),
         "ignore_eos": fields.boolean("ignore_eos"),
         "prompt_logprobs": prompt_logprobs,

@@ -36,6 +36,7 @@ WRONG = {
     "no token": ({"max_tokens": 0}, "max_tokens"),
     "an empty stop string": ({"stop": ["x", ""]}, "stop"),
     "too many stop strings": ({"stop": ["x"] * 17}, "stop"),
+    "a long stop string": ({"stop": "x" * 257}, "256 characters"),
     "an id outside the vocabulary": ({"stop_token_ids": [97]}, "stop_token_ids"),
     "an unknown soft key": ({"soft_tua": 1}, "soft_tua"),
     "an unknown soft key of vLLM": ({"vllm_xargs": {"soft_tua": 1}}, "soft_tua"),
