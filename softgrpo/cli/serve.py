@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import ipaddress
 import logging
 import socket
 import sys
@@ -90,12 +91,14 @@ def _serve(arguments: argparse.Namespace) -> None:
         max_waiting=arguments.max_waiting,
         api_key=arguments.api_key,
         split_thinking=arguments.split_thinking,
+        is_local=ipaddress.ip_address(listener.getsockname()[0]).is_loopback,
     )
     logging.basicConfig(format="%(asctime)s %(message)s")
     config = uvicorn.Config(
         make_app(llm, settings),
         log_level="warning",
         access_log=False,
+        lifespan="off",
         limit_concurrency=arguments.max_batch_size + arguments.max_waiting + _SPARE_CONNECTIONS,
         server_header=False,
     )
@@ -103,8 +106,11 @@ def _serve(arguments: argparse.Namespace) -> None:
         # What a reader that stopped has not taken would hold its connection, and the server's end.
         patience = int(1000 * SEND_SECONDS)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
-    listener.listen()
     host, port = listener.getsockname()[:2]
+    try:
+        listener.listen()
+    except OSError as error:  # another server began to listen while this one loaded its model
+        raise ValueError(f"cannot listen on {host} port {port}: {error}") from None
     host = f"[{host}]" if ":" in host else host
     print(f"serving {settings.name} on http://{host}:{port} (Ctrl-C ends it)", flush=True)
     uvicorn.Server(config).run(sockets=[listener])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import math
+import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from softgrpo.serve.errors import ApiError
+from softgrpo.serve.settings import ServeSettings
 from softgrpo.serve.stream import Disconnected
 
 MOST_BYTES = 4 * 2**20
@@ -48,13 +52,35 @@ class Admission:
             self._usual_seconds += 0.1 * (time.monotonic() - start - self._usual_seconds)
 
 
-def check_key(http: HttpRequest, key: str | None) -> None:
-    """Raises ApiError unless the request has the server's key; without one everybody is let in."""
-    if key is None:
+def check_caller(http: HttpRequest, settings: ServeSettings) -> None:
+    """Raises ApiError unless the request has the server's key, or the server has none. Then its
+    user's browser could be made to send requests by any page of the web: those are refused."""
+    if settings.api_key is not None:
+        # Headers are read as Latin-1.
+        given = http.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+        if not secrets.compare_digest(given, os.fsencode(settings.api_key)):
+            raise ApiError(401, "wrong API key: send it as Authorization: Bearer KEY")
         return
-    given = http.headers.get("authorization", "").removeprefix("Bearer ")
-    if not secrets.compare_digest(given.encode(), key.encode()):
-        raise ApiError(401, "wrong API key: send it as Authorization: Bearer KEY")
+    if http.headers.get("sec-fetch-site") == "cross-site":
+        raise ApiError(403, "this server has no --api-key: it takes nothing from other sites")
+    host = http.headers.get("host", "")
+    if settings.is_local and not _is_private(host):
+        message = f"this server does not go by the name {host!r:.80}: give it an --api-key first"
+        raise ApiError(403, message)
+
+
+def _is_private(host: str) -> bool:
+    """Whether no page of the web can have this name: one that has can let it lead to this machine
+    (DNS rebinding), and then read the answers."""
+    address = re.fullmatch(r"\[(.*)\]|([^:]*)", re.sub(r":\d*$", "", host))
+    if address is None:
+        return False
+    name = (address[1] or address[2] or "").rstrip(".").lower()
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return "." not in name or name.endswith((".localhost", ".local", ".internal"))
+    return True
 
 
 async def read_body(http: HttpRequest) -> bytes:

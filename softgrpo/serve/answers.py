@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from softgrpo.log.samples import Mixture, position_rows
 from softgrpo.serve.protocol import Request
+from softgrpo.serve.tokens import Offsets, TokenTexts
 from softgrpo_engine import Output, Sample, SoftTokens
 
 Choice = dict[str, Any]
@@ -28,32 +29,35 @@ class Position:
 class Answers:
     """Writes the choices of one request.
 
-    tokenizer: for the texts of tokens. token_text: the text of a token. thinking_end: the token
-    after which the answer comes, where thinking is split off as reasoning_content, else None.
+    thinking_end: the token after which the answer comes, where thinking is split off as
+    reasoning_content, else None.
     """
 
     request: Request
-    tokenizer: Any
-    token_text: Callable[[int], str]
+    tokens: TokenTexts
     thinking_end: int | None
 
     def choice(self, index: int, output: Output, sample: Sample) -> Choice:
         """A whole sample."""
         reasoning, text = self.texts(sample)
-        end = {"finish_reason": sample.finish_reason, **self.extras(sample, 0)}
-        positions = sample_positions(sample, 0)
+        # The engine draws a token in any case; nobody asked for it.
+        start = len(sample.token_ids) if self.request.max_tokens == 0 else 0
+        end = {"finish_reason": sample.finish_reason, **self.extras(sample, start)}
+        positions = sample_positions(sample, start)
         if self.request.is_chat:
             message = {"role": "assistant", "content": text}
             if reasoning is not None:
                 message["reasoning_content"] = reasoning
-            logprobs = self.logprobs(positions, 0)
+            logprobs = self.logprobs(positions, Offsets(self.tokens, 0))
             return {"index": index, "message": message, "logprobs": logprobs, **end}
-        if self.request.max_tokens == 0:
-            text, positions = "", []
-        if self.request.echo:
-            text = self._prompt_text(output) + text
-            positions = prompt_positions(output) + positions
-        return {"index": index, "text": text, "logprobs": self.logprobs(positions, 0), **end}
+        text = "" if start else text
+        prompt = self._prompt_text(output) if self.request.echo else ""
+        logprobs = self.logprobs(positions, Offsets(self.tokens, len(prompt)))
+        if self.request.echo and logprobs is not None:
+            offsets = Offsets(self.tokens, 0, sent=prompt)
+            of_prompt = self.logprobs(prompt_positions(output), offsets) or {}
+            logprobs = {name: of_prompt[name] + logprobs[name] for name in logprobs}
+        return {"index": index, "text": prompt + text, "logprobs": logprobs, **end}
 
     def texts(self, sample: Sample) -> tuple[str | None, str]:
         """(reasoning, answer); all is the answer where thinking is not split off."""
@@ -63,27 +67,23 @@ class Answers:
         if self.thinking_end not in ids:
             return sample.text, ""
         thoughts = ids[: ids.index(self.thinking_end)]
-        reasoning = self.tokenizer.decode(thoughts, skip_special_tokens=True)
-        rest = sample.text[len(reasoning) :]
-        return reasoning, rest.removeprefix(self.token_text(self.thinking_end)).lstrip("\n")
+        # Of the text as it is: a stop string that cut it may have begun in the thoughts.
+        length = len(self.tokens.decode(thoughts))
+        reasoning, rest = sample.text[:length], sample.text[length:]
+        return reasoning, rest.removeprefix(self.tokens.text(self.thinking_end)).lstrip("\n")
 
-    def logprobs(self, positions: Sequence[Position], offset: int) -> dict[str, Any] | None:
-        """Of positions, in the form of the route; None where they were not asked for. offset: of
-        the first one in the text."""
+    def logprobs(self, positions: Sequence[Position], offsets: Offsets) -> dict[str, Any] | None:
+        """Of positions, in the form of the route; None where they were not asked for."""
         count = self.request.logprobs
         if count is None:
             return None
         if self.request.is_chat:
             return {"content": [self._entry(p, p.top[:count]) for p in positions]}
-        names = [self._name(p.token) for p in positions]
-        offsets = [offset]
-        for position in positions:
-            offsets.append(offsets[-1] + len(self.token_text(position.token)))
         return {
-            "tokens": names,
+            "tokens": [self._name(p.token) for p in positions],
             "token_logprobs": [_finite(p.logprob) for p in positions],
             "top_logprobs": [self._top(p, count) for p in positions],
-            "text_offset": offsets[:-1],
+            "text_offset": offsets.of([p.token for p in positions]),
         }
 
     def extras(self, sample: Sample, start: int) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Answers:
         if self.request.return_soft:
             extras["soft"] = record_as_lists(record)
         if self.request.return_positions:
-            extras["positions"] = position_rows(record, self._mixture, self.tokenizer)
+            extras["positions"] = position_rows(record, self._mixture, self.tokens.tokenizer)
         return extras
 
     @property
@@ -106,17 +106,17 @@ class Answers:
         prompts = self.request.prompts
         if len(prompts) == 1 and isinstance(prompts[0], str):
             return prompts[0]
-        return str(self.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=True))
+        return self.tokens.decode(output.prompt_token_ids)
 
     def _name(self, token: int) -> str:
-        return f"token_id:{token}" if self.request.tokens_as_ids else self.token_text(token)
+        return f"token_id:{token}" if self.request.tokens_as_ids else self.tokens.text(token)
 
     def _entry(self, position: Position, top: list[tuple[int, float]]) -> dict[str, Any]:
         entry = self._value(position.token, position.logprob)
         return {**entry, "top_logprobs": [self._value(*alternative) for alternative in top]}
 
     def _value(self, token: int, value: float | None) -> dict[str, Any]:
-        text = list(self.token_text(token).encode())
+        text = list(self.tokens.bytes(token))
         return {"token": self._name(token), "logprob": _finite(value), "bytes": text}
 
     def _top(self, position: Position, count: int) -> dict[str, float | None] | None:

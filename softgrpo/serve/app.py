@@ -9,7 +9,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from softgrpo.serve.admission import check_key
+from softgrpo.serve.admission import check_caller
 from softgrpo.serve.errors import ApiError
 from softgrpo.serve.generation import LEFT, Generation, Generator
 from softgrpo.serve.metrics import Metrics
@@ -30,7 +30,7 @@ def make_app(llm: LLM, settings: ServeSettings) -> ASGIApp:
         return JSONResponse({"status": "ok"})
 
     async def models(http: HttpRequest) -> Response:
-        check_key(http, settings.api_key)
+        check_caller(http, settings)
         model = {
             "id": settings.name,
             "object": "model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softgrpo.serve.answers import Answers, Choice, sample_positions
+from softgrpo.serve.tokens import Offsets
 from softgrpo_engine import Sample
 
 
@@ -14,7 +15,8 @@ class Deltas:
     def __init__(self, answers: Answers, index: int) -> None:
         self._answers, self._index = answers, index
         self._stop = answers.request.params.stop
-        self._reasoning = self._text = self._positions = self._offset = 0
+        self._reasoning = self._text = self._positions = 0
+        self._offsets = Offsets(answers.tokens, 0)
         self._begun = False
 
     def next(self, sample: Sample) -> Choice | None:
@@ -48,8 +50,7 @@ class Deltas:
         positions = []
         if answers.request.logprobs is not None:
             positions = sample_positions(sample, start)
-        logprobs = answers.logprobs(positions, self._offset)
-        self._offset += sum(len(answers.token_text(p.token)) for p in positions)
+        logprobs = answers.logprobs(positions, self._offsets)
         extras = answers.extras(sample, start)
         return {"logprobs": logprobs, **extras}
 

@@ -16,7 +16,8 @@ _LARGEST_INTEGER = 2**32 - 1
 def read_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body."""
     try:
-        value = json.loads(body, parse_constant=_refuse)
+        # UTF-8 alone: of bytes, json would take halves of surrogate pairs too.
+        value = json.loads(body.decode(), parse_constant=_refuse)
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except (ValueError, RecursionError):
@@ -70,16 +71,14 @@ class Fields:
             raise wrong(name, value, "a string")
         return value
 
-    def strings(self, name: str, most: int) -> tuple[str, ...]:
-        """A string or a list of them."""
+    def strings(self, name: str, most: int, longest: int) -> tuple[str, ...]:
+        """A string or a list of them: at most so many, of so many characters."""
         value = self.values.get(name, [])
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(i, str) and i for i in items):
             raise wrong(name, value, "a string or a list of non-empty strings")
-        if len(items) > most:
-            raise ApiError(
-                400, f"{name} has {len(items)} strings: at most {most} are allowed", name
-            )
+        if len(items) > most or any(len(item) > longest for item in items):
+            raise wrong(name, value, f"at most {most} strings of {longest} characters")
         return tuple(items)
 
     def integers(self, name: str) -> tuple[int, ...]:

@@ -6,17 +6,17 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from functools import lru_cache
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from softgrpo.serve.admission import Admission, check_key, read_body
+from softgrpo.serve.admission import Admission, check_caller, read_body
 from softgrpo.serve.answers import Answers
 from softgrpo.serve.deltas import Deltas
 from softgrpo.serve.errors import ApiError, engine_failed
@@ -25,8 +25,11 @@ from softgrpo.serve.metrics import Metrics
 from softgrpo.serve.protocol import Request, parse_request
 from softgrpo.serve.settings import ServeSettings
 from softgrpo.serve.stream import Disconnected, send_events, unless_disconnected
+from softgrpo.serve.tokens import TokenTexts
 from softgrpo_engine import LLM, AsyncLLM, Output
 from softgrpo_engine.requests.prompts import thinking_end_id
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger("softgrpo.serve")
 # In the scope of a request whose client went before its end.
@@ -43,10 +46,9 @@ class Generator:
         self.metrics = Metrics()
         self.created = int(time.time())
         self._preparation = Preparation(llm)
-        self._thread = ThreadPoolExecutor(1, "softgrpo-prompts")
-        self.tokenizer = self._preparation.tokenizer
-        self.token_text = lru_cache(maxsize=None)(lambda token: self.tokenizer.decode([token]))
-        end = thinking_end_id("auto", self.tokenizer)
+        self._thread = ThreadPoolExecutor(1, "softgrpo-texts")
+        self.tokens = TokenTexts(self._preparation.tokenizer)
+        end = thinking_end_id("auto", self._preparation.tokenizer)
         self.thinking_end = end if settings.split_thinking else None
 
     async def job(self, request: Request) -> Job:
@@ -56,11 +58,14 @@ class Generator:
             raise ApiError(
                 404, f"there is no model {request.model!r:.80}: this is {name!r}", "model"
             )
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._preparation.job, request)
+        return await self.in_thread(partial(self._preparation.job, request))
+
+    def in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Done beside the event loop, one after the other: they share a tokenizer."""
+        return asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def answers(self, request: Request) -> Answers:
-        return Answers(request, self.tokenizer, self.token_text, self.thinking_end)
+        return Answers(request, self.tokens, self.thinking_end)
 
 
 class Generation:
@@ -73,14 +78,14 @@ class Generation:
         start = time.monotonic()
         try:
             await self._answer(HttpRequest(scope, receive), send, start)
-        except Disconnected:
+        except (Disconnected, asyncio.CancelledError):  # or the server was told to end at once
             scope[LEFT] = True  # its samples are out of the engine; there is nobody to tell
         else:
             self._generator.metrics.request.add(time.monotonic() - start)
 
     async def _answer(self, http: HttpRequest, send: Send, start: float) -> None:
         generator = self._generator
-        check_key(http, generator.settings.api_key)
+        check_caller(http, generator.settings)
         request = parse_request(
             await read_body(http),
             is_chat=self._is_chat,
@@ -92,12 +97,12 @@ class Generation:
                 events = _events(generator, job, start)
                 await unless_disconnected(http.receive, send_events(send, events))
             else:
-                body = await unless_disconnected(http.receive, _whole(generator, job))
-                await JSONResponse(body)(http.scope, http.receive, send)
+                answer = await unless_disconnected(http.receive, _whole(generator, job))
+                await answer(http.scope, http.receive, send)
 
 
-async def _whole(generator: Generator, job: Job) -> dict[str, Any]:
-    """The body of an answer."""
+async def _whole(generator: Generator, job: Job) -> JSONResponse:
+    """An answer."""
     request = job.request
     try:
         outputs = await generator.engine.generate(
@@ -106,11 +111,18 @@ async def _whole(generator: Generator, job: Job) -> dict[str, Any]:
     except Exception:
         _LOG.exception("the engine failed")
         raise engine_failed() from None
-    answers = generator.answers(request)
+    # Many tokens with all their candidates take seconds to write: not in the event loop.
+    return await generator.in_thread(partial(_response, generator, job, outputs))
+
+
+def _response(generator: Generator, job: Job, outputs: list[Output]) -> JSONResponse:
+    answers = generator.answers(job.request)
     pairs = [(output, sample) for output in outputs for sample in output.samples]
     choices = [answers.choice(i, *pair) for i, pair in enumerate(pairs)]
-    kind = "chat.completion" if request.is_chat else "text_completion"
-    return {**_head(generator, request, kind), "choices": choices, "usage": _usage(job, outputs)}
+    head = _head(
+        generator, job.request, "chat.completion" if job.request.is_chat else "text_completion"
+    )
+    return JSONResponse({**head, "choices": choices, "usage": _usage(job, outputs)})
 
 
 async def _events(generator: Generator, job: Job, start: float) -> AsyncGenerator[dict[str, Any]]:
@@ -152,6 +164,8 @@ def _head(generator: Generator, request: Request, kind: str) -> dict[str, Any]:
 
 
 def _usage(job: Job, outputs: list[Output]) -> dict[str, int]:
+    if job.request.max_tokens == 0:
+        return _counts(job, 0)
     return _counts(job, sum(len(s.token_ids) for output in outputs for s in output.samples))
 
 

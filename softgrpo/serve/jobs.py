@@ -12,11 +12,13 @@ from softgrpo.serve.errors import ApiError
 from softgrpo.serve.protocol import Request
 from softgrpo_engine import LLM, SamplingParams
 from softgrpo_engine.requests.admission import make_groups
-from softgrpo_engine.requests.prompts import Prompt, default_uids, encode
+from softgrpo_engine.requests.prompts import Prompt, encode, uids_of_call
 from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
 
 # A longer text cannot fit: it is not even encoded, which would hold up everybody.
 _CHARACTERS_A_TOKEN = 32
+# Of the tokens of prompts in one answer: few bytes that are sent can ask for gigabytes of them.
+_MOST_LOGPROBS = 2**22
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Preparation:
             prompts = [self._encode(i, prompt) for i, prompt in enumerate(request.prompts)]
             params = self._limited(request, prompts)
             self._llm.check_fits(prompts, params)
+            _check_echo(request, prompts)
             uids = self._uids(request, prompts)
             self._check_samples(request, prompts, params, uids)
         except (ValueError, TemplateError) as error:
@@ -72,7 +75,7 @@ class Preparation:
     def _uids(self, request: Request, prompts: list[list[int]]) -> list[list[int]]:
         n = request.params.n
         if request.uid is None:
-            return [default_uids(prompt, n) for prompt in prompts]
+            return uids_of_call(prompts, n)
         return [[(request.uid + i) % 2**32 for i in range(n)]]
 
     def _check_samples(
@@ -88,6 +91,16 @@ class Preparation:
         make_groups(
             prompts, params, soft, seed, uids, request.noise_stream, llm.config, llm.tokenizer
         )
+
+
+def _check_echo(request: Request, prompts: list[list[int]]) -> None:
+    if request.echo and request.logprobs is not None:
+        tokens = request.params.n * sum(map(len, prompts))
+        if tokens * (1 + request.logprobs) > _MOST_LOGPROBS:
+            raise ValueError(
+                f"echo with logprobs={request.logprobs} over {tokens} tokens: at most "
+                f"{_MOST_LOGPROBS // (1 + request.logprobs)} in one request"
+            )
 
 
 def _characters(part: int | dict[str, str]) -> int:

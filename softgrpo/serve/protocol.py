@@ -12,7 +12,8 @@ from softgrpo_engine import SamplingParams, SoftParams
 from softgrpo_engine.params import K_MAX
 from softgrpo_engine.requests.prompts import Prompt
 
-_MOST_STOPS, _MOST_PROMPTS = 16, 2048
+# Stop strings are looked for at every token, in the event loop too: long ones would hold it up.
+_MOST_STOPS, _LONGEST_STOP, _MOST_PROMPTS = 16, 256, 2048
 # What the engine does not do: a request that leaves it at this value asks for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -21,8 +22,30 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "suffix": ("",),
     "use_beam_search": (False,),
+    "best_of": (1,),
+    "length_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "tools": ([],),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "web_search_options": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "truncate_prompt_tokens": (),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
 }
+# OpenAI's newer name. The templates of models know the older one, and may drop a role they do not.
+_ROLES = {"developer": "system"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +134,7 @@ def _sampling_params(
         "min_p": fields.number("min_p"),
         "min_tokens": fields.integer("min_tokens"),
         "seed": None if seed is None else seed % 2**64,
-        "stop": fields.strings("stop", _MOST_STOPS),
+        "stop": fields.strings("stop", _MOST_STOPS, _LONGEST_STOP),
         "stop_token_ids": fields.integers("stop_token_ids"),
         "ignore_eos": fields.boolean("ignore_eos"),
         "prompt_logprobs": prompt_logprobs,
@@ -123,22 +146,25 @@ def _sampling_params(
 
 def _max_tokens(fields: Fields, is_chat: bool) -> int | None:
     """None for what is left of the context. 0 asks for a prompt's log-probabilities alone."""
-    value = fields.integer("max_tokens")
+    name = "max_tokens"
     if is_chat and "max_completion_tokens" in fields:
-        value = fields.integer("max_completion_tokens")
+        name = "max_completion_tokens"
+    value = fields.integer(name)
     if value is None and not is_chat:
         value = 16  # OpenAI's
     least = 0 if fields.boolean("echo") and not is_chat else 1
     if value is not None and value < least:
-        raise wrong("max_tokens", value, f">= {least}")
+        raise wrong(name, value, f">= {least}")
     return value
 
 
 def _logprobs(fields: Fields, is_chat: bool) -> int | None:
     name = "top_logprobs" if is_chat else "logprobs"
-    if is_chat and not fields.boolean("logprobs"):
-        return None
     value = fields.integer(name)
+    if is_chat and not fields.boolean("logprobs"):
+        if value:
+            raise ApiError(400, f"{name}={value} needs logprobs=true", name)
+        return None
     if value is not None and not 0 <= value <= K_MAX:
         raise wrong(name, value, f">= 0 and <= {K_MAX}")
     return value or 0 if is_chat else value
@@ -183,9 +209,13 @@ def _message(index: int, message: object) -> dict[str, str]:
     where = f"messages[{index}]"
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ApiError(400, f"{where} must be an object with a role and a content", where)
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    if message.get("tool_calls"):
+        raise ApiError(400, f"{where}.tool_calls is not supported by this server", where)
+    role, content = str(message["role"]), message.get("content")
+    if content is None and role == "assistant":
+        content = ""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
     if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
         raise ApiError(400, f"{where}.content must be a text: this model reads nothing else", where)
-    return {"role": message["role"], "content": "".join(text for text in texts if text)}
+    return {"role": _ROLES.get(role, role), "content": "".join(text for text in texts if text)}

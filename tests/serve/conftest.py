@@ -45,7 +45,9 @@ class Served:
         self.llm = llm
         settings = {"name": "tiny", "soft": SoftParams()} | settings
         app = make_app(llm, ServeSettings(**settings))
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False))
+        # Its log goes where pytest finds it.
+        config = uvicorn.Config(app, log_config=None, log_level="error", lifespan="off")
+        self.server = uvicorn.Server(config)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))

@@ -7,10 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from softgrpo.serve.answers import Answers
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 
@@ -33,6 +36,7 @@ WRONG = {
     "no token": ({"max_tokens": 0}, "max_tokens"),
     "an empty stop string": ({"stop": ["x", ""]}, "stop"),
     "too many stop strings": ({"stop": ["x"] * 17}, "stop"),
+    "a long stop string": ({"stop": "x" * 257}, "256 characters"),
     "an id outside the vocabulary": ({"stop_token_ids": [97]}, "stop_token_ids"),
     "an unknown soft key": ({"soft_tua": 1}, "soft_tua"),
     "an unknown soft key of vLLM": ({"vllm_xargs": {"soft_tua": 1}}, "soft_tua"),
@@ -46,6 +50,16 @@ WRONG = {
     "an end of thinking that is none": ({"soft_end_of_thinking": "aaab"}, "end_of_thinking"),
     "a uid that does not fit": ({"soft_uid": -1}, "uid"),
     "what the engine cannot do": ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    "tools": ({"tools": [{"type": "function"}]}, "tools"),
+    "settings of the template": ({"chat_template_kwargs": {"enable_thinking": False}}, "template"),
+    "alternatives of nothing": ({"top_logprobs": 2}, "logprobs=true"),
+    "no token by its newer name": ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    "a message without a content": ({"messages": [{"role": "user"}]}, "content"),
+    "a call of a tool": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]},
+        "tool_calls",
+    ),
+    "a stream that is no word": ({"soft": 0, "soft_stream": -1}, "stream"),
     "a form of answer": ({"response_format": {"type": "json_object"}}, "response_format"),
     "longer than the context": ({"max_tokens": 253}, "256"),
     "much longer": ({"messages": [{"role": "user", "content": "aa" * 9999}]}, "characters"),
@@ -61,13 +75,19 @@ def test_a_wrong_request_is_one_clear_line(served, case):
 
 
 @pytest.mark.parametrize(
-    "body", [b"{bad", b"[1]", b"\xff", b'{"n": NaN}', b"[" * 100_000, b'{"user": "\\ud800"}', b""]
+    "body",
+    [
+        *(b"{bad", b"[1]", b"\xff", b'{"n": NaN}', b"[" * 100_000, b'{"user": "\\ud800"}', b""),
+        # Half of a surrogate pair, as bytes.
+        b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
+        json.dumps(BODY).encode("utf-16"),
+    ],
 )
 def test_a_body_that_is_no_json_object(served, body):
     assert served.error(CHAT, body)[0] == 400
 
 
-def test_other_errors_have_the_same_form(served):
+def test_other_errors_have_the_same_form(served, monkeypatch):
     assert served.error("/v1/nothing", {})[0] == 404
     assert served.error("/v1/models", {})[0] == 405
     status, error = served.error(CHAT, {**BODY, "model": "gpt-4"})
@@ -76,6 +96,11 @@ def test_other_errors_have_the_same_form(served):
     assert served.error(COMPLETIONS, {"prompt": "aa", "echo": True, "stream": True})[0] == 400
     assert served.error(COMPLETIONS, {"prompt": ["aa", "ab"], "soft_uid": 1})[0] == 400
     assert served.error(COMPLETIONS, {"prompt": [1000]})[0] == 400
+    many = {"prompt": [[3] * 250] * 8, "echo": True, "logprobs": 64, "max_tokens": 1}
+    monkeypatch.setattr("softgrpo.serve.jobs._MOST_LOGPROBS", 250 * 65)
+    for body in ({**many, "n": 1}, {**many, "prompt": [3] * 250, "n": 2}):
+        assert "logprobs=64" in served.error(COMPLETIONS, body)[1]["message"]
+    served.post(COMPLETIONS, {**many, "prompt": [3] * 250, "n": 1})
 
 
 def test_the_key(make_llm, serve):
@@ -85,6 +110,55 @@ def test_the_key(make_llm, serve):
         assert server.request("GET", "/v1/models")[0] == 401
         assert server.request("GET", "/health")[0] == 200
         server.post(CHAT, BODY, Authorization="Bearer secret")
+
+
+def test_a_key_may_be_in_any_letters(make_llm, serve):
+    with serve(make_llm(), api_key="clé") as server:
+        server.post(CHAT, BODY, Authorization="Bearer clé".encode())
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "rebound.example.com"}, 403),
+        ({"Host": "127.0.0.1.example.com:8000"}, 403),
+        ({"Host": "[::1"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Host": "localhost:8000"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "host.docker.internal:8000"}, 200),
+    ],
+)
+def test_pages_of_the_web_cannot_use_the_server_of_their_reader(served, headers, status):
+    assert served.request("POST", CHAT, BODY, **headers)[0] == status
+    assert served.request("GET", "/v1/models", **headers)[0] == status
+
+
+def test_a_server_for_others_goes_by_any_name(make_llm, serve):
+    elsewhere = {"Host": "models.example.com"}
+    with serve(make_llm(), is_local=False) as server:
+        server.post(CHAT, BODY, **elsewhere)
+    with serve(make_llm(), api_key="secret") as server:
+        server.post(CHAT, BODY, Authorization="Bearer secret", **elsewhere)
+
+
+def test_an_answer_that_is_long_to_write_holds_up_nobody(served, monkeypatch):
+    writing, go_on = threading.Event(), threading.Event()
+    choice = Answers.choice
+
+    def slow(*args):
+        writing.set()
+        assert go_on.wait(10)
+        return choice(*args)
+
+    monkeypatch.setattr(Answers, "choice", slow)
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(served.post, CHAT, BODY)
+        assert writing.wait(10)
+        assert served.request("GET", "/health")[0] == 200
+        go_on.set()
+        answer.result()
 
 
 @pytest.mark.parametrize("says_its_length", [True, False])
@@ -277,6 +351,18 @@ def test_sigterm_lets_answers_end(tmp_path, hf_model, make_llm):
         process.wait()
 
 
+def test_an_end_at_once_is_no_mistake(make_llm, serve, caplog):
+    """A second Ctrl-C."""
+    with serve(slowed(make_llm())) as server:
+        client = open_stream(server, ENDLESS)
+        server.server.should_exit = server.server.force_exit = True
+        server.thread.join(10)
+        assert not server.thread.is_alive()
+        client.close()
+    assert "ASGI callable returned without completing" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
 def test_the_command_says_what_is_wrong(capsys):
     from softgrpo.cli.serve import main
 
@@ -286,3 +372,22 @@ def test_the_command_says_what_is_wrong(capsys):
     assert f"port {port}" in capsys.readouterr().err
     assert main(["--model", "./nowhere", "--port", "0"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_port_that_another_server_took_meanwhile_is_one_line(make_llm, monkeypatch, capsys):
+    """Both were loading their models: neither listened yet."""
+    from softgrpo.cli.serve import main
+
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = str(other.getsockname()[1])
+
+        def load(*args, **options):
+            other.listen()
+            return make_llm()
+
+        monkeypatch.setattr("softgrpo_engine.LLM", load)
+        monkeypatch.setattr("softgrpo_engine.model.source.resolve_model", lambda name: name)
+        assert main(["--model", "tiny", "--port", port]) == 2
+    assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err

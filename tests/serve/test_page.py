@@ -1,5 +1,6 @@
 """The chat at `/`: one file, and in a browser what a person sees of it."""
 
+import json
 import re
 import sys
 import time
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chromium import CHROMIUM, Browser
 
 from softgrpo.report.build import asset
+from softgrpo_engine import SoftParams
 
 CHAT = "/v1/chat/completions"
 
@@ -106,3 +108,36 @@ def test_nothing_is_wider_than_the_window(page, width):
     ask(page, "aaabacad", maxTokens=40)
     page.wait(f"{IDLE} && document.querySelectorAll('.answer').length == 2")
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
+    # The place to write is at the bottom of the window, wherever the conversation is.
+    for place in (0, 1e6):
+        page.value(f"scrollTo(0, {place})")
+        below = page.value(
+            "innerHeight - document.getElementById('ask').getBoundingClientRect().bottom"
+        )
+        assert below == pytest.approx(0, abs=1)
+
+
+def test_a_cleared_conversation_does_not_come_back(page, served):
+    """Also not the answer that was on its way."""
+    step = served.llm.step
+    served.llm.step = lambda: time.sleep(0.02) or step()
+    try:
+        ask(page, "aaab", maxTokens=200)
+        page.wait("document.querySelectorAll('.tok.soft').length > 5")
+        page.value("document.getElementById('clear').click()")
+        page.wait(IDLE)
+    finally:
+        served.llm.step = step
+    assert page.value("JSON.stringify(history)") == '{"soft":[],"discrete":[]}'
+
+
+def test_sliders_that_nobody_moved_give_what_the_server_draws_with(browser, make_llm, serve):
+    """Also beyond their ends, and between their steps."""
+    soft = SoftParams(tau=4.0, top_k=50, top_p=0.97, temperature=0.65, weight_floor=0.003)
+    with serve(make_llm(), soft=soft) as server:
+        browser.open(f"http://127.0.0.1:{server.port}/")
+        sent = json.loads(browser.value("JSON.stringify(body('soft', []))"))
+        for name in ("tau", "top_k", "top_p", "temperature", "weight_floor"):
+            assert sent[f"soft_{name}"] == getattr(soft, name)
+        browser.value("ask('aaab'); 0")
+        browser.wait(IDLE)

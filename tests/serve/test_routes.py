@@ -130,6 +130,30 @@ def test_prompts_are_texts_token_ids_or_lists_of_them(served, llm):
     assert len(served.post(COMPLETIONS, {"prompt": PROMPT})["choices"][0]["text"]) <= 32
 
 
+@pytest.mark.parametrize("seed", [1, None])
+def test_a_prompt_given_twice_is_one_with_twice_the_samples(served, seed):
+    ask = {"max_tokens": 20, "seed": seed}
+    twice = served.post(COMPLETIONS, {"prompt": [PROMPT, PROMPT], **ask})["choices"]
+    texts = [choice["text"] for choice in twice]
+    assert texts[0] != texts[1]
+    if seed:
+        one = served.post(COMPLETIONS, {"prompt": PROMPT, "n": 2, **ask})["choices"]
+        assert texts == [choice["text"] for choice in one]
+    events = served.events(COMPLETIONS, {"prompt": [PROMPT, PROMPT], **ask})
+    assert {choice["index"] for event in events for choice in event["choices"]} == {0, 1}
+
+
+def test_a_developer_is_the_system(make_llm, serve):
+    llm = make_llm()
+    llm.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}aa"
+    )
+    messages = [{"role": "developer", "content": "ab"}, *MESSAGES]
+    with serve(llm) as server:
+        answer = server.post(CHAT, {**BODY, "messages": messages})
+        assert answer["usage"]["prompt_tokens"] == 2
+
+
 def test_soft_keys_at_the_top_or_as_extra_arguments_of_vllm(served, llm):
     keys = {"soft_tau": 1.0, "soft_top_k": 3, "soft_top_p": 1.0, "soft_seed": 9, "soft_uid": 4}
     keys |= {"soft_stream": 1, "soft_max_tokens": 4, "soft_weight_floor": 0.1}
@@ -176,6 +200,10 @@ def test_echo_scores_a_prompt_as_the_model_does(served, hf_model, llm):
     # The same without an answer; without log-probabilities; and once more from the cache.
     (alone,) = served.post(COMPLETIONS, {**body, "prompt": ids, "max_tokens": 0})["choices"]
     assert alone["text"] == PROMPT
+    body_alone = {**body, "prompt": ids, "max_tokens": 0, "return_soft": True}
+    answer = served.post(COMPLETIONS, {**body_alone, "return_positions": True})
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+    assert answer["choices"][0]["soft"]["ids"] == answer["choices"][0]["positions"] == []
     assert alone["logprobs"]["tokens"] == names
     assert alone["logprobs"]["token_logprobs"][1:] == pytest.approx(want, abs=2e-5)
     plain = served.post(COMPLETIONS, {"prompt": PROMPT, "echo": True, "max_tokens": 1, "seed": 1})
@@ -210,6 +238,22 @@ def test_thinking_can_be_split_off(make_llm, serve):
         pieces = [event["choices"][0]["delta"] for event in server.events(CHAT, body)]
         for name in ("reasoning_content", "content"):
             assert "".join(piece.get(name, "") for piece in pieces) == message[name]
+
+
+def test_a_stop_string_may_begin_in_the_thoughts(make_llm, serve):
+    llm = make_llm()
+    body = {**BODY, "max_tokens": 12, "soft_max_tokens": 4}
+    with serve(llm) as server:
+        text = server.post(CHAT, body)["choices"][0]["message"]["content"]
+    stop = text[7:10]  # the thoughts are four tokens of two letters
+    with serve(llm, split_thinking=True) as server:
+        (choice,) = server.post(CHAT, {**body, "stop": stop})["choices"]
+        assert choice["message"]["reasoning_content"] == text[:7]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("", "stop")
+        pieces = [
+            event["choices"][0]["delta"] for event in server.events(CHAT, body | {"stop": stop})
+        ]
+        assert "".join(piece.get("reasoning_content", "") for piece in pieces) == text[:7]
 
 
 def test_what_other_clients_send_beside(served):

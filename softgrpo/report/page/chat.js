@@ -4,17 +4,21 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const MODES = { both: ["soft", "discrete"], soft: ["soft"], discrete: ["discrete"] };
 const byId = (id) => document.getElementById(id);
 
-/** A labelled slider. scale: from its place to the value. */
-function slider(label, { min, max, step, value, scale = (x) => x, title = "" }) {
+/** A labelled slider. place: where it stands for the value, which is what it gives, exactly, until
+ * it is moved. scale: from its place to the value. */
+function slider(label, { min, max, step, value, place = value, scale = (x) => x, title = "" }) {
   const input = html("input", { type: "range", min, max, step, title });
   const output = html("output", {});
-  const show = () => (output.textContent = format(scale(Number(input.value))));
-  input.value = value;
-  input.addEventListener("input", show);
+  const show = () => (output.textContent = format(value));
+  input.value = place;
+  input.addEventListener("input", () => {
+    value = Number(scale(Number(input.value)).toPrecision(4));
+    show();
+  });
   show();
   const name = html("span", { class: "named" }, label, output);
   byId("settings").append(html("label", {}, name, input));
-  return () => Number(scale(Number(input.value)).toPrecision(4));
+  return () => value;
 }
 
 function field(label, attributes) {
@@ -32,7 +36,7 @@ function chooser(label, options) {
 const soft = DATA.soft;
 const mode = chooser("Tokens", [["both", "both"], ["soft", "soft"], ["discrete", "discrete"]]);
 const tau = slider("tau of the mixture", {
-  min: -2, max: 0.3, step: 0.05, value: Math.log10(soft.tau), scale: (x) => 10 ** x,
+  min: -2, max: 0.3, step: 0.05, value: soft.tau, place: Math.log10(soft.tau), scale: (x) => 10 ** x,
   title: "Small: nearly one token. Large: all candidates alike.",
 });
 const topP = slider("top-p", { min: 0.05, max: 1, step: 0.05, value: soft.top_p });
@@ -73,8 +77,8 @@ async function* events(kind, messages, signal) {
   if (key) headers.Authorization = `Bearer ${key.value}`;
   const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body(kind, messages)), signal });
   if (!response.ok) {
-    const { error } = await response.json();
-    throw new Error(error.message);
+    const said = await response.json().catch(() => null); // a proxy's is no JSON
+    throw new Error(said?.error?.message ?? `${response.status} ${response.statusText}`);
   }
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -146,9 +150,10 @@ async function ask(text) {
   setBusy(true);
   const question = { role: "user", content: text };
   const { signal } = running;
-  await Promise.all(answers.map((answer) => answer.read([...history[answer.kind], question], signal)));
+  const before = history; // Clear begins another
+  await Promise.all(answers.map((answer) => answer.read([...before[answer.kind], question], signal)));
   for (const { kind, text: content } of answers) {
-    if (content) history[kind].push(question, { role: "assistant", content });
+    if (content) before[kind].push(question, { role: "assistant", content });
   }
   setBusy(false);
 }
