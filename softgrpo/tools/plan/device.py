@@ -279,6 +279,8 @@ def _visible(gpu: FakeGPU) -> Iterator[None]:
         patch(mock.patch.object(torch.UntypedStorage, "data_ptr", storage_address))
         launch = lambda kernel, grid: _nothing  # noqa: E731
         # FSDP moves a parameter by exchanging it, as it does for kinds of tensors made in Python.
-        patch(mock.patch.object(_fsdp_init, "is_traceable_wrapper_subclass", return_value=True))
+        # A Mock would keep the tensors that it is called with.
+        exchanged = lambda tensor: True  # noqa: E731
+        patch(mock.patch.object(_fsdp_init, "is_traceable_wrapper_subclass", exchanged))
         patch(mock.patch.object(KernelInterface, "__getitem__", launch))
         yield

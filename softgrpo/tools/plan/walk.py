@@ -120,8 +120,9 @@ def walk(gpu: FakeGPU, config: Config, model: PretrainedConfig, layers: int, gpu
         update = Update(policy, first, optimizer, World())
         update(batch, torch.ones(len(samples)), 1e-6, config)
         optimizer.zero_grad()
-        gpu.enter_place(SYNC)
+        gpu.enter_place(SYNC, "weights")
         llm.update_weights(merged_tensors(policy.decoder), version=1)
+        gpu.enter_place(SYNC, "cache")
         if sleeps(config, llm.device):
             llm.wake()
         _sample(gpu, llm, config, share)  # of the next step, as all but the first of a run
