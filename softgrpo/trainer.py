@@ -6,7 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -85,6 +85,7 @@ class Trainer:
         self.update = Update(self.policy, reference, optimizer, self.world)
         self.state = RunState()
         self._ahead: Round | None = None  # sampled during the update of the step before
+        self._lost = 0  # samples without a reward, of all processes, that were told
         self.session = Session(
             self.journal, self.state, self.data, self.rewards, model_path, self.llm, self.update
         )
@@ -92,7 +93,8 @@ class Trainer:
     def train(self) -> Path:
         """Trains up to ``run.max_steps`` and returns the run folder."""
         session = self.session
-        with self.journal.progress, stop_on_signals() as request, patience():
+        # After an error rewards that have not begun would be computed before the program ends.
+        with closing(self.rewards), self.journal.progress, stop_on_signals() as request, patience():
             session.start()
             while not session.is_over:
                 if signal := max(self.world.gather(request.signal or 0)):
@@ -175,9 +177,10 @@ class Trainer:
         with self._timed("reward", times):
             scored = drawn.scored()
         self.state.rounds += 1
-        if drawn.lost:
+        before, self._lost = self._lost, sum(self.world.gather(self.rewards.lost))
+        if lost := self._lost - before:
             self.journal.progress.message(
-                f"warning: rewards of {drawn.lost} samples hung or crashed: none"
+                f"warning: rewards of {lost} samples hung or crashed: none"
             )
         return scored
 

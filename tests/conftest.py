@@ -19,7 +19,7 @@ from simulated_gpu import found  # noqa: F401, I001
 import allocations
 import torch
 
-pytest_plugins = ["simulated_gpu.plugin"]
+pytest_plugins = ["simulated_gpu.plugin", "tiny_llama"]
 
 
 @pytest.fixture

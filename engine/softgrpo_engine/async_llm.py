@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from softgrpo_engine.llm import LLM
 from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import SamplingParams, SoftParams
-from softgrpo_engine.requests.call import Call
+from softgrpo_engine.requests.call import Call, news_of
 from softgrpo_engine.requests.prompts import Prompt
 
 T = TypeVar("T")
@@ -39,15 +40,21 @@ class AsyncLLM:
             1, "softgrpo-engine", torch.set_num_threads, (torch.get_num_threads(),)
         )
         self._step: asyncio.Future[Any] | None = None
+        self._asking: list[Call] = []
+        self._reading: asyncio.Future[dict[Call, Iterator[tuple[int, Sample]]]] | None = None
 
     async def generate(
         self,
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | None = None,
         soft: SoftParams | Literal[False] | None = None,
+        *,
+        uids: Seq[Seq[int]] | None = None,
+        stream: int = 0,
     ) -> list[Output]:
-        """As `LLM.generate`."""
-        async with self._call(prompts, params, soft) as call:
+        """As `LLM.generate`; uids and stream as of `LLM.submit`."""
+        submit = partial(self.llm.submit, prompts, params, soft, uids=uids, stream=stream)
+        async with self._call(submit) as call:
             outputs = dict(call.ended())
             while not call.is_done:
                 await self._next_step()
@@ -59,26 +66,31 @@ class AsyncLLM:
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | None = None,
         soft: SoftParams | Literal[False] | None = None,
+        *,
+        uids: Seq[Seq[int]] | None = None,
+        stream: int = 0,
     ) -> AsyncIterator[tuple[int, Sample]]:
-        """As `LLM.stream`. To a slow reader an item can bring several new tokens."""
-        async with self._call(prompts, params, soft) as call:
+        """As `LLM.stream`, uids and stream as of `LLM.submit`. To a slow reader an item can bring
+        several new tokens."""
+        submit = partial(self.llm.submit, prompts, params, soft, uids=uids, stream=stream)
+        async with self._call(submit) as call:
             while not call.is_read:
                 if not call.has_news:
                     await self._next_step()
-                for item in await self._on_worker(lambda: list(call.news())):
+                    continue
+                for item in await self._news(call):
                     yield item
 
     async def abort(self, sample: Sample) -> None:
         """As `LLM.abort`."""
         await self._on_worker(lambda: self.llm.abort(sample))
 
+    async def metrics(self) -> dict[str, float]:
+        """As `LLM.metrics`, between two steps."""
+        return await self._on_worker(self.llm.metrics)
+
     @asynccontextmanager
-    async def _call(
-        self,
-        prompts: Prompt | Seq[Prompt],
-        params: SamplingParams | None,
-        soft: SoftParams | Literal[False] | None,
-    ) -> AsyncIterator[Call]:
+    async def _call(self, submit: Callable[[], Call]) -> AsyncIterator[Call]:
         """Submits the samples, and takes them out in the end however that comes."""
         calls: list[Call] = []
 
@@ -87,12 +99,25 @@ class AsyncLLM:
                 self.llm.release(call)
 
         try:
-            await self._on_worker(lambda: calls.append(self.llm.submit(prompts, params, soft)))
+            await self._on_worker(lambda: calls.append(submit()))
             yield calls[0]
         finally:
             # The worker keeps the order: also a caller that was cancelled while it submitted is
             # found here.
             await asyncio.shield(self._on_worker(release))
+
+    async def _news(self, call: Call) -> Iterator[tuple[int, Sample]]:
+        """Of a call; the callers that wait for the same step share one read of the record."""
+        self._asking.append(call)
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._read_news())
+        return (await asyncio.shield(self._reading))[call]
+
+    async def _read_news(self) -> dict[Call, Iterator[tuple[int, Sample]]]:
+        await asyncio.sleep(0)  # by now all of them ask
+        calls, self._asking, self._reading = self._asking, [], None
+        news = await self._on_worker(partial(news_of, calls))
+        return dict(zip(calls, news, strict=True))
 
     async def _next_step(self) -> None:
         """Waits for the step in progress, or for a new one: the callers share it."""

@@ -60,8 +60,8 @@ class HFEngine:
 
     def check_fits(self, prompts: Seq[list[int]], params: SamplingParams) -> None:
         """Raises ValueError, naming the prompt, unless every prompt and its answer can fit."""
-        if params.stop or params.min_tokens:
-            raise ValueError("the engine 'hf' knows neither stop strings nor min_tokens")
+        if params.stop or params.min_tokens or params.prompt_logprobs is not None:
+            raise ValueError("the engine 'hf' knows no stop, min_tokens or prompt_logprobs")
         for index, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= self.max_model_len - params.max_tokens:
                 raise ValueError(

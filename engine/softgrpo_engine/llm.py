@@ -241,8 +241,7 @@ class LLM:
     def release(self, call: Call) -> None:
         """Takes out what is left of a call: nothing stays behind, also after an error."""
         self._abort([s for s in call.sequences if s.sample is None])
-        if not self.scheduler.has_work:
-            self.scheduler.check()
+        self.scheduler.check_when_idle()
 
     def abort(self, sample: Sample | Sequence) -> None:
         """Ends a sample that ``stream`` gave, or one of a Call, and no other caller's of the same
@@ -359,8 +358,7 @@ class LLM:
             return []
         (plan, launched), self._launched = self._launched, None
         drawn = launched.read()
-        advanced: list[Sequence] = []
-        ended: list[Sequence] = []
+        advanced, ended = list[Sequence](), list[Sequence]()
         for i, (sequence, _) in enumerate(plan.samplers):
             if sequence.finish_reason is not None:
                 continue  # it ended while this step was under way
@@ -395,6 +393,5 @@ class LLM:
             self.scheduler.abort(sequence)
 
     def _samples(self, sequences: Seq[Sequence]) -> list[Sample]:
-        records = self.runner.record.soft_tokens(sequences)
-        pairs = zip(sequences, records, strict=True)
+        pairs = zip(sequences, self.runner.record.soft_tokens(sequences), strict=True)
         return [as_sample(sequence, *record, self.tokenizer) for sequence, record in pairs]

@@ -37,8 +37,25 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """The tokens of a prompt after its first, as the model would draw them discretely at T 1.
+
+    logprobs: float32 [P - 1], log p of each. ids, top: int32, float32 [P - 1, k], the most likely
+    tokens in its place and their log p, best first.
+    """
+
+    logprobs: Tensor
+    ids: Tensor
+    top: Tensor
+
+
+@dataclass(frozen=True)
 class Output:
-    """All samples of one prompt, in the order of their uids."""
+    """All samples of one prompt, in the order of their uids.
+
+    prompt_logprobs: where `SamplingParams.prompt_logprobs` asks for them.
+    """
 
     prompt_token_ids: list[int]
     samples: list[Sample]
+    prompt_logprobs: PromptLogprobs | None = None

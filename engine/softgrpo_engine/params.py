@@ -26,6 +26,8 @@ class SamplingParams:
     draws a fresh one for the call. stop: strings that end a sample and are cut from its text.
     stop_token_ids: ids that end it, beside the model's own. ignore_eos: only the length ends it.
     kept_mass: `Sample.kept_mass` is wanted.
+    prompt_logprobs: also give log p of the prompt's tokens, and so many most likely tokens at each;
+    such a prompt is computed whole, not found in the cache.
     """
 
     n: int = 1
@@ -40,6 +42,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     kept_mass: bool = False
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.n >= 1, "n", self.n, ">= 1")
@@ -60,6 +63,8 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         _require(all(self.stop), "stop", self.stop, "non-empty strings")
+        top = self.prompt_logprobs
+        _require(top is None or 0 <= top <= K_MAX, "prompt_logprobs", top, f">= 0 and <= {K_MAX}")
 
 
 @dataclass(frozen=True)

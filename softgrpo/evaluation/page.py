@@ -18,7 +18,7 @@ from softgrpo.log.files import write_atomically
 from softgrpo.report.build import asset, fill_page
 from softgrpo.report.embed import embed_json, pack_position
 
-_SCRIPTS = ("charts.js", "token_view.js", "eval.js")
+_SCRIPTS = ("dom.js", "charts.js", "token_view.js", "eval.js")
 _BINS = 32
 # A page should open at once, so of more positions only evenly spread questions keep theirs.
 _POSITIONS = 250_000

@@ -12,7 +12,7 @@ from softgrpo.report.embed import embed_json, pack_curves, pack_samples
 from softgrpo.report.read import Run, config_differences, read_run
 from softgrpo.report.words import facts, held_out, sentences, training_reward
 
-_SCRIPTS = ("charts.js", "figures.js", "token_view.js", "viewer.js")
+_SCRIPTS = ("dom.js", "charts.js", "figures.js", "token_view.js", "viewer.js")
 
 
 def build_report(run_dir: Path, compare: Path | None = None) -> Path:

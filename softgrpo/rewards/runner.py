@@ -101,9 +101,9 @@ class RewardRunner:
         them (name -> float32 [S]); NaN where there is no reward.
         """
         columns = columns_of(prompts)
-        started = [self.start(p, o, columns) for p, o in zip(prompts, outputs, strict=True)]
         if self.functions:
             return self.total(self.rewards(call_of(prompts, outputs, columns)), outputs)
+        started = [self.start(p, o, columns) for p, o in zip(prompts, outputs, strict=True)]
         return self.total(joined([part.result() for part in started if part]), outputs)
 
     def start(
@@ -145,7 +145,10 @@ class RewardRunner:
         return total, by_function
 
     def rewards(self, call: RewardCall) -> ByFunction:
-        """The rewards by function name, of samples that the workers share."""
+        """The rewards by function name, of samples that the workers share. Nobody is asked about no
+        samples: a process may have no share of few prompts."""
+        if not len(call):
+            return {name: [] for name in self.names}
         if self.functions:
             named = zip(self.names, self.functions, strict=True)
             return {name: call_function(function, name, call) for name, function in named}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
 
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.config import Config, ConfigError
@@ -160,8 +159,18 @@ def collect(
     kept_mass: bool = False,
 ) -> list[Output]:
     """Samples every prompt once for each of its uids; errors as `iter_samples`."""
-    count = len(prompts)
-    keys: Any = {"seed": seed, "stream": stream, "queue": iter(range(count)), "at_once": count}
-    keys["kept_mass"] = kept_mass
-    outputs = dict(iter_samples(engine, prompts, uids, rollout, objective, **keys))
-    return [outputs[index] for index in range(count)]
+    indices = range(len(prompts))
+    samples = iter_samples(
+        engine,
+        prompts,
+        uids,
+        rollout,
+        objective,
+        seed=seed,
+        stream=stream,
+        queue=iter(indices),
+        at_once=len(prompts),
+        kept_mass=kept_mass,
+    )
+    outputs = dict(samples)
+    return [outputs[index] for index in indices]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,7 @@ class Round:
     A process draws the next prompt when its engine has room for it. Which one draws what changes
     nothing: a sample hangs on its uid, and all processes put the samples in the order of the
     prompts. They make their rounds in the same order; `sample` may run in any thread, as it takes
-    part in no collective communication. lost: samples whose rewards hung or crashed, known once
-    gathered.
+    part in no collective communication.
     """
 
     def __init__(
@@ -53,8 +53,6 @@ class Round:
         self.prompts, self.rollout = prompts, rollout
         self.weight_version = engine.weight_version
         self.seconds = 0.0
-        self.lost = 0
-        self._lost_before = rewards.lost
         self._stopped = threading.Event()
         self._outputs: dict[int, Output] = {}
         self._started: dict[int, Future[ByFunction] | None] = {}
@@ -77,7 +75,7 @@ class Round:
         """Draws this process's part. Rewards of a group are on their way as soon as it has ended,
         and what is wrong with one is raised before the next is drawn."""
         columns, start = columns_of(self.prompts), time.perf_counter()
-        with closing(self._samples), self._nothing_left_on_error():
+        with closing(self._samples):
             for index, output in self._samples:
                 self._outputs[index] = output
                 self._started[index] = self.rewards.start(self.prompts[index], output, columns)
@@ -89,23 +87,21 @@ class Round:
 
     def wait(self) -> None:
         """Until the rewards are there."""
-        with self._nothing_left_on_error():
-            self._rewards = {i: part.result() for i, part in self._started.items() if part}
+        self._rewards = {i: part.result() for i, part in self._started.items() if part}
 
     def gather(self) -> None:
         """Brings together what all processes have."""
         for outputs, rewards in self.world.gather((self._outputs, self._rewards)):
             self._outputs |= outputs
             self._rewards |= rewards
-        self.lost = sum(self.world.gather(self.rewards.lost - self._lost_before))
 
     def scored(self) -> ScoredRollout:
         """All samples with their rewards, in the order of the prompts."""
-        prompts, everyones = self.prompts, range(len(self.prompts))
-        outputs = [self._outputs[index] for index in everyones]
-        rewards = [self._rewards[index] for index in everyones if index in self._rewards]
+        prompts, indices = self.prompts, range(len(self.prompts))
+        outputs = [self._outputs[index] for index in indices]
+        rewards = [self._rewards[index] for index in indices if index in self._rewards]
         if not rewards:  # of callables: each process scores its share, as one call
-            mine = self.world.share(everyones)
+            mine = self.world.share(indices)
             shared = [prompts[i] for i in mine], [outputs[i] for i in mine]
             call = call_of(*shared, columns_of(prompts))
             rewards = self.world.gather(self.rewards.rewards(call))
@@ -121,17 +117,6 @@ class Round:
             if part and part.done():
                 part.result()
 
-    @contextmanager
-    def _nothing_left_on_error(self) -> Iterator[None]:
-        """Rewards that have not begun would be computed before the program ends."""
-        try:
-            yield
-        except BaseException:
-            for part in self._started.values():
-                if part:
-                    part.cancel()
-            raise
-
 
 @contextmanager
 def sampled_beside(drawn: Round, device: torch.device) -> Iterator[Future[None]]:
@@ -142,14 +127,14 @@ def sampled_beside(drawn: Round, device: torch.device) -> Iterator[Future[None]]
     what the caller leaves idle.
     """
     num_threads = torch.get_num_threads()
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = _stream_beside(device) if device.type == "cuda" else None
 
     def sample() -> None:
         torch.set_num_threads(num_threads)  # a new thread has the default number
         if stream is None:
             drawn.sample()
             return
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(stream.device)
         with torch.cuda.stream(stream):
             drawn.sample()
 
@@ -165,3 +150,9 @@ def sampled_beside(drawn: Round, device: torch.device) -> Iterator[Future[None]]
             raise
     if stream is not None:
         torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@functools.cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """The same at every step: freed memory is kept for the stream that it was taken on."""
+    return torch.cuda.Stream(device)

@@ -178,5 +178,4 @@ class Session:
 
     def _close(self) -> None:
         self.journal.close()
-        self.rewards.close()
         self.journal.world.leave()

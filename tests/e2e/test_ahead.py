@@ -13,6 +13,7 @@ from softgrpo import Config, Trainer
 from softgrpo.config import ConfigError
 from softgrpo.rewards import RewardError
 from softgrpo.run.interrupt import Interrupted
+from softgrpo.run.round import _stream_beside, sampled_beside
 
 QUICK = ["checkpoint.export_hf=false", "log.samples_every=0", "checkpoint.every=0"]
 CORRECTED = "algorithm.correction.mode=truncate"
@@ -74,9 +75,35 @@ def test_nothing_is_left_of_it_when_the_update_fails(tiny_config):
     trainer.policy.decoder.model.norm.weight.register_hook(lambda grad: grad * torch.nan)
     with pytest.raises(FloatingPointError, match="the gradient norm is nan"):
         trainer.train()
-    trainer.rewards.close()
     assert not threads()
     assert not trainer.llm.scheduler.has_work
+    assert trainer.rewards._workers[0]._process.poll() is not None
+
+
+def test_an_engine_that_does_not_number_its_device(tiny_config):
+    settings = ("run.max_steps=2", "rollout.engine=hf")
+    rows = rows_of(Trainer(load(tiny_config, *settings)).train())
+    native = rows_of(Trainer(load(tiny_config, "run.max_steps=2", "run.name=native")).train())
+    for row, other in zip(rows, native, strict=True):
+        assert row["reward"] == pytest.approx(other["reward"], abs=1e-6)
+
+
+def test_all_steps_sample_on_one_stream(gpu, monkeypatch):
+    """What is freed on a stream is kept for it: one more a step would hold ever more memory."""
+
+    class Drawn:
+        def sample(self):
+            streams.append(torch.cuda.current_stream())
+
+    made, streams, new = [], [], torch.cuda.Stream
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *where: made.append(new(*where)) or made[-1])
+    _stream_beside.cache_clear()
+    for _ in range(3):
+        with sampled_beside(Drawn(), gpu):
+            pass
+    assert len(made) == 1
+    assert streams == made * 3
+    _stream_beside.cache_clear()
 
 
 def test_an_error_of_it_ends_the_run(tiny_config, tmp_path):
@@ -90,7 +117,6 @@ def test_an_error_of_it_ends_the_run(tiny_config, tmp_path):
     trainer = Trainer(load(tiny_config, f'reward.functions=[{{path: "{path}:bad"}}]'))
     with pytest.raises(RewardError, match="ZeroDivisionError"):
         trainer.train()
-    trainer.rewards.close()
     assert not threads()
 
 

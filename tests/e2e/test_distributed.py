@@ -195,6 +195,14 @@ def test_lost_rewards_of_all_processes_are_told(tiny_config, capsys):
     assert "warning: rewards of 3 samples hung or crashed" in capsys.readouterr().out
 
 
+def test_rewards_that_an_evaluation_lost_are_told_once(tiny_config, capsys):
+    trainer = Trainer(Config.load(tiny_config, ["log.samples_every=0"]))
+    trainer.rewards.lost = 2
+    trainer.step(1), trainer.step(2)
+    trainer.rewards.close()
+    assert capsys.readouterr().out.count("rewards of 2 samples hung or crashed") == 1
+
+
 def test_one_process_needs_no_torchrun(monkeypatch, tiny_config):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert World.join(Config.load(tiny_config).run.timeout_s) == World(0, 1, 1)

@@ -65,6 +65,33 @@ def test_concurrent_callers_share_the_steps_and_get_their_own_samples(make_llm, 
     assert_idle(llm)
 
 
+def test_streams_share_the_reads_of_the_record(make_llm, prompts):
+    llm, reads = make_llm(), []
+    read = llm.runner.record.soft_tokens
+
+    def counted(sequences):
+        reads.append(len(sequences))
+        return read(sequences)
+
+    llm.runner.record.soft_tokens = counted
+    checks, check = [], llm.scheduler.check
+    llm.scheduler.check = lambda: checks.append(check())
+
+    async def main():
+        engine = AsyncLLM(llm)
+
+        async def texts(prompt):
+            return [sample async for _, sample in engine.stream(prompt, PARAMS, SOFT)]
+
+        return await asyncio.gather(*map(texts, prompts))
+
+    assert all(samples[-1].finish_reason == "length" for samples in run(main()))
+    # One for each token of each of the six would be 72.
+    assert len([size for size in reads if size]) < 2.5 * PARAMS.max_tokens
+    # They end in one step: the pages are accounted for when the first is released.
+    assert 1 <= len(checks) < len(prompts)
+
+
 def test_a_step_does_not_block_the_event_loop(make_llm, prompts):
     llm = make_llm()
     step = llm.step

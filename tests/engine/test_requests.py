@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
+from softgrpo_engine.execution.record import Drawn
 from softgrpo_engine.requests.samples import finish_reason
 
 VOCABULARY = 97
@@ -128,6 +129,34 @@ def test_bad_options_get_one_clear_line(make_llm, options, message):
 def test_uids_outside_the_counter_are_refused(make_llm, uids, message):
     with pytest.raises(ValueError, match=message):
         make_llm().generate_groups([[3]], SamplingParams(max_tokens=8), seed=0, uids=uids)
+
+
+@pytest.mark.parametrize(
+    ("soft", "stream", "bits"),
+    [(False, -1, 32), (SoftParams(), 2**32, 32), (SoftParams(noise="dirichlet"), 2**16, 16)],
+)
+def test_a_stream_that_no_step_could_compute_ends_nobody_else(make_llm, soft, stream, bits):
+    llm = make_llm()
+    other = llm.submit([3, 4], SamplingParams(max_tokens=4))
+    with pytest.raises(ValueError, match=f"stream {stream} is not allowed.*2.{bits}"):
+        llm.submit([3, 4], SamplingParams(max_tokens=4), soft, stream=stream)
+    while not other.is_done:
+        llm.step()
+        list(other.ended())
+
+
+def test_a_record_that_found_no_memory_is_as_it_was(make_llm, monkeypatch):
+    """A smaller table that is taken for a larger one would be written past its end."""
+    llm = make_llm()
+    (want,) = llm.generate([[3, 4]], SamplingParams(max_tokens=4, seed=1), progress=False)
+    full = MemoryError("no memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(Drawn, "empty", lambda *sizes: (_ for _ in ()).throw(full))
+        with pytest.raises(MemoryError):
+            llm.submit([3, 4], SamplingParams(max_tokens=100))
+    assert llm.runner.record.capacity == llm.runner.record.drawn.token.shape[1] == 4
+    (got,) = llm.generate([[3, 4]], SamplingParams(max_tokens=90, seed=1), progress=False)
+    assert got.samples[0].token_ids[:4] == want.samples[0].token_ids
 
 
 def test_soft_settings_of_the_model_directory_are_the_default(tmp_path, hf_model, tokenizer):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from torch.cuda._utils import _get_device_index
 
 if TYPE_CHECKING:
     from simulated_gpu.device import Device
@@ -55,7 +56,7 @@ def patched(device: Device, count: int) -> Iterator[None]:
         "is_available": lambda: True,
         "device_count": lambda: count,
         "current_device": core.device,
-        "set_device": lambda where: core.set_device(index_of(where)),
+        "set_device": lambda where: core.set_device(_get_device_index(where)),
         "is_initialized": lambda: True,
         "init": _nothing,
         "_lazy_init": _nothing,

@@ -319,6 +319,17 @@ def test_trl_s_functions_sync_async_and_weighted_run_unchanged():
     assert by_function["len_reward"].tolist() == [-2.0, -8.0]
 
 
+def test_a_callable_is_not_asked_about_no_samples():
+    """A process without a share of few held-out prompts."""
+
+    def best(completions, **columns):
+        return [max(map(len, completions))] * len(completions)
+
+    runner = RewardRunner(RewardConfig(), [best])
+    assert runner.rewards(call("ab", "c")) == {"best": [2.0, 2.0]}
+    assert runner.rewards(call()) == {"best": []}
+
+
 def test_an_async_function_runs_inside_of_an_event_loop():
     """As in a notebook, where asyncio.run alone raises."""
     runner = RewardRunner(RewardConfig(), length_judge)  # one function needs no list

@@ -8,6 +8,7 @@ import torch
 from tiny_decoder import make_decoder
 
 from softgrpo.algorithm.positions import DensitySettings
+from softgrpo.config.sections import AlgorithmConfig
 from softgrpo.distributed import World
 from softgrpo.learner.packing import PackedInputs
 from softgrpo.learner.passes import Passes
@@ -99,7 +100,7 @@ def test_the_end_of_thinking_by_the_argmax_is_no_choice(monkeypatch):
     assert (batch.soft.token[classes.forced] == end).all()
     assert (ours.density[classes.forced] == 0).all()
     assert (ours.density[classes.candidates] != 0).any()
-    config = SimpleNamespace(algorithm=SimpleNamespace(mask_truncated=False))
+    config = SimpleNamespace(algorithm=AlgorithmConfig())
     assert torch.equal(Passes(policy, None, batch, config, World()).mask_T, ~classes.forced)
 
 

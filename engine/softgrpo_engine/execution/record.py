@@ -91,15 +91,14 @@ class Record:
         new_mass = kept_mass and not self.keeps_mass
         if capacity <= self.capacity and candidates <= self.candidates and not new_mass:
             return
-        old = self.drawn
-        self.capacity = max(capacity, self.capacity)
-        self.candidates = max(candidates, self.candidates)
-        self.keeps_mass |= kept_mass
-        self.drawn = Drawn.empty(
-            self.rows, self.capacity, self.candidates, self.device, self.keeps_mass
-        )
-        for target, source in zip(self.drawn, old, strict=True):
+        sizes = max(capacity, self.capacity), max(candidates, self.candidates)
+        keeps_mass = self.keeps_mass or kept_mass
+        drawn = Drawn.empty(self.rows, *sizes, self.device, keeps_mass)
+        for target, source in zip(drawn, self.drawn, strict=True):
             target[tuple(slice(size) for size in source.shape)] = source
+        # Only now: where there was no memory for it, the sizes must still be those of the tables.
+        self.drawn, self.keeps_mass = drawn, keeps_mass
+        self.capacity, self.candidates = sizes
         self._mark_changed()
 
     @property

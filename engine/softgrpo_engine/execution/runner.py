@@ -13,6 +13,7 @@ from torch import Tensor
 from softgrpo_engine.execution.attention_backends import Attend, HostBatch, attention_backend
 from softgrpo_engine.execution.cuda_graphs import DecodeGraphs, bucket
 from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape, DecodeTables
+from softgrpo_engine.execution.prompt_logprobs import prompt_logprobs
 from softgrpo_engine.execution.record import Record
 from softgrpo_engine.model.attention import PagedAttention, attend_by_kernels
 from softgrpo_engine.model.decoder import Decoder
@@ -128,6 +129,7 @@ class Runner:
             return Launched(self._launch_decode(plan))
         hidden_TH = self._prefill(plan.chunks)
         self._copy_pages(plan.copies)
+        self._score_prompts(plan.chunks, hidden_TH)
         if not plan.samplers:
             return Launched(torch.empty(3, 0, dtype=torch.int64))
         last_row = np.cumsum([chunk.length for chunk in plan.chunks]) - 1
@@ -149,6 +151,18 @@ class Runner:
         """Puts ``token`` after those read so far; the phase is discrete from here."""
         assert sequence.row is not None
         self.record.force(sequence.row, len(sequence.tokens), token)
+
+    def _score_prompts(self, chunks: Seq[Chunk], hidden_TH: Tensor) -> None:
+        """Log p of the prompts' tokens that follow these positions, where they were asked for."""
+        rows = hidden_TH.split([chunk.length for chunk in chunks])
+        for chunk, hidden in zip(chunks, rows, strict=True):
+            sequence = chunk.sequence
+            following = sequence.prompt[chunk.start + 1 : chunk.start + 1 + chunk.length]
+            top = sequence.params.prompt_logprobs
+            if sequence.scores_prompt and following and top is not None:
+                ids = self._to_device(np.array(following, dtype=np.int64))
+                part = prompt_logprobs(hidden[: len(following)], ids, self.decoder, top)
+                sequence.prompt_parts.append(part)
 
     def _launch_decode(self, plan: Plan) -> Tensor:
         """What `_draw` gives; on a GPU from a graph where the attention can be in one."""

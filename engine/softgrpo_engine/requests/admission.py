@@ -11,8 +11,8 @@ from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.requests.prompts import thinking_end_id
 from softgrpo_engine.scheduling.entropy_rules import entropy_rule
 from softgrpo_engine.scheduling.sequence import Sequence, pages_for
-from softgrpo_kernels.limits import LAST_STREAM_OF_DRAWS
-from softgrpo_kernels.methods import method_of
+from softgrpo_kernels.limits import LAST_STREAM_OF_DRAWS, LAST_WORD
+from softgrpo_kernels.methods import DIRICHLET, method_of
 
 _GROUP_NUMBERS = itertools.count()
 
@@ -82,17 +82,11 @@ def make_groups(
         _check_ids("end_of_thinking is", [thinking_end], config.vocab_size)
     if len(uids) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and uids for {len(uids)}: one list a prompt")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed} is not allowed: must be >= 0 and < 2^64")
-    for uid in itertools.chain.from_iterable(uids):
-        if not 0 <= uid < 2**32:
-            raise ValueError(f"uid {uid} is not allowed: must be >= 0 and < 2^32")
+    _check_noise_keys(seed, uids, stream, soft)
     end_ids = frozenset(params.stop_token_ids)
     if not params.ignore_eos:
         end_ids |= frozenset(config.eos_token_ids)
     adds_noise = soft is not None and method_of(soft.noise).adds_noise
-    if adds_noise and not 0 <= stream <= LAST_STREAM_OF_DRAWS:
-        raise ValueError(f"stream {stream} is not allowed: must be >= 0 and < 2^16")
     embedding_noise = soft.noise_scale if soft and adds_noise else 0.0
     # A discrete position keeps its candidates where there are at most K_MAX of them.
     discrete_slots = params.top_k if 1 <= params.top_k <= K_MAX else 1
@@ -115,11 +109,28 @@ def make_groups(
                 thinking=soft is not None,
                 rule=entropy_rule(soft),
                 embedding_noise=embedding_noise,
+                # The samples of a group share its prompt: the first computes it.
+                scores_prompt=i == 0 and params.prompt_logprobs is not None,
             )
-            for uid in uids
+            for i, uid in enumerate(uids)
         ]
 
     return [group(*pair) for pair in zip(prompts, uids, strict=True)]
+
+
+def _check_noise_keys(seed: int, uids: Seq[Seq[int]], stream: int, soft: SoftParams | None) -> None:
+    """A step would refuse them too, and with it the samples of all other callers."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} is not allowed: must be >= 0 and < 2^64")
+    for uid in itertools.chain.from_iterable(uids):
+        if not 0 <= uid <= LAST_WORD:
+            raise ValueError(f"uid {uid} is not allowed: must be >= 0 and < 2^32")
+    method = method_of(soft.noise) if soft else None
+    draws_again = method is not None and (method.adds_noise or method.code >= DIRICHLET)
+    last = LAST_STREAM_OF_DRAWS if draws_again else LAST_WORD
+    if not 0 <= stream <= last:
+        bits = last.bit_length()
+        raise ValueError(f"stream {stream} is not allowed: must be >= 0 and < 2^{bits}")
 
 
 def _check_ids(name: str, ids: Seq[int], vocab_size: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 from softgrpo_engine.outputs import Output, Sample
+from softgrpo_engine.requests.samples import prompt_logprobs
 from softgrpo_engine.scheduling.sequence import Sequence
 
 
@@ -64,27 +66,55 @@ class Call:
                     _raise_error(sequence)
                     del self._prompt_of[sequence], self._unread[sequence]
                 samples = [sequence.sample for sequence in group if sequence.sample]
-                yield index, Output(list(self._prompts[index]), samples)
+                scored = prompt_logprobs(group[0]) if group else None
+                yield index, Output(list(self._prompts[index]), samples, scored)
 
     def news(self) -> Iterator[tuple[int, Sample]]:
         """(prompt index, the sample so far) of those that went on since they were last given."""
-        ended, unfinished, failed = [], [], []
+        (news,) = news_of([self])
+        yield from news
+
+    def _gone_on(self) -> _GoneOn:
+        """Those that went on since they were last given; they count as given."""
+        found = _GoneOn([], [], None)
         for sequence, seen in list(self._unread.items()):
             if sequence.error is not None:
-                failed.append(sequence)
+                found.error = sequence.error
             elif sequence.sample is not None:
-                ended.append((sequence, sequence.sample))
+                found.ended.append(sequence)
                 del self._unread[sequence]
             elif len(sequence.tokens) > seen:
                 self._unread[sequence] = len(sequence.tokens)
-                unfinished.append(sequence)
-        # Before the first is given: whoever takes it may step, which can end the others and give
-        # their rows of the record away.
-        samples = self._samples(unfinished)
-        for sequence, sample in (*ended, *zip(unfinished, samples, strict=True)):
-            yield self._prompt_of[sequence], sample
-        for sequence in failed:
-            _raise_error(sequence)
+                found.unfinished.append(sequence)
+        return found
+
+
+@dataclass
+class _GoneOn:
+    ended: list[Sequence]
+    unfinished: list[Sequence]
+    error: BaseException | None
+
+
+def news_of(calls: Seq[Call]) -> list[Iterator[tuple[int, Sample]]]:
+    """`Call.news` of several calls of one engine, with one read of its record for all."""
+    gone_on = [call._gone_on() for call in calls]
+    # Before the first is given: whoever takes it may step, which can end the others and give
+    # their rows of the record away.
+    unfinished = [sequence for found in gone_on for sequence in found.unfinished]
+    samples = dict(zip(unfinished, calls[0]._samples(unfinished), strict=True))
+    return [_news(call, found, samples) for call, found in zip(calls, gone_on, strict=True)]
+
+
+def _news(
+    call: Call, found: _GoneOn, samples: dict[Sequence, Sample]
+) -> Iterator[tuple[int, Sample]]:
+    for sequence in (*found.ended, *found.unfinished):
+        sample = samples.get(sequence, sequence.sample)
+        assert sample is not None
+        yield call._prompt_of[sequence], sample
+    if found.error is not None:
+        raise found.error
 
 
 def _raise_error(sequence: Sequence) -> None:

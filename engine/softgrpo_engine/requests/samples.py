@@ -6,9 +6,10 @@ from collections.abc import Sequence as Seq
 from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from softgrpo_engine.outputs import FinishReason, Sample
+from softgrpo_engine.outputs import FinishReason, PromptLogprobs, Sample
 from softgrpo_engine.scheduling.sequence import Sequence
 from softgrpo_engine.soft_tokens import SoftTokens
 
@@ -49,6 +50,21 @@ def as_sample(
         uid=sequence.uid,
         group=sequence.group,
         kept_mass=kept_mass,
+    )
+
+
+def prompt_logprobs(sequence: Sequence) -> PromptLogprobs | None:
+    """Those of its prompt, on the host; None where they were not asked for."""
+    top = sequence.params.prompt_logprobs
+    if not sequence.scores_prompt or top is None:
+        return None
+    none = torch.empty(0, top)  # a prompt of one token
+    parts = [PromptLogprobs(torch.empty(0), none.int(), none)]
+    parts += sequence.prompt_parts
+    return PromptLogprobs(
+        torch.cat([part.logprobs.cpu() for part in parts]),
+        torch.cat([part.ids.cpu() for part in parts]),
+        torch.cat([part.top.cpu() for part in parts]),
     )
 
 

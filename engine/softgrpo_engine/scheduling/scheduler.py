@@ -63,6 +63,7 @@ class Scheduler:
         self.prefix_tokens = 0
         self.prompt_tokens = 0
         self._rows = list(range(max_batch_size - 1, -1, -1))
+        self._is_checked = True  # no sequence came since the pages were last accounted for
 
     @property
     def has_work(self) -> bool:
@@ -89,6 +90,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+        self._is_checked = False
 
     def schedule(self) -> Plan:
         """Plans the next step. Pages and rows are taken here, results come with ``commit``."""
@@ -129,6 +131,12 @@ class Scheduler:
         """Raises RuntimeError when a page or a row is lost or held twice."""
         self.pool.check(sequence.pages for sequence in [*self.running, *self.waiting])
 
+    def check_when_idle(self) -> None:
+        """`check`, once after each burst of sequences."""
+        if not (self._is_checked or self.has_work):
+            self.check()
+            self._is_checked = True
+
     def _continue_running(self, plan: Plan) -> int:
         budget = self.max_batch_tokens
         index = 0
@@ -163,7 +171,8 @@ class Scheduler:
             if sequence.is_drawn or (sequence.row is None and not self._rows):
                 return
             # At least one position is computed: it gives the logits.
-            prefix = self.pool.find_prefix(sequence.prompt[: sequence.length - 1])
+            reusable = 0 if sequence.scores_prompt else sequence.length - 1
+            prefix = self.pool.find_prefix(sequence.prompt[:reusable])
             for page in prefix:
                 self.pool.share(page)
             missing = pages_for(sequence.length) - len(prefix)
@@ -233,6 +242,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
+        sequence.prompt_parts.clear()
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:

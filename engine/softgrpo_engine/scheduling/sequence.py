@@ -11,7 +11,7 @@ from softgrpo_engine.scheduling.entropy_rules import EntropyRule
 from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from softgrpo_engine.outputs import Sample
+    from softgrpo_engine.outputs import PromptLogprobs, Sample
 
 
 @dataclass(eq=False)
@@ -27,7 +27,8 @@ class Sequence:
     from soft_phase. thinking_over: it is forced at the next position. embedding_noise: scale of the
     noise on its mixtures, 0 without. tokens: those read, for text
     and stop strings; the inputs of the model are rebuilt from the record alone. followers: siblings
-    that wait for its prompt. sample: what it has come to, once it has ended; error: what the step
+    that wait for its prompt. scores_prompt: log p of its prompt is computed, into prompt_parts, one
+    for each chunk of it. sample: what it has come to, once it has ended; error: what the step
     raised that ended it.
     """
 
@@ -53,6 +54,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     followers: list[Sequence] = field(default_factory=list)
+    scores_prompt: bool = False
+    prompt_parts: list[PromptLogprobs] = field(default_factory=list)
     sample: Sample | None = None
     error: BaseException | None = None
 

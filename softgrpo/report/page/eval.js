@@ -188,7 +188,7 @@ class Browser {
       html("h3", {}, "Prompt"),
       html("div", { class: "text", tabindex: 0 }, prompt),
       html("h3", {}, "Completion"),
-      positions.length ? new TokenView(positions).element : html("p", {}, "(empty)"),
+      ...(positions.length ? [tokenKeys(), new TokenView(positions).element] : [html("p", {}, "(empty)")]),
     );
   }
 }

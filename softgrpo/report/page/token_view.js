@@ -8,16 +8,19 @@ function unpackPosition([flags, token, ...pairs], vocabulary) {
   for (let i = 0; i < pairs.length; i += 2) {
     candidates.push({ text: vocabulary[pairs[i]], weight: pairs[i + 1] / WEIGHT_SCALE });
   }
+  return readablePosition(vocabulary[token], (flags & 1) === 1, (flags & 2) === 2, candidates);
+}
+
+/** A position as it is in samples.jsonl and in the answers of the server. */
+function readPosition({ token, kind, forced, candidates }) {
+  return readablePosition(token, kind === 1, forced, candidates.map(([text, weight]) => ({ text, weight })));
+}
+
+function readablePosition(token, soft, forced, candidates) {
   candidates.sort((a, b) => b.weight - a.weight);
   const sum = candidates.reduce((total, c) => total + c.weight, 0);
   const squares = candidates.reduce((total, c) => total + c.weight ** 2, 0);
-  return {
-    token: vocabulary[token],
-    soft: (flags & 1) === 1,
-    forced: (flags & 2) === 2,
-    candidates,
-    effective: squares > 0 ? sum ** 2 / squares : 1,
-  };
+  return { token, soft, forced, candidates, effective: squares > 0 ? sum ** 2 / squares : 1 };
 }
 
 /** Text with whitespace and control characters as muted signs. */
@@ -73,24 +76,37 @@ function tokenKeys() {
   );
 }
 
-/** The completion of one sample: tokens, strip of effective candidates, details of one position. */
+/**
+ * The completion of one sample: tokens, strip of effective candidates, details of one position. It
+ * shows the position that is mixed most until the reader chooses one; more can be appended.
+ */
 class TokenView {
-  constructor(positions) {
-    this.positions = positions;
-    this.spans = positions.map((position, i) =>
-      tokenSpan(position, { role: "option", id: `position-${i}`, "aria-selected": false }),
-    );
-    this.tokens = html("div", { class: "tokens", tabindex: 0, role: "listbox", "aria-label": "Completion, token by token" });
-    this.spans.forEach((span, i) => {
-      this.tokens.append(span);
-      if (positions[i].token.includes("\n")) this.tokens.append(html("br"));
-    });
-    this.details = html("div", { class: "details", "aria-live": "polite" });
-    this.pinned = positions.reduce((best, p, i) => (p.effective > positions[best].effective ? i : best), 0);
-    const left = html("div", {}, tokenKeys(), this.tokens, ...this.makeStrip());
+  constructor(positions, label = "Completion, token by token") {
+    this.id = `view-${TokenView.count++}`;
+    this.positions = [];
+    this.spans = [];
+    this.tokens = html("div", { class: "tokens", tabindex: 0, role: "listbox", "aria-label": label });
+    this.details = html("div", { class: "details" });
+    this.pinned = 0;
+    this.chosen = false;
+    const left = html("div", {}, this.tokens, ...this.makeStrip());
     this.element = html("div", { class: "split" }, left, this.details);
     this.listen();
-    this.show(this.pinned);
+    this.append(positions);
+  }
+
+  append(positions) {
+    for (const position of positions) {
+      const index = this.positions.push(position) - 1;
+      const span = tokenSpan(position, { role: "option", id: `${this.id}-${index}`, "aria-selected": false });
+      this.spans.push(span);
+      this.tokens.append(span);
+      if (position.token.includes("\n")) this.tokens.append(html("br"));
+      if (!this.chosen && position.effective > this.positions[this.pinned].effective) this.pinned = index;
+    }
+    if (this.positions.length === 0) return;
+    this.drawStrip();
+    if (!this.tokens.matches(":hover")) this.show(this.pinned);
   }
 
   listen() {
@@ -109,42 +125,58 @@ class TokenView {
   }
 
   pin(index) {
+    if (this.positions.length === 0) return;
+    this.chosen = true;
     this.pinned = index;
+    this.details.setAttribute("aria-live", "polite");
     this.show(index);
   }
 
   show(index) {
+    if (!(index in this.positions)) return;
     this.spans[this.shown]?.classList.remove("active");
     this.spans[this.shown]?.setAttribute("aria-selected", "false");
     this.shown = index;
     this.spans[index].classList.add("active");
     this.spans[index].setAttribute("aria-selected", "true");
-    this.tokens.setAttribute("aria-activedescendant", `position-${index}`);
+    this.tokens.setAttribute("aria-activedescendant", `${this.id}-${index}`);
     this.here.setAttribute("x", index);
     this.details.replaceChildren(...this.describe(index));
   }
 
   /** A bar a position, as high as its effective number of candidates. */
   makeStrip() {
+    this.strip = svg("svg", { class: "strip", preserveAspectRatio: "none", "aria-hidden": true });
+    this.here = svg("rect", { y: 0, width: 1, class: "here" });
+    this.line = svg("line", { x1: 0, class: "one" });
+    this.bars = { soft: svg("path", { class: "soft" }), plain: svg("path", { class: "plain" }) };
+    this.strip.append(this.here, this.line, this.bars.soft, this.bars.plain);
+    this.caption = html("h3", {});
+    const last = () => this.positions.length - 1;
+    const indexOf = (event) => Math.min(last(), Math.floor((event.offsetX / this.strip.clientWidth) * (last() + 1)));
+    this.strip.addEventListener("pointermove", (event) => this.show(indexOf(event)));
+    this.strip.addEventListener("pointerleave", () => this.show(this.pinned));
+    this.strip.addEventListener("click", (event) => {
+      this.pin(indexOf(event));
+      this.spans[this.pinned].scrollIntoView({ block: "nearest" });
+    });
+    return [this.caption, this.strip];
+  }
+
+  drawStrip() {
     const count = this.positions.length;
-    const top = Math.max(2, ...this.positions.map((p) => p.effective));
-    const strip = svg("svg", { class: "strip", viewBox: `0 0 ${count} ${top}`, preserveAspectRatio: "none", "aria-hidden": true });
-    strip.style.maxWidth = `${count * 22}px`;
-    this.here = svg("rect", { y: 0, width: 1, height: top, class: "here" });
-    strip.append(this.here, svg("line", { x1: 0, x2: count, y1: top - 1, y2: top - 1, class: "one" }));
+    const top = this.positions.reduce((most, p) => Math.max(most, p.effective), 2);
     const bars = (soft) =>
       this.positions
         .map((p, i) => (p.soft === soft ? `M${i + 0.12} ${top}v${-p.effective}h.76v${p.effective}Z` : ""))
         .join("");
-    strip.append(svg("path", { d: bars(true), class: "soft" }), svg("path", { d: bars(false), class: "plain" }));
-    const indexOf = (event) => Math.min(count - 1, Math.floor((event.offsetX / strip.clientWidth) * count));
-    strip.addEventListener("pointermove", (event) => this.show(indexOf(event)));
-    strip.addEventListener("pointerleave", () => this.show(this.pinned));
-    strip.addEventListener("click", (event) => {
-      this.pin(indexOf(event));
-      this.spans[this.pinned].scrollIntoView({ block: "nearest" });
-    });
-    return [html("h3", {}, `Effective candidates by position (up to ${format(top)}; the line is 1)`), strip];
+    this.strip.setAttribute("viewBox", `0 0 ${count} ${top}`);
+    this.strip.style.maxWidth = `${count * 22}px`;
+    this.here.setAttribute("height", top);
+    for (const [name, value] of [["x2", count], ["y1", top - 1], ["y2", top - 1]]) this.line.setAttribute(name, value);
+    this.bars.soft.setAttribute("d", bars(true));
+    this.bars.plain.setAttribute("d", bars(false));
+    this.caption.textContent = `Effective candidates by position (up to ${format(top)}; the line is 1)`;
   }
 
   describe(index) {
@@ -166,3 +198,5 @@ class TokenView {
     ];
   }
 }
+
+TokenView.count = 0;

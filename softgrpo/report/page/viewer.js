@@ -85,8 +85,8 @@ class Viewer {
     const sample = this.group[index];
     const positions = sample.positions.map((position) => unpackPosition(position, this.vocabulary));
     const completion = positions.length
-      ? new TokenView(positions).element
-      : html("div", { class: "text" }, sample.text || "(empty)");
+      ? [tokenKeys(), new TokenView(positions).element]
+      : [html("div", { class: "text" }, sample.text || "(empty)")];
     this.card.replaceChildren(
       this.facts(sample, positions),
       html("h3", {}, "Prompt"),
@@ -94,7 +94,7 @@ class Viewer {
       html("h3", {}, "Answer"),
       html("div", { class: "text" }, sample.answer),
       html("h3", {}, "Completion"),
-      completion,
+      ...completion,
     );
   }
 
