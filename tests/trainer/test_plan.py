@@ -13,12 +13,13 @@ from softgrpo.cli.train import main
 from softgrpo.config import Config, ConfigError
 from softgrpo.tools.plan import make_plan
 from softgrpo.tools.plan.depth import peaks_and_flops
-from softgrpo.tools.plan.device import FakeGPU
+from softgrpo.tools.plan.device import DEVICE, FakeGPU
 from softgrpo.tools.plan.model import model_config, write_empty_model
 from softgrpo.tools.plan.plan import GIB, changes
 from softgrpo.tools.plan.seconds import Hardware, Size, kv_cache
 from softgrpo.tools.plan.walk import PHASES, walk
 from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.model.weights import empty_decoder
 
 aten = torch.ops.aten
 SMALL = Qwen2Config(
@@ -120,6 +121,15 @@ def test_the_operations_are_those_of_a_real_step(simulated_gpu):
     fake = FakeGPU()
     walk(fake, config, SMALL, SMALL.num_hidden_layers, 1)
     assert sum(fake.flops.values()) == real.products
+
+
+def test_a_gpu_beside_a_cpu_with_a_matrix_unit_holds_the_weights_once(monkeypatch):
+    monkeypatch.setattr("softgrpo_engine.model.projections.matrix_unit", lambda: "amx")
+    with FakeGPU() as gpu:
+        decoder = empty_decoder(DecoderConfig.from_hf(SMALL, ()), torch.bfloat16, DEVICE)
+        weights = gpu.held
+        decoder.pack()
+        assert gpu.held == pytest.approx(weights, rel=0.01)
 
 
 def test_the_recipes_are_planned_without_a_network():
