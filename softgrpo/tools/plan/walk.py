@@ -154,6 +154,7 @@ def _processes(count: int) -> Iterator[None]:
     if count == 1:
         yield
         return
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
@@ -161,6 +162,7 @@ def _processes(count: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # DTensor remembers groups of processes, which are gone
 
 
 def _take_empty_step(optimizer: torch.optim.Optimizer, gpu: FakeGPU) -> None:
