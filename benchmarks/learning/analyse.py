@@ -2,7 +2,7 @@
 
     python benchmarks/learning/analyse.py --json benchmarks/learning/results.json
 
-Prints the tables of docs/results.md in Markdown and draws the reward curves and pass@k beside the
+Prints the tables of README.md in Markdown and draws the reward curves and pass@k beside the
 JSON, which holds every number of them. Cells that were not run are listed as missing.
 """
 

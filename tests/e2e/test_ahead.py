@@ -62,9 +62,12 @@ def test_it_is_what_rollouts_of_the_weights_before_give(soft, tiny_config):
 
 
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_ended(tiny_config, tmp_path):
-    whole = Trainer(load(tiny_config, "checkpoint.every=2", "run.name=whole")).train()
-    run = Trainer(load(tiny_config, "checkpoint.every=2", "run.max_steps=4")).train()
-    Trainer(load(tiny_config, "checkpoint.every=2", "run.resume=auto")).train()
+    settings = ["checkpoint.every=2", "algorithm.dynamic_sampling_rounds=1", "rollout.top_k=0"]
+    settings += ["algorithm.kl_coef=0.1", "optim.tokens_per_microbatch=45"]
+    settings += ["rollout.schedule.steps=4", "rollout.schedule.tau=0.5"]
+    whole = Trainer(load(tiny_config, *settings, "run.name=whole")).train()
+    run = Trainer(load(tiny_config, *settings, "run.max_steps=4")).train()
+    Trainer(load(tiny_config, *settings, "run.resume=auto")).train()
     assert [row["sampling/weight_lag"] for row in rows_of(run)] == [0, 2, 0, 2, 0, 2]
     ours, theirs = (tensors_of(folder / "checkpoints/step_000006") for folder in (run, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
