@@ -2,7 +2,9 @@
 devices that meet, waits, pinned memory, training. See test_graphs.py and test_kernels.py too."""
 
 import copy
+import multiprocessing
 import pickle
+import threading
 
 import pytest
 import torch
@@ -216,6 +218,28 @@ def test_the_copy_is_of_the_moment_at_which_it_was_asked_for(x):
     x.zero_()
     torch.cuda.synchronize()
     assert host.tolist() == [0, 1, 2, 3]
+
+
+def test_a_thread_that_copies_to_it_and_one_that_launches_do_not_wait_for_each_other(
+    x, simulated_gpu
+):
+    """Another reference to a tensor of Python's takes the GIL, which whoever launches has."""
+
+    def copy():
+        for _ in range(2000):
+            torch.empty(4, pin_memory=True).copy_(x, non_blocking=True)
+
+    def both():
+        thread = threading.Thread(target=copy)
+        thread.start()
+        while thread.is_alive():
+            simulated_gpu.core.launches()
+
+    process = multiprocessing.get_context("fork").Process(target=both)
+    process.start()
+    process.join(30)
+    process.kill()
+    assert process.exitcode == 0
 
 
 def test_pinned_memory_is_left_alone_while_a_copy_from_it_is_under_way(x):
