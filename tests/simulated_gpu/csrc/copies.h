@@ -52,8 +52,11 @@ inline void device_to_host(const at::Tensor& target, const at::Tensor& source, b
   auto snapshot = from.clone();
   if (target.is_floating_point()) target.fill_(std::numeric_limits<double>::quiet_NaN());
   else if (target.scalar_type() != at::kBool) target.fill_(123);
+  // Before the lock: another reference to a tensor of Python's takes the GIL, and who has that may
+  // be waiting for the lock.
+  Arrival arrival{state().order, target, snapshot};
   std::lock_guard<std::mutex> lock(state().mutex);
-  state().arrivals.push_back({state().order, target, snapshot});
+  state().arrivals.push_back(std::move(arrival));
 }
 
 inline at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_blocking) {
