@@ -44,7 +44,7 @@ def run(config, device, name, reward=letters, **rollout):
         return drawn
 
     class Watched:
-        score_by = update.score_by
+        score_by, optimizer = update.score_by, update.optimizer
 
         def __call__(self, batch, *arguments):
             freed.append(held[-1] - tensor_bytes(device))

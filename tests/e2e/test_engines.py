@@ -51,4 +51,4 @@ def test_an_engine_without_a_method_is_refused(monkeypatch):
 
 
 class OldEngine:
-    check_fits = generate_groups = update_weights = None
+    check_fits = iter_groups = update_weights = None
