@@ -213,7 +213,7 @@ def test_unsupported_architecture(tiny_config, tiny_model, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("body", "expected"),
-    [("raise KeyError('colour')", "colour"), ("return [1.0]", "12")],
+    [("raise KeyError('colour')", "colour"), ("return [1.0]", "4 completions")],
 )
 def test_a_bad_reward_names_itself(tiny_config, tmp_path, capsys, body, expected):
     path = tmp_path / "bad.py"
