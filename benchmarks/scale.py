@@ -21,8 +21,9 @@ import argparse
 import heapq
 import json
 from dataclasses import asdict, astuple, dataclass
-from math import erf, exp, log, sqrt
+from math import exp, log, sqrt
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -32,7 +33,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from softgrpo.config import Config
 from softgrpo.tools.plan.depth import peaks_and_flops
 from softgrpo.tools.plan.model import model_config
-from softgrpo.tools.plan.seconds import Hardware, Size, seconds
+from softgrpo.tools.plan.seconds import Hardware, Size, kv_cache, seconds
 from softgrpo.tools.plan.walk import GPUS_OF_A_NODE, OLD, REFERENCE, SYNC, UPDATE, Share
 from softgrpo_engine.model.config import DecoderConfig
 
@@ -55,7 +56,7 @@ class Lengths:
     def fitted(mean: float, cut: float, limit: int) -> Lengths:
         """With that mean of the cut lengths and that share of cut ones, by bisection in sigma."""
         low, high = 1e-3, 5.0
-        z = _quantile(1.0 - cut)
+        z = NormalDist().inv_cdf(1.0 - cut)
         for _ in range(100):
             sigma = (low + high) / 2
             mu = log(limit) - sigma * z
@@ -73,21 +74,9 @@ class Lengths:
         return np.clip(np.ceil(lengths), 1, self.limit).astype(int)
 
 
-def _normal(x: float) -> float:
-    return 0.5 * (1.0 + erf(x / sqrt(2.0)))
-
-
-def _quantile(p: float) -> float:
-    low, high = -10.0, 10.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _normal(middle) < p else (low, middle)
-    return low
-
-
 def _mean_cut(mu: float, sigma: float, limit: float) -> float:
-    z = (log(limit) - mu) / sigma
-    return exp(mu + sigma**2 / 2) * _normal(z - sigma) + limit * (1.0 - _normal(z))
+    z, below = (log(limit) - mu) / sigma, NormalDist().cdf
+    return exp(mu + sigma**2 / 2) * below(z - sigma) + limit * (1.0 - below(z))
 
 
 @dataclass(frozen=True)
@@ -211,12 +200,11 @@ def simulate(config: Config, mean: float, cut: float, hardware: Hardware) -> lis
     per_token = passes / (share.samples * share.response)
     distribution = Lengths.fitted(mean, cut, config.rollout.max_new_tokens)
     rows = []
+    # What the KV cache of one GPU, which has the most to do, holds at full length.
+    room = kv_cache(config, size, 1) // ((share.prompt + share.response) * size.kv_bytes)
+    room = min(config.rollout.max_batch_size, int(room))
     batches = (
-        (
-            "the recipe's batch: 64 prompts",
-            config.rollout.max_batch_size,
-            lambda gpus: config.rollout.prompts_per_step,
-        ),
+        ("the recipe's batch: 64 prompts", room, lambda gpus: config.rollout.prompts_per_step),
         ("32 prompts a GPU, room for 64 samples", 64, lambda gpus: 32 * gpus),
     )
     for batch, room, prompts_of in batches:
