@@ -90,6 +90,8 @@ class World:
         def numbers() -> Iterator[int]:
             while (number := store.add(key, 1) - 1) < count:
                 yield number
+            if number == count + self.size - 1:  # the last to hear that there are no more
+                store.delete_key(key)
 
         return numbers()
 

@@ -32,8 +32,8 @@ from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.engines import load_engine, make_engine, sleeps
 from softgrpo.rollout.sampling import (
     ROLLOUT_STREAM,
+    Sampling,
     density_settings,
-    needs_kept_mass,
     rollout_uids,
 )
 from softgrpo.rollout.scored import ScoredRollout
@@ -211,11 +211,7 @@ class Trainer:
             self.world,
             prompts,
             rollout_uids(number, len(prompts), rollout.group_size),
-            rollout,
-            config.algorithm.objective,
-            seed=config.run.seed,
-            stream=ROLLOUT_STREAM,
-            kept_mass=needs_kept_mass(config),
+            Sampling.of_step(config, rollout),
         )
 
     def _most_samples(self) -> int:

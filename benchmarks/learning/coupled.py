@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from softgrpo import Config
 from softgrpo.data.training import TrainingData
 from softgrpo.rewards import RewardRunner
-from softgrpo.rollout.sampling import collect, rollout_uids
+from softgrpo.rollout.sampling import Sampling, collect, rollout_uids
 from softgrpo_engine.hf_engine import HFEngine
 from softgrpo_engine.model.source import resolve_model
 from softgrpo_kernels import SoftToken, gumbel_noise
@@ -83,10 +83,7 @@ def measure(config: Config, pairs: int, prompts: int, seed: int) -> dict[str, fl
         engine,
         [prompt.token_ids for prompt in chosen],
         rollout_uids(0, prompts, 2 * pairs),
-        config.rollout,
-        objective,
-        seed=seed,
-        stream=PAIRS,
+        dataclasses.replace(Sampling.of_step(config, config.rollout), seed=seed, stream=PAIRS),
     )
     rewards = RewardRunner(config.reward)
     rewards_S, _ = rewards.score(chosen, outputs)

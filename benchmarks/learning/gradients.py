@@ -40,7 +40,13 @@ from softgrpo.data.training import TrainingData
 from softgrpo.learner.policy import Policy
 from softgrpo.rewards import RewardRunner
 from softgrpo.rollout.batch import RolloutBatch
-from softgrpo.rollout.sampling import ROLLOUT_STREAM, collect, density_settings, rollout_uids
+from softgrpo.rollout.sampling import (
+    ROLLOUT_STREAM,
+    Sampling,
+    collect,
+    density_settings,
+    rollout_uids,
+)
 from softgrpo_engine import LLM
 from softgrpo_engine.model.weights import load_decoder
 from softgrpo_kernels.methods import method_of
@@ -140,15 +146,8 @@ def measure(model: Path, data: Path, kind: str, batches: int) -> dict[str, dict[
     for step in range(batches):
         prompts = questions.prompts_of_round(step, config.rollout.prompts_per_step)
         uids = rollout_uids(step, len(prompts), config.rollout.group_size)
-        outputs = collect(
-            llm,
-            [prompt.token_ids for prompt in prompts],
-            uids,
-            config.rollout,
-            config.algorithm.objective,
-            seed=0,
-            stream=ROLLOUT_STREAM,
-        )
+        token_ids = [prompt.token_ids for prompt in prompts]
+        outputs = collect(llm, token_ids, uids, Sampling.of_step(config, config.rollout))
         rewards_S, _ = rewards.score(prompts, outputs)
         batch = RolloutBatch.from_outputs(outputs, seed=0, stream=ROLLOUT_STREAM, weight_version=0)
         advantages_S = group_advantages(rewards_S, batch.group, config.algorithm.advantage)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.config import Config, ConfigError
@@ -83,6 +85,33 @@ def sampling_params(rollout: RolloutConfig, kept_mass: bool = False) -> Sampling
     )
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How prompts are sampled, but for the names of the samples: what engines are asked for, and
+    seed and stream of the noise (`RolloutEngine.iter_groups`)."""
+
+    params: SamplingParams
+    soft: SoftParams | Literal[False]
+    seed: int
+    stream: int
+
+    @classmethod
+    def of_step(cls, config: Config, rollout: RolloutConfig) -> Sampling:
+        """rollout: the settings of the step."""
+        return cls(
+            sampling_params(rollout, needs_kept_mass(config)),
+            soft_params(rollout, config.algorithm.objective) or False,
+            config.run.seed,
+            ROLLOUT_STREAM,
+        )
+
+    @classmethod
+    def of_evaluation(cls, config: Config, rollout: RolloutConfig) -> Sampling:
+        """rollout: the settings of evaluations."""
+        soft = soft_params(rollout, config.algorithm.objective) or False
+        return cls(sampling_params(rollout), soft, config.eval.seed, EVALUATION_STREAM)
+
+
 def rollout_uids(step: int, prompts: int, group_size: int) -> list[list[int]]:
     """Names of a step's samples: ((step * prompts + prompt) * group_size + sample) mod 2^32."""
     return [
@@ -95,14 +124,10 @@ def iter_samples(
     engine: RolloutEngine,
     prompts: Sequence[list[int]],
     uids: Sequence[Sequence[int]],
-    rollout: RolloutConfig,
-    objective: str,
+    sampling: Sampling,
     *,
-    seed: int,
-    stream: int,
     queue: Iterator[int],
     at_once: int,
-    kept_mass: bool = False,
     between_steps: Callable[[], None] = lambda: None,
 ) -> Generator[tuple[int, Output], None, None]:
     """Samples prompts once for each of their uids; yields (prompt index, Output) as they end.
@@ -128,16 +153,17 @@ def iter_samples(
         begun = len(taken)
         for place, output in engine.iter_groups(
             groups(),
-            sampling_params(rollout, kept_mass),
-            soft_params(rollout, objective) or False,
-            seed=seed,
-            stream=stream,
+            sampling.params,
+            sampling.soft,
+            seed=sampling.seed,
+            stream=sampling.stream,
             between_steps=between_steps,
         ):
             ended += 1
-            if kept_mass and any(sample.kept_mass is None for sample in output.samples):
+            wanted = sampling.params.kept_mass
+            if wanted and any(sample.kept_mass is None for sample in output.samples):
                 raise ValueError(
-                    f"rollout.engine: {rollout.engine!r} records no kept_mass, without which the "
+                    "rollout.engine: this one records no kept_mass, without which the "
                     "rollout's log p over the vocabulary is not known: set algorithm."
                     "discrete_logprob=candidates and an objective that scores candidates, or "
                     "another engine"
@@ -151,26 +177,12 @@ def collect(
     engine: RolloutEngine,
     prompts: Sequence[list[int]],
     uids: Sequence[Sequence[int]],
-    rollout: RolloutConfig,
-    objective: str,
-    *,
-    seed: int,
-    stream: int,
-    kept_mass: bool = False,
+    sampling: Sampling,
 ) -> list[Output]:
     """Samples every prompt once for each of its uids; errors as `iter_samples`."""
     indices = range(len(prompts))
     samples = iter_samples(
-        engine,
-        prompts,
-        uids,
-        rollout,
-        objective,
-        seed=seed,
-        stream=stream,
-        queue=iter(indices),
-        at_once=len(prompts),
-        kept_mass=kept_mass,
+        engine, prompts, uids, sampling, queue=iter(indices), at_once=len(prompts)
     )
     outputs = dict(samples)
     return [outputs[index] for index in indices]

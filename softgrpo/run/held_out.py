@@ -16,7 +16,7 @@ from softgrpo.distributed import World
 from softgrpo.evaluation import pass_at_k
 from softgrpo.rewards import RewardRunner
 from softgrpo.rollout.engines import RolloutEngine
-from softgrpo.rollout.sampling import EVALUATION_STREAM, rollout_uids
+from softgrpo.rollout.sampling import Sampling, rollout_uids
 from softgrpo.rollout.scored import ScoredRollout
 from softgrpo.run.round import Round
 from softgrpo_engine import Output
@@ -46,10 +46,7 @@ def evaluate(
         world,
         prompts,
         rollout_uids(0, len(prompts), config.eval.samples),
-        evaluation_rollout(config),
-        config.algorithm.objective,
-        seed=config.eval.seed,
-        stream=EVALUATION_STREAM,
+        Sampling.of_evaluation(config, evaluation_rollout(config)),
     )
     drawn.sample()
     drawn.wait()

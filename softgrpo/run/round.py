@@ -11,13 +11,12 @@ from contextlib import closing, contextmanager
 
 import torch
 
-from softgrpo.config.rollout import RolloutConfig
 from softgrpo.data.prompts import Prompt
 from softgrpo.distributed import World
 from softgrpo.rewards import RewardRunner
 from softgrpo.rewards.runner import ByFunction, call_of, columns_of, joined
 from softgrpo.rollout.engines import RolloutEngine
-from softgrpo.rollout.sampling import iter_samples
+from softgrpo.rollout.sampling import Sampling, iter_samples
 from softgrpo.rollout.scored import ScoredRollout
 from softgrpo_engine import Output
 
@@ -42,15 +41,10 @@ class Round:
         world: World,
         prompts: list[Prompt],
         uids: Sequence[Sequence[int]],
-        rollout: RolloutConfig,
-        objective: str,
-        *,
-        seed: int,
-        stream: int,
-        kept_mass: bool = False,
+        sampling: Sampling,
     ) -> None:
         self.rewards, self.world = rewards, world
-        self.prompts, self.rollout = prompts, rollout
+        self.prompts = prompts
         self.weight_version = engine.weight_version
         self.seconds = 0.0
         self._stopped = threading.Event()
@@ -61,11 +55,7 @@ class Round:
             engine,
             [prompt.token_ids for prompt in prompts],
             uids,
-            rollout,
-            objective,
-            seed=seed,
-            stream=stream,
-            kept_mass=kept_mass,
+            sampling,
             queue=world.queue(len(prompts)),
             at_once=-(-len(prompts) // world.size),
             between_steps=self._check,

@@ -22,9 +22,9 @@ from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.engines import make_engine
 from softgrpo.rollout.sampling import (
     ROLLOUT_STREAM,
+    Sampling,
     collect,
     density_settings,
-    needs_kept_mass,
     rollout_uids,
 )
 from softgrpo_engine.model.weights import load_decoder
@@ -107,11 +107,7 @@ def _draw(
         engine,
         prompts,
         rollout_uids(0, len(prompts), rollout.group_size),
-        rollout,
-        config.algorithm.objective,
-        seed=config.run.seed,
-        stream=ROLLOUT_STREAM,
-        kept_mass=needs_kept_mass(config),
+        Sampling.of_step(config, rollout),
     )
     batch = RolloutBatch.from_outputs(
         outputs, seed=config.run.seed, stream=ROLLOUT_STREAM, weight_version=0

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from softgrpo import Config, Trainer, distributed
 from softgrpo.distributed import World
 from softgrpo.rewards import RewardError
-from softgrpo.rollout.sampling import iter_samples
+from softgrpo.rollout.sampling import Sampling, iter_samples
 from softgrpo.run.round import Stopped
 
 
@@ -158,11 +158,12 @@ class Greedy:
 def test_a_process_that_comes_first_leaves_the_others_their_share(monkeypatch, tiny_config):
     store = dist.HashStore()
     monkeypatch.setattr(distributed, "_get_default_store", lambda: store)
-    rollout, numbers = Config.load(tiny_config).rollout, range(10)
+    config, numbers = Config.load(tiny_config), range(10)
+    sampling = Sampling.of_step(config, config.rollout)
     worlds = [World(rank, 3) for rank in range(3)]
     for _ in range(2):  # queues do not mix
         queues = [world.queue(10) for world in worlds]
-        draw = partial(iter_samples, Greedy(), numbers, numbers, rollout, "exact", seed=0, stream=0)
+        draw = partial(iter_samples, Greedy(), numbers, numbers, sampling)
         parts = [draw(queue=queue, at_once=4) for queue in queues]
         firsts = [next(part)[0] for part in parts]
         assert firsts == [0, 4, 8]  # 8 and 9 are all that is left
@@ -171,3 +172,4 @@ def test_a_process_that_comes_first_leaves_the_others_their_share(monkeypatch, t
         late = [world.queue(10) for world in worlds]
         parts = [[index for index, _ in draw(queue=queue, at_once=4)] for queue in late]
         assert parts == [list(range(10)), [], []]
+        assert store.num_keys() == 0  # a long run leaves nothing behind

@@ -1,5 +1,7 @@
 """With the weights that sampled, every importance ratio is 1, whatever was drawn and scored."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_decoder import make_decoder
@@ -9,7 +11,7 @@ from softgrpo.learner.optimizer import make_optimizer
 from softgrpo.learner.policy import Policy
 from softgrpo.learner.update import Update
 from softgrpo.rollout.batch import RolloutBatch
-from softgrpo.rollout.sampling import collect, density_settings, needs_kept_mass
+from softgrpo.rollout.sampling import Sampling, collect, density_settings, needs_kept_mass
 from softgrpo_engine import LLM
 
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.5])
@@ -37,11 +39,7 @@ def rollout(config, engine):
             engine,
             [[5, 6, 7, 8]],
             [[0, 1, 2, 3]],
-            config.rollout,
-            config.algorithm.objective,
-            seed=3,
-            stream=0,
-            kept_mass=needs_kept_mass(config),
+            replace(Sampling.of_step(config, config.rollout), seed=3),
         ),
         seed=3,
         stream=0,
