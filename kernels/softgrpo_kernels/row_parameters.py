@@ -40,11 +40,13 @@ class RowParameters:
     """The parameters of every row, a table of floats and one of integers: a column for each.
 
     floats: float32 [9, B], FLOAT_COLUMNS; ints: int64 [7, B], INT_COLUMNS; k_max: slots.
+    may_be_unlisted: False promises that no row is `unlisted`, which saves a launch on a GPU.
     """
 
     floats: Tensor
     ints: Tensor
     k_max: int
+    may_be_unlisted: bool = True
 
     temperature = _column("temperature")
     top_p = _column("top_p")
@@ -118,7 +120,9 @@ class RowParameters:
             check_numbers(values, k_max)
         floats = _table(values.floats, rows, torch.float32, device)
         ints = _table(values.ints, rows, torch.int64, device)
-        return RowParameters(floats, ints, k_max)
+        discrete = isinstance(mode, Tensor) or mode == DISCRETE
+        listed = not isinstance(top_k, Tensor) and 1 <= top_k <= k_max
+        return RowParameters(floats, ints, k_max, may_be_unlisted=discrete and not listed)
 
     def check_shape(self, rows: int, device: torch.device) -> None:
         """Raises ValueError unless these are contiguous tables of so many rows on the device."""

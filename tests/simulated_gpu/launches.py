@@ -27,7 +27,7 @@ EXACT = {
     "rope_store_kv.rope_store_kv_kernel",
     "gumbel_noise.gumbel_noise_kernel",
     "soft_embedding.soft_embedding_kernel",
-    "select.select_kernel",
+    "mixture.record_mixture_kernel",
 }
 # Whose probabilities meet values of a narrow dtype as sums of two of its numbers.
 ATTENTION = {"paged_attention.decode_kernel", "paged_attention.join_kernel"}

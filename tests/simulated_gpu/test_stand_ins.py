@@ -26,7 +26,10 @@ from softgrpo_kernels.gpu.soft_embedding import soft_embedding
 from softgrpo_kernels.gpu.soft_token import full_vocabulary as whole_rows
 from softgrpo_kernels.gpu.soft_token import lm_head
 from softgrpo_kernels.linear_logprob_slices import LogitMap, TokenGradients
+from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.noise import log_gamma_noise
+from softgrpo_kernels.record_step import draw_into_record, record_mixtures
+from softgrpo_kernels.record_tables import RecordTables
 from softgrpo_kernels.row_rules import DISCRETE, GREEDY, SKIP, SOFT
 from softgrpo_kernels.soft_token_tensors import SoftTokenInputs
 
@@ -45,9 +48,7 @@ reaches, assert_reached = CASES.reaches, CASES.assert_reached
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """Of those that look at rows over the whole vocabulary, each costs milliseconds; and narrow
-    tiles of the LM head."""
-    monkeypatch.setattr(whole_rows, "SPLITS", tl.constexpr(2))
+    """Narrow tiles of the LM head."""
     monkeypatch.setattr(lm_head, "ROWS", 4)
 
 
@@ -71,11 +72,8 @@ def test_every_stand_in_has_a_kernel():
 
 STATISTICS = ("statistics.statistics_kernel",)
 LM_HEAD = ("lm_head.lm_head_kernel", "lm_head.combine_kernel")
-STEP = (
-    "select.select_kernel", "draw.draw_kernel", "full_vocabulary.collect_kernel",
-    "full_vocabulary.cut_kernel", "full_vocabulary.draw_kernel", "full_vocabulary.record_kernel",
-    "soft_embedding.soft_embedding_kernel",
-)  # fmt: skip
+SAMPLE = ("sample.sample_kernel",)
+STEP = ("full_vocabulary.collect_kernel", *SAMPLE)
 
 
 def poisoned(source, embed, k_max, statistics):
@@ -130,7 +128,7 @@ def test_every_mode(launches):
     assert_reached(test_every_mode, launches)
 
 
-@reaches(*STATISTICS, *STEP)
+@reaches(*STATISTICS, *SAMPLE)
 def test_every_noise(launches):
     step(
         logits_of("plain", 6, 200), top_k=4, top_p=0.9, noise=torch.tensor([0, 1, 2, 3, 4, 2]),
@@ -235,6 +233,39 @@ def test_from_hidden_states(launches):
         hidden[:, 3:], head[3:, 3:], top_k=2, temperature=9.0, k_max=2, statistics=False
     )
     assert_reached(test_from_hidden_states, launches)
+
+
+@reaches(*STATISTICS, *STEP, "mixture.record_mixture_kernel")
+def test_rows_of_a_record(launches):
+    """In another order, one of them twice as the rows that pad a batch are; a soft row that ends;
+    mixtures of soft, discrete and empty positions."""
+    rows, capacity, slots, vocabulary = 4, 3, 3, 200
+    columns = {
+        "mode": [DISCRETE, GREEDY, DISCRETE, SKIP, SOFT, SOFT, SOFT, SKIP],
+        "top_k": [-1, 0, 2, 0, 3, 3, 3, 0], "uid": [0, 1, 2, 3] * 2,
+        "gumbel_tau": [1.0] * 4 + [0.5, 0.1, 0.1, 1.0], "weight_floor": [0.0] * 5 + [0.1, 0, 0],
+    }  # fmt: skip
+    settings = SOUND | {name: torch.tensor(values) for name, values in columns.items()}
+    draws = RowParameters.pack(8, torch.device("cpu"), slots, noise_clamp=None, **settings)
+    shape = (rows, capacity)
+    record = RecordTables(
+        draws, torch.tensor([0, 1, 1, 0], dtype=torch.uint8),
+        torch.full((rows, 1), -1, dtype=torch.int32), torch.full((*shape, slots), -1).int(),
+        torch.full((*shape, slots), -torch.inf), torch.zeros(shape, dtype=torch.uint8),
+        torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int32),
+        torch.zeros(shape), torch.zeros(shape),
+    )  # fmt: skip
+    row, step = torch.tensor([2, 0, 3, 1, 3]), torch.tensor([1, 0, 1, 2, 1])
+    drawn = torch.empty(3, 5, dtype=torch.int64)
+    head = LMHead(torch.randn(5, 20), torch.randn(vocabulary, 20))
+    for _ in range(2):
+        logits = logits_of("plain", 5, vocabulary)
+        draw_into_record(record, row, step, logits, drawn, head=head, backend="triton")
+        record.terminal_ids[1] = record.token[1, 2]
+    assert drawn[1].tolist() == [1, 0, 0, 1, 0]
+    record_mixtures(record, row, step + 1, torch.randn(vocabulary, 9), before=1, backend="triton")
+    record_mixtures(record, row, step * 0, torch.randn(vocabulary, 9), backend="triton")
+    assert_reached(test_rows_of_a_record, launches)
 
 
 # Noise, mixtures and the ops of the trainer.

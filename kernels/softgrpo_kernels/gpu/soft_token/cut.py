@@ -84,3 +84,18 @@ def kept_of(source, scale, order, free):
     mass += tl.minimum(free, tied) * mass_at(order, scale)
     last = tl.where(free > 0, high, -1).to(tl.int32)
     return last, mass.to(tl.float64) / scale.unit.to(tl.float64)
+
+
+@triton.jit
+def kept_prefix(source, scale, limits, total, JOINT: tl.constexpr):
+    """(order, last id of those that tie with it, mass in fp64) of what is kept of a row."""
+    order = tl.full((), LOWEST, tl.int32)
+    free = tl.zeros((), tl.int64)
+    if limits.top_k > 0:
+        order, free, total = cut_by_top_k(source, scale, limits.top_k, total, JOINT)
+    if limits.top_p < 1:
+        order, free = cut_by_top_p(source, scale, limits.top_p, total, order, free)
+    if limits.min_p > 0:
+        order, free = cut_by_min_p(scale, limits.min_p, order, free)
+    last, mass = kept_of(source, scale, order, free)
+    return order, last, mass

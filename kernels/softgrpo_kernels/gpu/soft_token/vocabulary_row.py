@@ -17,14 +17,11 @@ import triton.language as tl
 from softgrpo_kernels.gpu.soft_token import statistics
 from softgrpo_kernels.gpu.soft_token.keys import MAX_ID, number_of, order_of
 from softgrpo_kernels.gpu.soft_token.row import (
-    DISCRETE,
     MIN_P,
-    MODE,
     TEMPERATURE,
     TOP_K,
     TOP_P,
     float_of,
-    has_listed_size,
     int_of,
 )
 from softgrpo_kernels.gpu.soft_token.statistics import (
@@ -36,6 +33,8 @@ from softgrpo_kernels.gpu.soft_token.statistics import (
 )
 
 CHUNK = tl.constexpr(statistics.CHUNK)
+# Tokens that a program looks at together; CHUNK is a multiple.
+BLOCK = tl.constexpr(2048)
 
 
 class Limits(NamedTuple):
@@ -49,12 +48,14 @@ class Limits(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the tokens of a row are read: a list of `size` (a, id), or its `size` logits."""
+    """Where the tokens of a row are read: a list of `size` (a, id), or its `size` logits. count:
+    the address of the length of the list."""
 
     logits: tl.tensor
     vocabulary: tl.tensor
     listed_a: tl.tensor
     listed_id: tl.tensor
+    count: tl.tensor
     from_list: tl.tensor
     size: tl.tensor
     temperature: tl.tensor
@@ -66,13 +67,6 @@ class Scale(NamedTuple):
     top: tl.tensor
     unit: tl.tensor
     chunk_sums: tl.tensor
-
-
-@triton.jit
-def is_mine(row, valid):
-    """Discrete, valid, and its set may be larger than the slots."""
-    mine = (int_of(row, MODE) == DISCRETE) & ~has_listed_size(row)
-    return mine & (tl.load(valid + row.index) != 0)
 
 
 @triton.jit
@@ -111,9 +105,9 @@ def mass_at(order, scale):
 
 
 @triton.jit
-def load_source(source, start, BLOCK: tl.constexpr):
+def load_source(source, start, SIZE: tl.constexpr):
     """a and token ids of one block of the source; -inf past the end."""
-    i = start + tl.arange(0, BLOCK)
+    i = start + tl.arange(0, SIZE)
     # (The interpreter cannot combine a block of truth values with a single one.)
     short = i < tl.where(source.from_list, source.size, 0)
     row = i < tl.where(source.from_list, 0, source.vocabulary)
@@ -136,9 +130,9 @@ def mass_above(source, scale, order):
     """Number and mass of the tokens of the source whose order is larger than this one."""
     number = tl.zeros((), tl.int64)
     mass = tl.zeros((), tl.int64)
-    for start in range(0, source.size, CHUNK):
+    for start in range(0, source.size, BLOCK):
         if highest_of(source, scale, start) > order:
-            a, _ = load_source(source, start, CHUNK)
+            a, _ = load_source(source, start, BLOCK)
             above = order_of(a) > order
             number += tl.sum(above.to(tl.int32), 0)
             mass += tl.sum(tl.where(above, mass_of(a, scale.top, scale.unit), 0), 0)
@@ -149,8 +143,8 @@ def mass_above(source, scale, order):
 def tied_up_to(source, scale, order, last):
     """Number of tokens of the source with this order and an id up to `last`."""
     number = tl.zeros((), tl.int64)
-    for start in range(0, source.size, CHUNK):
+    for start in range(0, source.size, BLOCK):
         if highest_of(source, scale, start) >= order:
-            a, ids = load_source(source, start, CHUNK)
+            a, ids = load_source(source, start, BLOCK)
             number += tl.sum(((order_of(a) == order) & (ids <= last)).to(tl.int32), 0)
     return number
