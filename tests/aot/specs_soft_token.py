@@ -8,7 +8,13 @@ GPU = "softgrpo_kernels.gpu.soft_token"
 # The parameters of rows that are the batch's, or stand in a record.
 PLACES = {"at_row": "*i64", "at_step": "*i64", "phases": "*u8"}
 ROW = {"floats": "*fp32", "ints": "*i64", "columns": "i32", **PLACES}
-COLLECTED = {"best": "*i64", "listed_a": "*fp32", "listed_id": "*i32", "count": "*i32"}
+COLLECTED = {
+    "best": "*i64",
+    "listed_a": "*fp32",
+    "listed_id": "*i32",
+    "count": "*i32",
+    "histogram": "*i64",
+}
 # Where `sample` writes what it has drawn.
 BATCH = {
     "out_weights": "*fp32", "out_logp": "*fp32", "out_n": "*i32", "out_embed": "*bf16",
@@ -19,9 +25,10 @@ RECORD = {"out_forced": "*u8", "out_drawn": "*i64"}
 
 
 def statistics(dtype, entropy):
-    absent = dict.fromkeys((*PLACES, "count")) if entropy else {}
+    absent = dict.fromkeys((*PLACES, "count", "histogram")) if entropy else {}
     signature = {
-        "tile_max": "*fp32", "chunk_sums": "*fp32", "count": "*i32", "logits": f"*{dtype}",
+        "tile_max": "*fp32", "chunk_sums": "*fp32", "count": "*i32", "histogram": "*i64",
+        "logits": f"*{dtype}",
         "stride": "i32", "vocabulary": "i32", "chunks": "i32", **ROW,
     }  # fmt: skip
     return Spec(
@@ -67,7 +74,7 @@ def sample(k, *, record=True, unlisted=False, every=False, tiles=2048):
             "stride", "vocabulary", "weight_stride", "hidden_stride", "width", "table_stride",
             "table_width",
         ),
-        num_warps=4 if k <= 16 and not unlisted else 8,
+        num_warps=16 if unlisted else 4 if k <= 16 else 8,
         wide_loads=1 if k > 8 else 0,
         # The assembler takes a minute for a network that sorts many keys: one GPU of each maker.
         targets=tuple(TARGETS) if k <= 8 else ("sm_90", "gfx942"),

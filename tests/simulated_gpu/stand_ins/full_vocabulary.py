@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softgrpo_kernels.gpu.soft_token import full_vocabulary as kernels
-from softgrpo_kernels.gpu.soft_token.statistics import CHUNK
+from softgrpo_kernels.gpu.soft_token.statistics import BINS, BINS_PER_NAT, CHUNK
 from softgrpo_kernels.row_parameters import RowParameters
 
 from .gumbel_noise import gumbel_noise
-from .kept_prefix import kept_prefix
+from .kept_prefix import kept_prefix, mass_of, unit_of
 from .keys import LAST_ID, LOWEST, NOTHING, key_of, order_of, token_of
 from .memory import first, parameters_at, rows_of
 
@@ -49,6 +49,7 @@ def collect_kernel(
     listed_a: Tensor,
     listed_id: Tensor,
     count: Tensor,
+    histogram: Tensor,
     chunk_sums: Tensor,
     logits: Tensor,
     stride: int,
@@ -91,6 +92,10 @@ def collect_kernel(
     number = first(count, batch)
     place = number[index, None] + found.cumsum(-1) - 1
     number[index] += found.sum(-1).int()
+    bins = ((top[:, None] - a_RV) * BINS_PER_NAT.value).clamp(max=BINS.value - 1)
+    mass = torch.where(found, mass_of(a_RV, top, unit_of(total)), 0)
+    masses = rows_of(histogram, batch, BINS.value, BINS.value)
+    masses[index] = masses[index].scatter_add(1, torch.where(found, bins, 0.0).long(), mass)
     r, i = (found & (place < capacity)).nonzero().unbind(-1)
     at = index[r], place[r, i]
     rows_of(listed_a, batch, capacity, capacity)[at] = a_RV[r, i]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .memory import first, largest, parameters, rows_of
-from .statistics import anchored, mapped, temperature_of
+from .statistics import anchored, begin_lists, mapped, temperature_of
 
 Grid = tuple[int, ...]
 
@@ -68,6 +68,7 @@ def combine_kernel(
     grid: Grid,
     chunk_sums: Tensor,
     count: Tensor | None,
+    histogram: Tensor | None,
     tile_max: Tensor,
     tile_sums: Tensor,
     floats: Tensor,
@@ -80,8 +81,7 @@ def combine_kernel(
 ) -> None:
     assert grid == (batch * chunks,)
     assert tiles == chunks * TILES
-    if count is not None:
-        first(count, batch).zero_()
+    begin_lists(batch, count, histogram)
     t = temperature_of(parameters(floats, ints, batch, 1))
     m = (rows_of(tile_max, batch, tiles, tiles) / t).view(batch, chunks, TILES)
     s, weighted, bad = first(tile_sums, 3 * batch * tiles).view(3, batch, chunks, TILES)

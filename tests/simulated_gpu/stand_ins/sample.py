@@ -31,6 +31,7 @@ def sample_kernel(
     listed_a: Tensor | None,
     listed_id: Tensor | None,
     count: Tensor | None,
+    histogram: Tensor | None,
     floats: Tensor,
     ints: Tensor,
     columns: int,

@@ -15,7 +15,7 @@ from softgrpo_kernels.gpu.soft_token.full_vocabulary import collect
 from softgrpo_kernels.gpu.soft_token.lm_head import MOST_ROWS, lm_head_statistics
 from softgrpo_kernels.gpu.soft_token.rows import Rows
 from softgrpo_kernels.gpu.soft_token.sample import Outputs, Statistics, sample
-from softgrpo_kernels.gpu.soft_token.statistics import vocabulary_statistics
+from softgrpo_kernels.gpu.soft_token.statistics import BINS, NO_LISTS, vocabulary_statistics
 from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.record_tables import RecordTables
 from softgrpo_kernels.row_parameters import RowParameters
@@ -61,19 +61,22 @@ def _statistics(
     logits: Tensor | None, head: LMHead | None, rows: Rows, *, need_entropy: bool
 ) -> Statistics:
     """Of the logits or, without them, of those of the head: all launches but the last."""
-    count = None
+    lists = NO_LISTS
     if rows.unlisted:
         source = logits if head is None else head.hidden
         assert source is not None
-        count = torch.empty(len(source), dtype=torch.int32, device=source.device)
+        lists = (
+            torch.empty(len(source), dtype=torch.int32, device=source.device),
+            torch.empty((len(source), BINS.value), dtype=torch.int64, device=source.device),
+        )
     if logits is None and head is not None and len(head.hidden) <= MOST_ROWS:
-        logits, *sums = lm_head_statistics(head, rows, need_entropy=need_entropy, count=count)
+        logits, *sums = lm_head_statistics(head, rows, need_entropy=need_entropy, lists=lists)
     else:
         if logits is None:
             assert head is not None
             logits = head.logits()
         logits = unit_stride(logits)
-        sums = vocabulary_statistics(logits, rows, need_entropy=need_entropy, count=count)
+        sums = vocabulary_statistics(logits, rows, need_entropy=need_entropy, lists=lists)
     tile_max, chunk_sums = sums
-    collected = None if count is None else collect(logits, chunk_sums, rows, count)
+    collected = collect(logits, chunk_sums, rows, *lists) if rows.unlisted else None
     return Statistics(logits, tile_max, chunk_sums, collected)

@@ -5,9 +5,10 @@ a prefix of the order (a descending, id ascending), so it is a value and, among 
 with it, a last id. Many programs prepare a row, and the one that finishes it draws:
 
     collect  where nothing is cut, every chunk leaves the best of its tokens; else the tokens that
-             may be kept go into a short list, by a bound from the chunk statistics
-    draw     bisects the value (32 bits) and then the id, over the list, or over the whole row where
-             the list overflows or top_k is set; then takes the noise of what is kept
+             may be kept, by a bound from the chunk statistics, go into a short list and their
+             masses into a histogram
+    draw     finds the value in a bin of the histogram and then the id, in the list, or in the whole
+             row where the list overflows or top_k is set; then takes the noise of what is kept
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from softgrpo_kernels.gpu.soft_token.cut import kept_prefix
 from softgrpo_kernels.gpu.soft_token.keys import LOWEST, NOTHING, key_of, order_of, token_of
 from softgrpo_kernels.gpu.soft_token.row import Places, is_unlisted, noise_key, row_of
 from softgrpo_kernels.gpu.soft_token.rows import Rows
-from softgrpo_kernels.gpu.soft_token.statistics import COLUMNS, MAXIMUM
+from softgrpo_kernels.gpu.soft_token.statistics import BINS, COLUMNS, MAXIMUM
 from softgrpo_kernels.gpu.soft_token.vocabulary_row import (
     CHUNK,
     Scale,
     Source,
+    bin_of,
     limits_of,
     load_source,
+    mass_of,
     row_mass,
     unit_of,
 )
@@ -42,22 +45,28 @@ DRAW_BLOCK = tl.constexpr(1024)
 class Collected(NamedTuple):
     """What is prepared of the rows. best: int64 [B, chunks], the key of the best token of each
     chunk; listed_a fp32, listed_id int32 [B, CAPACITY]: tokens that may be kept, in any order;
-    count: int32 [B], how many there are, more than CAPACITY where they do not fit."""
+    count: int32 [B], how many there are, more than CAPACITY where they do not fit; histogram: int64
+    [B, BINS], their masses."""
 
     best: Tensor
     listed_a: Tensor
     listed_id: Tensor
     count: Tensor
+    histogram: Tensor
 
 
-def collect(logits: Tensor, chunk_sums: Tensor, rows: Rows, count: Tensor) -> Collected:
-    """Prepares the unlisted rows of logits [B, V]; the others hold anything. count: 0 before."""
+def collect(
+    logits: Tensor, chunk_sums: Tensor, rows: Rows, count: Tensor, histogram: Tensor
+) -> Collected:
+    """Prepares the unlisted rows of logits [B, V]; the others hold anything. count, histogram: 0
+    before."""
     (batch, vocabulary), chunks, device = logits.shape, chunk_sums.shape[1], logits.device
     collected = Collected(
         torch.empty((batch, chunks), dtype=torch.int64, device=device),
         torch.empty((batch, CAPACITY.value), dtype=torch.float32, device=device),
         torch.empty((batch, CAPACITY.value), dtype=torch.int32, device=device),
         count,
+        histogram,
     )
     collect_kernel[(batch * chunks,)](
         *collected, chunk_sums, logits, logits.stride(0), vocabulary, chunks, rows.floats,
@@ -69,8 +78,8 @@ def collect(logits: Tensor, chunk_sums: Tensor, rows: Rows, count: Tensor) -> Co
 
 @triton.jit(do_not_specialize=["chunks", "columns", "k_max"])
 def collect_kernel(
-    best, listed_a, listed_id, count, chunk_sums, logits, stride, vocabulary, chunks, floats, ints,
-    columns, k_max, at_row, at_step, phases, PADDED: tl.constexpr,
+    best, listed_a, listed_id, count, histogram, chunk_sums, logits, stride, vocabulary, chunks,
+    floats, ints, columns, k_max, at_row, at_step, phases, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Program b chunks + c: chunk c of row b."""
     index, part = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
@@ -78,10 +87,8 @@ def collect_kernel(
     if not is_unlisted(row):
         return
     limits = limits_of(row, vocabulary)
-    source = source_of(
-        index, logits + index * stride, vocabulary, Collected(best, listed_a, listed_id, count),
-        limits,
-    )  # fmt: skip
+    collected = Collected(best, listed_a, listed_id, count, histogram)
+    source = source_of(index, logits + index * stride, vocabulary, collected, limits)
     if not limits.cuts:
         winner = best_perturbed(source, LOWEST, -1, noise_key(row), part * CHUNK, CHUNK)
         tl.store(best + index * chunks + part, winner)
@@ -110,6 +117,8 @@ def _list(source, limits, index, chunk_sums, part, chunks, PADDED: tl.constexpr)
         fits = found & (place < CAPACITY)
         tl.store(source.listed_a + place, a, mask=fits)
         tl.store(source.listed_id + place, i, mask=fits)
+        mass = mass_of(a, top, unit_of(total))
+        tl.atomic_add(source.histogram + bin_of(a, top), mass, mask=found, sem="relaxed")
 
 
 @triton.jit
@@ -120,7 +129,8 @@ def source_of(index, logits, vocabulary, collected, limits):
     from_list = limits.cuts & (limits.top_k == 0) & (listed <= CAPACITY)
     return Source(
         logits, vocabulary, collected.listed_a + index * CAPACITY,
-        collected.listed_id + index * CAPACITY, count, from_list,
+        collected.listed_id + index * CAPACITY, count,
+        collected.histogram + index * BINS, from_list,
         tl.where(from_list, listed, vocabulary), limits.temperature,
     )  # fmt: skip
 

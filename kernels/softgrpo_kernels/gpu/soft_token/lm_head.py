@@ -20,8 +20,11 @@ from softgrpo_kernels.gpu.soft_token.statistics import (
     COLUMNS,
     MASS,
     MAXIMUM,
+    NO_LISTS,
     TILE,
     WEIGHTED,
+    Lists,
+    begin_list,
 )
 from softgrpo_kernels.gpu.softcap import scaled_and_capped
 from softgrpo_kernels.lm_head import LMHead
@@ -105,13 +108,13 @@ def lm_head_kernel(
 
 @triton.jit(do_not_specialize=["batch", "tiles", "chunks"])
 def combine_kernel(
-    chunk_sums, count, tile_max, tile_sums, floats, ints, batch, tiles, chunks,
+    chunk_sums, count, histogram, tile_max, tile_sums, floats, ints, batch, tiles, chunks,
     ENTROPY: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Program b chunks + c: chunk c of row b from its TILES tiles."""
     row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
-    if count is not None:  # of the tokens that `collect_kernel` will list
-        tl.store(count + row, 0, mask=chunk == 0)
+    if count is not None:
+        begin_list(count, histogram, row, chunk)
     t = _temperature(floats, ints, row, row < batch, batch)
     tile = row * tiles + chunk * TILES + tl.arange(0, TILES)
     plane = tl.cast(batch, tl.int64) * tiles
@@ -130,7 +133,7 @@ def combine_kernel(
 
 
 def lm_head_statistics(
-    head: LMHead, rows: Rows, *, need_entropy: bool, count: Tensor | None = None
+    head: LMHead, rows: Rows, *, need_entropy: bool, lists: Lists = NO_LISTS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [B, V] in the hidden states' dtype, and what `vocabulary_statistics` says of them.
     rows: of the batch."""
@@ -151,7 +154,7 @@ def lm_head_statistics(
         num_warps=8, num_stages=3,
     )  # fmt: skip
     combine_kernel[(batch * chunks,)](
-        chunk_sums, count, tile_max, tile_sums, rows.floats, rows.ints, batch, tiles, chunks,
+        chunk_sums, *lists, tile_max, tile_sums, rows.floats, rows.ints, batch, tiles, chunks,
         ENTROPY=need_entropy, TILES=CHUNK // TILE, num_warps=1,
     )  # fmt: skip
     return logits, tile_max, chunk_sums

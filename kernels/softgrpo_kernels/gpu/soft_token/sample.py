@@ -112,7 +112,7 @@ def sample(
     k = triton.next_power_of_2(max(rows.k_max, 2))
     sample_kernel[(batch,)](
         logits, logits.stride(0), vocabulary, tile_max, tiles, chunk_sums, chunks,
-        *(collected or (None,) * 4), rows.floats, rows.ints, rows.columns, rows.k_max,
+        *(collected or (None,) * 5), rows.floats, rows.ints, rows.columns, rows.k_max,
         *rows.places, capacity, int32(terminal_ids) if ends else None, ends,
         hidden, 0 if hidden is None else hidden.stride(0),
         weight, 0 if weight is None else weight.stride(0), bias,
@@ -122,7 +122,7 @@ def sample(
         *out,
         K=k, TILES=max(triton.next_power_of_2(tiles), k), CHUNKS=triton.next_power_of_2(chunks),
         TERMINALS=ends, SOFTCAP=head is not None and head.softcap is not None, JOINT=joint,
-        BLOCK_H=BLOCK_H, num_warps=4 if k <= 16 and collected is None else 8,
+        BLOCK_H=BLOCK_H, num_warps=16 if collected else 4 if k <= 16 else 8,
         enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -130,7 +130,7 @@ def sample(
 @triton.jit(do_not_specialize=["tiles", "chunks", "columns", "k_max", "capacity", "terminal_width"])
 def sample_kernel(
     logits, stride, vocabulary, tile_max, tiles, chunk_sums, chunks, best, listed_a, listed_id,
-    count, floats, ints, columns, k_max, at_row, at_step, phases, capacity, terminal_ids,
+    count, histogram, floats, ints, columns, k_max, at_row, at_step, phases, capacity, terminal_ids,
     terminal_width, hidden, hidden_stride, weight, weight_stride, bias, width, softcap, logit_scale,
     table, table_stride, table_width, out_ids, out_gprime, out_kind, out_token, out_logprob,
     out_kept_mass, out_forced, out_drawn, out_weights, out_logp, out_n, out_embed, out_lse,
@@ -148,7 +148,7 @@ def sample_kernel(
     head = Head(
         hidden, index * hidden_stride, weight, weight_stride, bias, width, softcap, logit_scale
     )
-    collected = Collected(best, listed_a, listed_id, count)
+    collected = Collected(best, listed_a, listed_id, count, histogram)
     mode, slot = int_of(row, MODE), tl.arange(0, K)
     valid, soft = mode == SKIP, mode == SOFT
     token, gprime = tl.full([K], -1, tl.int32), tl.full([K], -float("inf"), tl.float32)

@@ -30,19 +30,25 @@ _TILE, _CHUNK = tl.constexpr(TILE), tl.constexpr(CHUNK)
 # asked for, and 1 where a logit is NaN or +inf.
 MAXIMUM, MASS, WEIGHTED, BAD = (tl.constexpr(column) for column in range(4))
 COLUMNS = tl.constexpr(4)
+# Of the histogram of a row's mass: BINS bins of 1 / BINS_PER_NAT, downwards from its maximum.
+BINS, BINS_PER_NAT = tl.constexpr(1024), tl.constexpr(32)
+
+# (count int32 [B], histogram int64 [B, BINS]) of what `collect` will list, or no lists.
+Lists = tuple[Tensor, Tensor] | tuple[None, None]
+NO_LISTS: Lists = (None, None)
 
 
 @triton.jit(do_not_specialize=["chunks", "columns"])
 def statistics_kernel(
-    tile_max, chunk_sums, count, logits, stride, vocabulary, chunks, floats, ints, columns,
-    at_row, at_step, phases,
+    tile_max, chunk_sums, count, histogram, logits, stride, vocabulary, chunks, floats, ints,
+    columns, at_row, at_step, phases,
     ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Program b chunks + c: chunk c of row b. (A second axis of the grid would end at 65,535.)"""
     index, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     row = row_of(index, floats, ints, columns, 0, Places(at_row, at_step, phases))
-    if count is not None:  # of the tokens that `collect_kernel` will list
-        tl.store(count + index, 0, mask=chunk == 0)
+    if count is not None:
+        begin_list(count, histogram, index, chunk)
     mode = int_of(row, MODE)
     if mode != SKIP:
         temperature = tl.where(mode == GREEDY, 1.0, float_of(row, TEMPERATURE))
@@ -72,6 +78,14 @@ def statistics_kernel(
 
 
 @triton.jit
+def begin_list(count, histogram, index, chunk):
+    """No tokens, of no mass, have been listed of a row; its first chunk says so."""
+    if chunk == 0:
+        tl.store(count + index, 0)
+        tl.store(histogram + index * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int64))
+
+
+@triton.jit
 def load_chunks(
     chunk_sums, chunks, COLUMN: tl.constexpr, OTHER: tl.constexpr, CHUNKS: tl.constexpr
 ):
@@ -88,9 +102,9 @@ def below_top(maxima):
 
 
 def vocabulary_statistics(
-    logits: Tensor, rows: Rows, *, need_entropy: bool, count: Tensor | None = None
+    logits: Tensor, rows: Rows, *, need_entropy: bool, lists: Lists = NO_LISTS
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of logits [B, V], unit stride in V; sets count, int32 [B], to 0.
+    """Statistics of logits [B, V], unit stride in V; empties the lists.
 
     Returns:
         tile_max: fp32 [B, tiles], maxima of 128 tokens, -inf past the end.
@@ -102,7 +116,7 @@ def vocabulary_statistics(
     tile_max = torch.empty((batch, chunks * (CHUNK // TILE)), device=logits.device)
     chunk_sums = torch.empty((batch, chunks, COLUMNS.value), device=logits.device)
     statistics_kernel[(batch * chunks,)](
-        tile_max, chunk_sums, count, logits, logits.stride(0), vocabulary, chunks, rows.floats,
+        tile_max, chunk_sums, *lists, logits, logits.stride(0), vocabulary, chunks, rows.floats,
         rows.ints, rows.columns, *rows.places, ENTROPY=need_entropy, num_warps=8,
     )  # fmt: skip
     return tile_max, chunk_sums

@@ -25,6 +25,8 @@ from softgrpo_kernels.gpu.soft_token.row import (
     int_of,
 )
 from softgrpo_kernels.gpu.soft_token.statistics import (
+    BINS,
+    BINS_PER_NAT,
     COLUMNS,
     MASS,
     MAXIMUM,
@@ -33,8 +35,6 @@ from softgrpo_kernels.gpu.soft_token.statistics import (
 )
 
 CHUNK = tl.constexpr(statistics.CHUNK)
-# Tokens that a program looks at together; CHUNK is a multiple.
-BLOCK = tl.constexpr(2048)
 
 
 class Limits(NamedTuple):
@@ -48,14 +48,16 @@ class Limits(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the tokens of a row are read: a list of `size` (a, id), or its `size` logits. count:
-    the address of the length of the list."""
+    """Where the tokens of a row are read: a list of `size` (a, id), or its `size` logits. count,
+    histogram: the addresses of the length of the list, and of the masses by bin of what belongs in
+    it, whether it fits or not."""
 
     logits: tl.tensor
     vocabulary: tl.tensor
     listed_a: tl.tensor
     listed_id: tl.tensor
     count: tl.tensor
+    histogram: tl.tensor
     from_list: tl.tensor
     size: tl.tensor
     temperature: tl.tensor
@@ -99,6 +101,12 @@ def mass_of(a, top, unit):
 
 
 @triton.jit
+def bin_of(a, top):
+    """The bin of the histogram that a token belongs to; larger a never have a larger bin."""
+    return tl.minimum((top - a) * BINS_PER_NAT, BINS - 1).to(tl.int32)
+
+
+@triton.jit
 def mass_at(order, scale):
     """The mass of a token whose a has this order."""
     return mass_of(number_of(order), scale.top, scale.unit)
@@ -130,9 +138,9 @@ def mass_above(source, scale, order):
     """Number and mass of the tokens of the source whose order is larger than this one."""
     number = tl.zeros((), tl.int64)
     mass = tl.zeros((), tl.int64)
-    for start in range(0, source.size, BLOCK):
+    for start in range(0, source.size, CHUNK):
         if highest_of(source, scale, start) > order:
-            a, _ = load_source(source, start, BLOCK)
+            a, _ = load_source(source, start, CHUNK)
             above = order_of(a) > order
             number += tl.sum(above.to(tl.int32), 0)
             mass += tl.sum(tl.where(above, mass_of(a, scale.top, scale.unit), 0), 0)
@@ -143,8 +151,8 @@ def mass_above(source, scale, order):
 def tied_up_to(source, scale, order, last):
     """Number of tokens of the source with this order and an id up to `last`."""
     number = tl.zeros((), tl.int64)
-    for start in range(0, source.size, BLOCK):
+    for start in range(0, source.size, CHUNK):
         if highest_of(source, scale, start) >= order:
-            a, ids = load_source(source, start, BLOCK)
+            a, ids = load_source(source, start, CHUNK)
             number += tl.sum(((order_of(a) == order) & (ids <= last)).to(tl.int32), 0)
     return number
