@@ -28,6 +28,7 @@ EXACT = {
     "gumbel_noise.gumbel_noise_kernel",
     "soft_embedding.soft_embedding_kernel",
     "mixture.record_mixture_kernel",
+    "row_parameters.fill_rows_kernel",
 }
 # Whose probabilities meet values of a narrow dtype as sums of two of its numbers.
 ATTENTION = {"paged_attention.decode_kernel", "paged_attention.join_kernel"}

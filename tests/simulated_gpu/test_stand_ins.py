@@ -22,6 +22,7 @@ from softgrpo_kernels.gpu import indexed_dot as indexed
 from softgrpo_kernels.gpu import linear_logprob as logprob
 from softgrpo_kernels.gpu import soft_token as gpu_step
 from softgrpo_kernels.gpu.gumbel_noise import gumbel_noise
+from softgrpo_kernels.gpu.row_parameters import fill_rows
 from softgrpo_kernels.gpu.soft_embedding import soft_embedding
 from softgrpo_kernels.gpu.soft_token import full_vocabulary as whole_rows
 from softgrpo_kernels.gpu.soft_token import lm_head
@@ -30,7 +31,7 @@ from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.noise import log_gamma_noise
 from softgrpo_kernels.record_step import draw_into_record, record_mixtures
 from softgrpo_kernels.record_tables import RecordTables
-from softgrpo_kernels.row_rules import DISCRETE, GREEDY, SKIP, SOFT
+from softgrpo_kernels.row_rules import DISCRETE, GREEDY, SKIP, SOFT, RowValues
 from softgrpo_kernels.soft_token_tensors import SoftTokenInputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -114,6 +115,23 @@ def every_mode():
         "position": torch.arange(7),
         "uid": torch.arange(7) + 2**32 - 7,
     }
+
+
+@reaches("row_parameters.fill_rows_kernel")
+@pytest.mark.parametrize("rows", [3, 300])
+def test_parameters_of_rows(launches, rows):
+    """Numbers, large ones and those that a compiler would treat apart; tensors of other dtypes."""
+    values = RowValues(
+        temperature=0.7, top_p=1, tau=torch.rand(rows).bfloat16().float(), reach=torch.inf,
+        noise_scale=torch.rand(rows).double(), clamp_low=torch.randn(rows, 2)[:, 1],
+        eps=torch.tensor(1e-6), top_k=5, seed=-(2**62), position=torch.arange(rows).short(),
+        uid=2**32 - 1, stream=torch.tensor([7]), mode=1,
+    )  # fmt: skip
+    floats, ints = torch.empty(9, rows), torch.empty(7, rows, dtype=torch.int64)
+    fill_rows(floats, ints, values)
+    for column, value in zip([*floats, *ints], values, strict=True):
+        assert torch.equal(column, torch.as_tensor(value).to(column.dtype).expand(rows))
+    assert_reached(test_parameters_of_rows, launches)
 
 
 @reaches(*STATISTICS, *STEP)

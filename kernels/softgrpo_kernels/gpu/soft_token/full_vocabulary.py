@@ -71,7 +71,7 @@ def collect(
     collect_kernel[(batch * chunks,)](
         *collected, chunk_sums, logits, logits.stride(0), vocabulary, chunks, rows.floats,
         rows.ints, rows.columns, rows.k_max, *rows.places,
-        PADDED=triton.next_power_of_2(chunks), num_warps=8, enable_fp_fusion=False,
+        PADDED=triton.next_power_of_2(chunks), num_warps=16, enable_fp_fusion=False,
     )  # fmt: skip
     return collected
 
