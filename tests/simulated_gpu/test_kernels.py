@@ -117,3 +117,25 @@ def test_more_rows_than_the_second_axis_of_a_grid_has(simulated_gpu, monkeypatch
         assert out.token.cpu().equal(logits.cpu().argmax(-1).int())
     out = soft_token(logits, mode=1, top_p=1e-9, k_max=1)
     assert out.token.cpu().equal(logits.cpu().argmax(-1).int())
+
+
+@pytest.mark.parametrize(("kind_on", "waits"), [("cpu", 0), ("cuda", 1)])
+def test_rows_of_a_training_pass_are_found_without_a_wait(simulated_gpu, kind_on, waits):
+    """Where the host knows their kind; else with one, for both passes."""
+    from softgrpo_kernels import linear_soft_logprob
+
+    torch.manual_seed(0)
+    kind = torch.tensor([1, 0, 1, 0], dtype=torch.uint8)
+    hidden, head = torch.randn(4, 8), torch.randn(30, 8)
+    ids, gprime = torch.randint(0, 30, (4, 3)), torch.randn(4, 3).sort(descending=True).values
+    gradients = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device, copy=True).requires_grad_() for x in (hidden, head)]
+        record = [x.to(device) for x in (ids, gprime, torch.full((4,), 3))]
+        label, row_kind = ids[:, 0].to(device), kind.to(kind_on if device == "cuda" else "cpu")
+        with simulated_gpu.counting() as counts:
+            linear_soft_logprob(*leaves, *record, row_kind, label).sum().backward()
+        assert counts.waits.total() == (waits if device == "cuda" else 0), counts.table()
+        gradients.append([x.grad.cpu() for x in leaves])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected)
