@@ -196,8 +196,9 @@ def _sample(
     else:
         out.check_room(layout, device)
     arguments = (
-        inputs.logits, inputs.embed, rows.floats, rows.ints, inputs.terminal_ids,
-        *(inputs.head or _NO_HEAD), inputs.joint, *(getattr(out, name) for name in OUTPUTS),
+        inputs.logits, inputs.embed, rows.floats, rows.ints, rows.may_be_unlisted,
+        inputs.terminal_ids, *(inputs.head or _NO_HEAD), inputs.joint,
+        *(getattr(out, name) for name in OUTPUTS),
     )  # fmt: skip
     if backend == "auto":
         torch.ops.softgrpo_kernels.soft_token(*arguments)
@@ -218,6 +219,7 @@ def _op(
     embed: Tensor | None,
     floats: Tensor,
     ints: Tensor,
+    may_be_unlisted: bool,
     terminal_ids: Tensor | None,
     hidden: Tensor | None,
     lm_head: Tensor | None,
@@ -229,7 +231,7 @@ def _op(
     backend: str = "auto",
 ) -> None:
     out = SoftToken(*outputs)
-    rows = RowParameters(floats, ints, out.ids.shape[1])
+    rows = RowParameters(floats, ints, out.ids.shape[1], may_be_unlisted)
     if floats.is_cpu:
         rows.check()  # elsewhere the kernels mark rows as not valid
     head = None
@@ -250,8 +252,9 @@ def _op(
 
 
 LIBRARY.define(
-    "soft_token(Tensor? logits, Tensor? embed, Tensor floats, Tensor ints, Tensor? terminal_ids, "
-    "Tensor? hidden, Tensor? lm_head, Tensor? bias, float? softcap, float logit_scale, bool joint, "
+    "soft_token(Tensor? logits, Tensor? embed, Tensor floats, Tensor ints, "
+    "bool may_be_unlisted, Tensor? terminal_ids, Tensor? hidden, Tensor? lm_head, Tensor? bias, "
+    "float? softcap, float logit_scale, bool joint, "
     "Tensor(a!) ids, Tensor(b!) gprime, Tensor(c!) weights, Tensor(d!) logp, Tensor(e!) n, "
     "Tensor(f!) token, Tensor(g!) token_logp, Tensor(h!) kind, Tensor(i!)? embedded, "
     "Tensor(j!)? lse, Tensor(k!)? entropy, Tensor(l!)? kept_mass, Tensor(m!) valid) -> ()"

@@ -13,13 +13,14 @@ from torch import Tensor
 class DecodeShape(NamedTuple):
     """rows: B. pages: W, the width of the block table. ends: E, ids held back from a row.
     entropies: M, 1 where the step gives entropies, else 0. noises: N, 1 where noise is added to
-    mixtures, else 0."""
+    mixtures, else 0. unlisted: a row may draw from the whole vocabulary."""
 
     rows: int
     pages: int
     ends: int
     entropies: int = 0
     noises: int = 0
+    unlisted: bool = False
 
     @property
     def words(self) -> int:
@@ -58,12 +59,13 @@ class DecodeInputs:
     seq_lens: Tensor
     temperature: Tensor
     deviation: Tensor
+    shape: DecodeShape
 
     @staticmethod
     def views(words: Tensor, shape: DecodeShape) -> DecodeInputs:
         """The inputs in a block of int32 [shape.words], on the host or on the device: one copy
         moves them all."""
-        rows, pages, ends, entropies, noises = shape
+        rows, pages, ends, entropies, noises, _ = shape
         wide_words = 2 * rows * (4 + ends)
         wide, narrow = words.split([wide_words, shape.words - wide_words])
         *places, held_back = wide.view(torch.int64).split([rows] * 4 + [rows * ends])
@@ -81,4 +83,5 @@ class DecodeInputs:
             seq_lens,
             temperature.view(torch.float32).view(rows, entropies),
             deviation.view(torch.float32).view(rows, noises),
+            shape,
         )
