@@ -30,11 +30,12 @@ def unit(request):
     kernels.limit_isa(2)
 
 
-# Rows: less than a tile of 16, one, a block of 32 and a bit, more than a chunk of 256.
+# Rows: one, few (whole blocks of columns at once), a tile of 16, a block of 32 and a bit, more than a
+# chunk of 256.
 # Width: odd tiles are zero; 34 is no multiple of a matrix unit's depth.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("columns", "width"), [(96, 64), (40, 64), (5, 34)])
-@pytest.mark.parametrize("rows", [1, 16, 47, 300])
+@pytest.mark.parametrize("rows", [1, 3, 16, 47, 300])
 def test_products(unit, dtype, rows, columns, width):
     torch.manual_seed(0)
     x, weight, bias = (
