@@ -4,8 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from softgrpo_engine.model.projections import PackedLinear
 from softgrpo_engine.ops.extension import cpu_extension
-from softgrpo_engine.ops.packed_linear import matrix_unit, pack_weight, packed_linear
+from softgrpo_engine.ops.packed_linear import (
+    is_fastest,
+    matrix_unit,
+    pack_weight,
+    packed_linear,
+)
 
 kernels = cpu_extension()
 UNITS = ["", "avx512_bf16", "amx"]
@@ -91,3 +97,11 @@ def test_what_does_not_fit_is_named():
     for x in (torch.randn(2, 5), torch.randn(2, 6).bfloat16(), torch.randn(6)):
         with pytest.raises(ValueError, match=r"x must be torch.float32 \[T, 6\]"):
             packed_linear(x, packed)
+
+
+def test_a_decoder_multiplies_with_it_from_avx2_on(unit):
+    """It did so in bfloat16 with a matrix unit only: AVX2 took PyTorch's product, 8 times slower."""
+    for dtype in (torch.bfloat16, torch.float32):
+        ours = PackedLinear(torch.randn(32, 64).to(dtype)).ours
+        assert (ours is not None) == (unit != "portable") == is_fastest(dtype)
+    assert not is_fastest(torch.float64)
