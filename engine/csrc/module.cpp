@@ -105,6 +105,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ CPU kernels of softgrpo_engine.ops";
   m.def("limit_isa", [](int level) { isa_limit = level; },
         "For tests: 0 portable, 1 AVX2, 2 AVX-512.");
+  m.def("isa", [] { return best_isa(); }, "What runs: 0 portable, 1 AVX2, 2 AVX-512.");
   m.def("rms_norm", &bind_rms_norm);
   m.def("silu_mul", &bind_silu_mul);
   m.def("rope_store_kv", &bind_rope_store_kv);
