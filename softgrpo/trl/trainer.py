@@ -43,8 +43,8 @@ class SoftGRPOTrainer(GRPOTrainer):
 
         SoftGRPOTrainer(model, reward, GRPOConfig(...), dataset, soft=SoftConfig(tau=0.1)).train()
 
-    Takes GRPOTrainer's arguments, and as a model also an alias of ours; rewards, callbacks, logs, checkpoints and losses are TRL's, on
-    log-densities in the place of log-probabilities. Further:
+    Takes GRPOTrainer's arguments, and as a model also an alias of ours. Rewards, callbacks, logs,
+    checkpoints and losses are TRL's, on log-densities in the place of log-probabilities. Further:
 
     soft: how soft positions are drawn; `SoftConfig(enabled=False)` is TRL's own GRPO on rollouts of
     our engine. `temperature`, `top_p` and `top_k` of GRPOConfig are those of discrete positions.

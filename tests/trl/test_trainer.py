@@ -8,7 +8,6 @@ pytest.importorskip("trl.trainer", reason="TRL is not installed: make test-trl")
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.config.sections import AlgorithmConfig, CorrectionConfig, Sections
 from softgrpo.distributed import World
 from softgrpo.learner.passes import Passes
@@ -16,12 +15,15 @@ from softgrpo.learner.policy import Policy
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo.rollout.sampling import rollout_uids
 from softgrpo.trl import SoftConfig, SoftGRPOTrainer
-from softgrpo_engine import Output
+from softgrpo_engine import Output, SoftParams
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.model.weights import empty_decoder, load_weights
 
 ROWS = [{"prompt": text} for text in ("aaabac", "adaeafagah", "bb", "cacbccabcd")]
 PROMPTS, SAMPLES, LONGEST = 2, 4, 9
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,7 @@ def make_trainer(
         "learning_rate": 1e-2,
         "save_strategy": "no",
         "disable_tqdm": True,
+        "logging_steps": 1,
         **changes,
     }
     options = {"soft": soft, "objective": objective} if cls is SoftGRPOTrainer else {}
@@ -132,8 +135,7 @@ def test_loss_and_gradient_are_those_of_our_trainer(case, model_path, tmp_path):
     reference = decoder_of(trainer.model)
     shift(trainer.model, 0.01, seed=1)
     before = decoder_of(trainer.model)
-    rows = [row for row in ROWS[:PROMPTS] for _ in range(SAMPLES)]
-    inputs = trainer._generate_and_score_completions(rows)
+    inputs = trainer._generate_and_score_completions(rows_of(PROMPTS))
     shift(trainer.model, 0.01, seed=2)
     policy = decoder_of(trainer.model)
     loss = trainer._compute_loss(trainer.model, inputs)
@@ -179,5 +181,99 @@ def test_loss_and_gradient_are_those_of_our_trainer(case, model_path, tmp_path):
         assert (inputs["tool_mask"] * inputs["completion_mask"]).sum() < inputs[
             "completion_mask"
         ].sum()
-    if "latent" not in objective:
-        assert trainer._metrics["train"]["sampling/sampling_logp_difference/max"] or mode == "none"
+
+
+def rows_of(prompts):
+    return [row for row in ROWS[:prompts] for _ in range(SAMPLES)]
+
+
+def test_discrete_mode_is_trls_own(model_path, tmp_path):
+    settings = {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "beta": 0.1, "num_iterations": 2}
+    ours = make_trainer(model_path, tmp_path, soft=SoftConfig(enabled=False), **settings)
+    theirs = make_trainer(model_path, tmp_path, cls=GRPOTrainer, **settings)
+    inputs = ours._generate_and_score_completions(rows_of(PROMPTS))
+    drawn = [row.samples[0].token_ids for row in inputs["record"]]
+    theirs._generate_single_turn = lambda *arguments, **options: (drawn, None)
+    expected = theirs._generate_and_score_completions(rows_of(PROMPTS))
+    mask = inputs["completion_mask"].bool()
+    # What the engine drew with, of all the vocabulary, is what TRL computes.
+    drawn_with = inputs["sampling_per_token_logps"][mask]
+    torch.testing.assert_close(drawn_with, expected["old_per_token_logps"][mask], rtol=0, atol=1e-4)
+    assert not drawn_with.isnan().any()
+    inputs["importance_sampling_ratio"].fill_(1.0)  # 1 up to rounding
+    losses = []
+    for trainer, batch in ((ours, inputs), (theirs, expected)):
+        shift(trainer.model, 0.01, seed=1)
+        losses.append(trainer._compute_loss(trainer.model, batch))
+        losses[-1].backward()
+    assert losses[0] == losses[1] != 0
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_adapters_reach_the_engine(model_path, tmp_path):
+    """Merged for the engine alone: the weights under them keep their bits; the reference is the
+    model without them."""
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    trainer = make_trainer(
+        model_path, tmp_path, peft=adapters, objective="concrete", beta=0.1, num_iterations=2
+    )
+    weights = {n: p for n, p in trainer.model.named_parameters() if ".lora_" not in n}
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0.0, 0.3)
+    before = {name: parameter.clone() for name, parameter in weights.items()}
+    inputs = trainer._generate_and_score_completions(rows_of(PROMPTS))
+    (difference,) = trainer._metrics["train"]["sampling/sampling_logp_difference/max"]
+    assert difference < 1e-3
+    assert all(torch.equal(weights[name], tensor) for name, tensor in before.items())
+    old, reference = inputs["old_per_token_logps"], inputs["ref_per_token_logps"]
+    assert (old - reference).abs().max() > 0.05
+    trainer._compute_loss(trainer.model, inputs).backward()
+    trained = {n for n, p in trainer.model.named_parameters() if p.grad is not None}
+    assert trained == {n for n, _ in trainer.model.named_parameters() if ".lora_" in n}
+
+
+def test_samples_have_the_names_of_softgrpo_train(model_path, tmp_path):
+    """By the pass that a run is at, so a resumed one goes on with other noise; and the same in
+    every evaluation."""
+    trainer = make_trainer(
+        model_path, tmp_path, gradient_accumulation_steps=4, steps_per_generation=2
+    )
+    prompts = [[7, 8]] * SAMPLES + [[9]] * SAMPLES
+
+    def names(number):
+        return [uid for group in rollout_uids(number, PROMPTS, SAMPLES) for uid in group]
+
+    assert trainer._uids(prompts, SAMPLES) == names(0)
+    trainer.state.global_step, trainer._step = 3, 14  # 2 passes into the step
+    assert trainer._uids(prompts, SAMPLES) == names(7)
+    trainer._step = 2  # as after a resume
+    assert trainer._uids(prompts, SAMPLES) == names(7)
+    trainer.model.eval()
+    first = trainer._uids(prompts, SAMPLES)
+    trainer.state.global_step = 5
+    assert trainer._uids(prompts, SAMPLES) == first
+    assert len(set(first)) == len(first)
+
+
+def test_a_run_trains_and_evaluates(model_path, tmp_path):
+    """All of TRL's loop; the weights of a step reach the rollouts of the next one."""
+    trainer = make_trainer(
+        model_path, tmp_path, soft=SoftConfig(max_soft_tokens=4, end_of_thinking=2)
+    )
+    trainer.eval_dataset = Dataset.from_list(ROWS[:2])
+    trainer.args.per_device_eval_batch_size = PROMPTS * SAMPLES
+    before = trainer.evaluate()
+    assert trainer.evaluate()["eval_reward"] == before["eval_reward"]
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "grad_norm" in row]
+    assert len(steps) == 2
+    for step in steps:
+        assert step["grad_norm"] > 0
+        assert step["sampling/sampling_logp_difference/max"] < 1e-3
+    assert trainer.engine.weight_version == 1
+    trainer.save_model(str(tmp_path / "saved"))
+    assert SoftParams.of_model(tmp_path / "saved").max_soft_tokens == 4
