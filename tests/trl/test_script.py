@@ -22,7 +22,7 @@ def test_the_script_of_the_docs(hf_model, tokenizer, tmp_path, monkeypatch):
     assert '"smollm2-135m"' in script
     script = script.replace("smollm2-135m", str(tmp_path / "tiny"))
     names = {"__name__": "__main__"}
-    exec(script.replace("GRPOConfig(", "GRPOConfig(use_cpu=True, output_dir="), names)
+    exec(script, names)
     rows = [row for row in names["trainer"].state.log_history if "grad_norm" in row]
     assert len(rows) == 2
     # What comes out is a model for every command of ours, with its soft settings.
