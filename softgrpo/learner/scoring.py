@@ -22,6 +22,7 @@ from softgrpo_kernels import (
     soft_weights,
 )
 from softgrpo_kernels.embedding_noise import root_mean_square, with_noise
+from softgrpo_kernels.linear_logprob import GradWeight
 from softgrpo_kernels.methods.method import NoisyMixtures
 
 
@@ -89,18 +90,17 @@ def score(
     settings: DensitySettings,
     *,
     rewarded_T: Tensor | None = None,
-    grad_weight: Tensor | None = None,
+    grad_weight: GradWeight = "dense",
     need_entropy: bool = False,
 ) -> PositionLogProbs:
     """Log-densities of the T positions from the hidden states that predict them.
 
     hidden_TH, head_VH: in one dtype. rewarded_T: as in `density_terms`. grad_weight: where the
-    gradient of the head goes; None: to head_VH. need_entropy: also the entropy of what each
-    position was drawn from, in nats, detached: of its candidates or of the vocabulary; 0 where it
-    was forced.
+    gradient of the head goes (`linear_candidate_logprob`). need_entropy: also the entropy of what
+    each position was drawn from, in nats, detached: of its candidates or of the vocabulary; 0 where
+    it was forced.
     """
     classes, rows = positions.classes, positions.classes.rows
-    into = "dense" if grad_weight is None else grad_weight
     temperature_T = torch.where(
         classes.soft_phase, settings.soft_temperature, settings.discrete_temperature
     )
@@ -109,7 +109,7 @@ def score(
         head_VH,
         positions.ids.index_select(0, rows.listed),
         temperature=temperature_T.index_select(0, rows.listed),
-        grad_weight=into,
+        grad_weight=grad_weight,
     )
     logq_TK = logq.new_full(positions.ids.shape, -torch.inf).index_copy(0, rows.listed, logq)
     token_logp_T = logq.new_zeros(len(positions.token))
@@ -122,10 +122,12 @@ def score(
         )
         temperature = temperature_T.index_select(0, rows.token)
         if entropy_T is None:
-            token_logp = linear_token_logprob(*of_tokens, temperature=temperature, grad_weight=into)
+            token_logp = linear_token_logprob(
+                *of_tokens, temperature=temperature, grad_weight=grad_weight
+            )
         else:
             token_logp, entropy = linear_token_logprob(
-                *of_tokens, temperature=temperature, grad_weight=into, need_entropy=True
+                *of_tokens, temperature=temperature, grad_weight=grad_weight, need_entropy=True
             )
             entropy_T = entropy_T.index_copy(0, rows.token, entropy.detach())
         token_logp_T = token_logp_T.index_copy(0, rows.token, token_logp)

@@ -114,6 +114,7 @@ def _scores(
         rewarded_T=record.rewarded,
         need_entropy=True,
     )
+    assert scores.entropy is not None
     table_N = scores.density.new_zeros(record.size[0] * record.size[1])
     density, entropy = (
         table_N.index_copy(0, record.cells, part).view(record.size)

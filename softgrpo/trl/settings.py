@@ -8,7 +8,7 @@ from trl import GRPOConfig
 
 from softgrpo.config import Config, ConfigError
 from softgrpo.config.rollout import RolloutConfig, SoftConfig
-from softgrpo.config.sections import AlgorithmConfig, DataConfig, RunConfig
+from softgrpo.config.sections import AlgorithmConfig, DataConfig, DistributedRunConfig
 from softgrpo.rollout.sampling import soft_params
 from softgrpo_kernels.methods import method_of, objectives_of
 
@@ -55,7 +55,7 @@ def config_of(args: GRPOConfig, soft: SoftConfig, objective: str, engine: str) -
     Discrete rollouts are scored as TRL scores them, over the whole vocabulary.
     """
     config = Config(
-        run=RunConfig(seed=args.seed),
+        run=DistributedRunConfig(seed=args.seed),
         data=DataConfig(train="TRL's dataset"),
         rollout=RolloutConfig(
             engine=engine,
