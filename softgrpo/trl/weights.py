@@ -20,6 +20,8 @@ def check_trainable(model: Any) -> None:
         raise ValueError(
             f"{quantized[0]} is quantized, which no engine here reads: load it in bfloat16"
         )
+    if model.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"the model is {model.dtype}: load it in bfloat16 or float32")
     for config in getattr(model, "peft_config", {}).values():
         kind = str(config.peft_type).rpartition(".")[2]
         other = [

@@ -277,3 +277,17 @@ def test_a_run_trains_and_evaluates(model_path, tmp_path):
     assert trainer.engine.weight_version == 1
     trainer.save_model(str(tmp_path / "saved"))
     assert SoftParams.of_model(tmp_path / "saved").max_soft_tokens == 4
+
+
+def test_weights_that_no_engine_reads_are_one_line(model_path, tmp_path):
+    peft = pytest.importorskip("peft")
+    for model, adapters, said in (
+        ("float16", None, "the model is torch.float16: load it in bfloat16 or float32"),
+        ("float32", peft.LoraConfig(use_dora=True, target_modules=["q_proj"]), "LORA use_dora"),
+        ("float32", peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "IA3"),
+        ("float32", peft.LoraConfig(target_modules=["embed_tokens"]), "the input embeddings have"),
+    ):
+        settings = {"model_init_kwargs": {"dtype": model}}
+        with pytest.raises(ValueError, match=said) as error:
+            make_trainer(model_path, tmp_path, peft=adapters, **settings)
+        assert "\n" not in str(error.value)
