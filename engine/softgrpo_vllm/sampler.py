@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,11 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from softgrpo_engine.transfer import to_device
 from softgrpo_kernels import SoftToken, soft_token_of_rows
 from softgrpo_vllm.flags import COUNT_SHIFT, FORCED, INVALID, KIND, MASS_SHIFT
+from softgrpo_vllm.request import is_soft
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
+
     from softgrpo_vllm.state import SoftModelState
 
 
@@ -33,6 +37,15 @@ class SoftSampler(Sampler):
     def __init__(self, stock: Sampler, state: SoftModelState) -> None:
         vars(self).update(vars(stock))
         self.state = state
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
+        """A request gets a slot. Where vLLM draws plain requests beside soft ones, it draws these
+        too, for nothing: as cheaply as it can."""
+        if is_soft(sampling_params):
+            sampling_params = copy.copy(sampling_params)
+            sampling_params.temperature = sampling_params.top_p = 1.0
+            sampling_params.top_k, sampling_params.min_p, sampling_params.seed = 0, 0.0, None
+        super().add_request(req_idx, sampling_params)
 
     def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Draws a token of every request; logits: [R, V]."""
