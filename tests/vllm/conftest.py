@@ -78,7 +78,13 @@ def make(model):
     """make(...): vLLM on the model with these options."""
     from vllm import LLM
 
-    return lambda **options: LLM(str(model), **(OPTIONS | options))
+    kept = []  # the end of one would end the process group of all
+
+    def make(**options):
+        kept.append(LLM(str(model), **(OPTIONS | options)))
+        return kept[-1]
+
+    return make
 
 
 @pytest.fixture(scope="session")
