@@ -1,4 +1,4 @@
-"""Soft thinking in stock vLLM 0.32, a plug-in: `vllm serve --additional-config '{"softgrpo": true}'`.
+"""Soft thinking in stock vLLM 0.32: a plug-in, on by --additional-config '{"softgrpo": true}'.
 
 vLLM calls `register` in each of its processes, also where nobody asks for soft thinking: it imports
 little, and without the setting all is as it was.
@@ -9,15 +9,21 @@ from __future__ import annotations
 VLLM = "0.32"  # the release whose seams are used; each is checked by tests/vllm
 
 
-def register() -> None:
-    """Offers vLLM our models, the check of its configuration and a way for weights."""
+def why_not() -> str | None:
+    """Why the vLLM that is installed is not the one that is known; None where it is."""
     import vllm
 
-    if not vllm.__version__.startswith(f"{VLLM}."):
+    if vllm.__version__.startswith(f"{VLLM}."):
+        return None
+    return f"softgrpo: no soft thinking, it knows vLLM {VLLM}.* and this is {vllm.__version__}"
+
+
+def register() -> None:
+    """Offers vLLM our models, the check of its configuration and a way for weights."""
+    if reason := why_not():
         from vllm.logger import init_logger
 
-        text = "softgrpo: no soft thinking, it knows vLLM %s.* and this is %s"
-        init_logger("vllm.softgrpo").warning(text, VLLM, vllm.__version__)
+        init_logger("vllm.softgrpo").warning(reason)
         return
 
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,21 +22,27 @@ from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.requests.progress import TokenRate
 from softgrpo_engine.requests.prompts import thinking_end_id
+from softgrpo_vllm import why_not
 from softgrpo_vllm.output import soft_record
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
     from vllm import SamplingParams as Params
 
+if find_spec("vllm") is None:
+    raise ImportError("vLLM is not installed: pip install 'softgrpo[vllm]'")
+
 BLOCK_SIZE = 32  # positions of the KV cache that are taken at a time
 FILE_BYTES = 2**30  # weights that lie in memory at a time on their way to vLLM
+# Fields of SoftParams that are keys by their name.
+_SAME = ("top_k", "top_p", "temperature", "tau", "weight_floor", "noise", "noise_scale", "eps")
 # What torchrun tells a process of its own group, which vLLM's are not of.
 _OF_TORCHRUN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
                 "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
 
 
 class VLLMEngine:
-    """Rollouts by stock vLLM with the plug-in; what it draws are the samples of `softgrpo_engine.LLM`.
+    """Rollouts by stock vLLM with the plug-in: the samples that `softgrpo_engine.LLM` draws.
 
     model: a directory. kv_memory: GiB of the KV cache; math.inf or None: what max_batch_size
     samples of max_model_len need. The others are those of `LLM`.
@@ -54,6 +61,8 @@ class VLLMEngine:
     ) -> None:
         from vllm import LLM
 
+        if reason := why_not():
+            raise ValueError(reason)
         self.tokenizer, self.weight_version = tokenizer, 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.max_batch_size, self.dtype = max_batch_size, getattr(torch, dtype)
@@ -134,8 +143,10 @@ class VLLMEngine:
                     samples[place] = self._sample(output, uids[place], number, soft, params)
                     tokens += len(samples[place].token_ids)
                 self.rate.add(tokens, time.perf_counter() - start)
-                for number in [n for n, (_, u, samples) in opened.items() if len(samples) == len(u)]:
-                    prompt, _, samples = opened.pop(number)
+                for number, (prompt, uids, samples) in list(opened.items()):
+                    if len(samples) < len(uids):
+                        continue
+                    del opened[number]
                     in_order = [sample for _, sample in sorted(samples.items())]
                     yield number, Output(list(prompt), in_order)
         finally:
@@ -191,9 +202,48 @@ class VLLMEngine:
             keys["soft_max_tokens"] = soft.max_soft_tokens
         if soft.noise_clip is not None:
             keys |= {"soft_clip_low": soft.noise_clip[0], "soft_clip_high": soft.noise_clip[1]}
-        same = ("top_k", "top_p", "temperature", "tau", "weight_floor", "noise", "noise_scale", "eps")
+        return keys | {"soft_max_tokens": 0}
+        end = thinking_end_id(soft.end_of_thinking, self.tokenizer)
+        if end is not None and not 0 <= end < self._vocabulary:
+            raise ValueError(f"end_of_thinking is {end}, outside of {self._vocabulary} tokens")
+        if soft.cold_stop_entropy is not None or soft.switch_window is not None:
+            raise ValueError("the engine 'vllm' knows no rules of entropy: take native")
+        if soft.max_soft_tokens is not None:
+            keys["soft_max_tokens"] = soft.max_soft_tokens
+        if soft.noise_clip is not None:
+            keys |= {"soft_clip_low": soft.noise_clip[0], "soft_clip_high": soft.noise_clip[1]}
+        return keys | {"soft_max_tokens": 0}
+        end = thinking_end_id(soft.end_of_thinking, self.tokenizer)
+        if end is not None and not 0 <= end < self._vocabulary:
+            raise ValueError(f"end_of_thinking is {end}, outside of {self._vocabulary} tokens")
+        if soft.cold_stop_entropy is not None or soft.switch_window is not None:
+            raise ValueError("the engine 'vllm' knows no rules of entropy: take native")
+        if soft.max_soft_tokens is not None:
+            keys["soft_max_tokens"] = soft.max_soft_tokens
+        if soft.noise_clip is not None:
+            keys |= {"soft_clip_low": soft.noise_clip[0], "soft_clip_high": soft.noise_clip[1]}
+        return keys | {"soft_max_tokens": 0}
+        end = thinking_end_id(soft.end_of_thinking, self.tokenizer)
+        if end is not None and not 0 <= end < self._vocabulary:
+            raise ValueError(f"end_of_thinking is {end}, outside of {self._vocabulary} tokens")
+        if soft.cold_stop_entropy is not None or soft.switch_window is not None:
+            raise ValueError("the engine 'vllm' knows no rules of entropy: take native")
+        if soft.max_soft_tokens is not None:
+            keys["soft_max_tokens"] = soft.max_soft_tokens
+        if soft.noise_clip is not None:
+            keys |= {"soft_clip_low": soft.noise_clip[0], "soft_clip_high": soft.noise_clip[1]}
+        same = (
+            "top_k",
+            "top_p",
+            "temperature",
+            "tau",
+            "weight_floor",
+            "noise",
+            "noise_scale",
+            "eps",
+        )
         return keys | {
-            **{f"soft_{name}": getattr(soft, name) for name in same},
+            **{f"soft_{name}": getattr(soft, name) for name in _SAME},
             "soft_end_of_thinking": -1 if end is None else end,
             "soft_min_tokens": soft.min_soft_tokens,
         }

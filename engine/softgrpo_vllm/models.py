@@ -46,7 +46,7 @@ def _with_soft_state(name: str, base: type[Any]) -> type[Any]:
             if is_on(vllm_config):
                 self.get_model_state_cls = lambda: _state_class(self, base)
 
-        def compute_logits(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor | None:
+        def compute_logits(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
             self.sampled_hidden = hidden_states
             return super().compute_logits(hidden_states, *args, **options)
 

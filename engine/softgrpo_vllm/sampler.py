@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,22 +21,18 @@ from softgrpo_engine.transfer import to_device
 from softgrpo_kernels import SoftToken, soft_token_of_rows
 from softgrpo_vllm.flags import COUNT_SHIFT, FORCED, INVALID, KIND, MASS_SHIFT
 from softgrpo_vllm.request import is_soft
+from softgrpo_vllm.rows import SoftRows
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from softgrpo_vllm.state import SoftModelState
-
 
 class SoftSampler(Sampler):
-    """vLLM's sampler, with all that it holds, and the draw of soft requests.
+    """vLLM's sampler, with all that it holds, and the draw of soft requests."""
 
-    state: whose rows are drawn.
-    """
-
-    def __init__(self, stock: Sampler, state: SoftModelState) -> None:
+    def __init__(self, stock: Sampler, rows: SoftRows, model: Any) -> None:
         vars(self).update(vars(stock))
-        self.state = state
+        self.rows, self.model = rows, model
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
         """A request gets a slot. Where vLLM draws plain requests beside soft ones, it draws these
@@ -49,8 +45,8 @@ class SoftSampler(Sampler):
 
     def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Draws a token of every request; logits: [R, V]."""
-        state, batch = self.state, input_batch
-        soft = state.is_soft[batch.idx_mapping_np]
+        batch = input_batch
+        soft = self.rows.is_soft[batch.idx_mapping_np]
         if not soft.any():
             return super().__call__(logits, batch)
         # A request in the midst of its prompt draws nothing.
@@ -58,7 +54,7 @@ class SoftSampler(Sampler):
         rows = np.flatnonzero(soft & (length >= batch.prefill_len_np))
         out = self._empty(logits, batch) if soft.all() else super().__call__(logits, batch)
         if len(rows):
-            index = length[rows] - state.prompt_len[batch.idx_mapping_np[rows]]
+            index = length[rows] - self.rows.prompt_len[batch.idx_mapping_np[rows]]
             self._draw(logits, batch, rows, index, out)
         return out
 
@@ -71,13 +67,13 @@ class SoftSampler(Sampler):
         out: SamplerOutput,
     ) -> None:
         """Draws generated position ``index`` of these rows of the batch, and puts it into out."""
-        state, record = self.state, self.state.record
+        known, record = self.rows, self.rows.record
         slots = batch.idx_mapping_np[rows].astype(np.int64)
         row_B, slot_B, index_B = to_device(np.stack([rows, slots, index]), logits.device)
         terminal_BE = record.terminal_ids[slot_B]
         logits_BV, is_raw = self._processed(logits, batch)
         logits_BV = logits_BV[row_B]
-        held = index < state.min_soft[slots]
+        held = index < known.min_soft[slots]
         if held.any():
             _hold_back(logits_BV, terminal_BE, to_device(held, logits.device))
         over_B = self._budget_spent(slots, slot_B, index)
@@ -92,19 +88,19 @@ class SoftSampler(Sampler):
         # NaN: a token that the embedding has; whoever reads the flag knows better.
         drawn = dataclasses.replace(drawn, token=drawn.token.clamp(min=0))
         if over_B is not None:
-            end_B = to_device(state.thinking_end[slots].astype(np.int32), logits.device)
+            end_B = to_device(known.thinking_end[slots].astype(np.int32), logits.device)
             over_B = over_B & (end_B >= 0)
             drawn = _forced(drawn, over_B, end_B)
             flags_B = torch.where(over_B, FORCED, flags_B)
-        state.write([batch.req_ids[row] for row in rows], slots, slot_B, drawn)
+        known.write([batch.req_ids[row] for row in rows], slots, slot_B, drawn)
         out.sampled_token_ids[row_B, 0] = drawn.token.to(out.sampled_token_ids.dtype)
         if out.logprobs_tensors is None:
             return
         flags_B = (flags_B + drawn.kind * KIND + (drawn.n << COUNT_SHIFT)).long()
-        if state.asks_mass[slots].any():
+        if known.asks_mass[slots].any():
             assert drawn.kept_mass is not None
             bits_B = drawn.kept_mass.float().view(torch.int32).long() & 0xFFFFFFFF
-            asks_B = to_device(state.asks_mass[slots], logits.device)
+            asks_B = to_device(known.asks_mass[slots], logits.device)
             flags_B = flags_B + (bits_B << MASS_SHIFT) * asks_B
         _report(out.logprobs_tensors, row_B, drawn, flags_B)
 
@@ -113,10 +109,10 @@ class SoftSampler(Sampler):
 
         Without a token that ends thinking the rest simply is discrete.
         """
-        spent = index == self.state.budget[slots]
+        spent = index == self.rows.budget[slots]
         if not spent.any():
             return None
-        soft = self.state.record.soft
+        soft = self.rows.record.soft
         over_B = to_device(spent, slot_B.device) & (soft[slot_B] == 1)
         soft[slot_B] = torch.where(over_B, 0, soft[slot_B])
         return over_B
@@ -127,10 +123,9 @@ class SoftSampler(Sampler):
 
         Not for a head that is split over ranks, quantised or does more than a product.
         """
-        model = self.state.model
-        hidden = model.sampled_hidden
-        weight = getattr(getattr(model, "lm_head", None), "weight", None)
-        after = getattr(model, "logits_processor", None)
+        hidden = self.model.sampled_hidden
+        weight = getattr(getattr(self.model, "lm_head", None), "weight", None)
+        after = getattr(self.model, "logits_processor", None)
         plain = after is not None and after.soft_cap is None and after.scale == 1.0
         if not plain or weight is None or get_tensor_model_parallel_world_size() > 1:
             return {}

@@ -1,6 +1,7 @@
 """A tiny random Llama in fp32 in our engine, in transformers, and in stock vLLM with the plug-in.
 
-By `make test-vllm`, in an environment of its own. vLLM runs in this process, on Triton's interpreter.
+By `make test-vllm`, in an environment of its own. vLLM runs in this process, on the interpreter of
+Triton.
 """
 
 import os
@@ -15,42 +16,40 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # interpreter, replay; tiny_llama
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
-    import interpreter
-
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-import torch
-from tiny_llama import EOS, VOCABULARY, tokenizer  # noqa: F401
-from transformers import AutoModelForCausalLM, LlamaConfig
+import torch  # noqa: E402
+from tiny_llama import EOS, VOCABULARY, tokenizer  # noqa: E402, F401
+from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-CONFIG = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=32,  # the least that vLLM's attention of CPUs has
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=EOS,
-    pad_token_id=0,
+CONFIG = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # the least that vLLM's attention of CPUs has
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
     # Drift of one rounding from position to position stays small.
-    initializer_range=0.08,
-    tie_word_embeddings=True,
-)
-OPTIONS = dict(
-    dtype="float32",
-    enforce_eager=True,
-    block_size=32,
-    max_model_len=256,
-    max_num_seqs=16,
-    max_num_batched_tokens=256,
-    kv_cache_memory_bytes=2**22,
-    max_logprobs=64,
-    disable_log_stats=True,
-    additional_config={"softgrpo": True},
-)
+    "initializer_range": 0.08,
+    "tie_word_embeddings": True,
+}
+OPTIONS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_model_len": 256,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 256,
+    "kv_cache_memory_bytes": 2**22,
+    "max_logprobs": 64,
+    "disable_log_stats": True,
+    "additional_config": {"softgrpo": True},
+}
 
 
 def random_model(seed=0, **changes):

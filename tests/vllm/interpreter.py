@@ -4,7 +4,6 @@ Imported before vLLM, also by the processes that it starts.
 """
 
 import os
-import sys
 from types import SimpleNamespace
 
 os.environ.update(
@@ -24,4 +23,3 @@ import triton.backends
 triton.backends.backends.setdefault(
     "cpu", SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
 )
-

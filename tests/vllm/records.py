@@ -60,7 +60,9 @@ def replay_error(hf, prompt, record, uid, *, tau=0.1, temperature=1.0) -> float:
     mixtures = reference.soft_embedding(record.ids, weights, embed_VH)
     inputs = torch.cat([embed_VH[torch.tensor(prompt)], mixtures])[None, :-1]
     logits = hf(inputs_embeds=inputs).logits[0, -len(record.ids) :].float() / temperature
-    listed = logits.gather(1, record.ids.long().clamp(min=0)).masked_fill(record.ids < 0, -torch.inf)
+    listed = logits.gather(1, record.ids.long().clamp(min=0)).masked_fill(
+        record.ids < 0, -torch.inf
+    )
     position = torch.arange(len(prompt), len(prompt) + len(record.ids))
     key = torch.full_like(position, SEED - 2**64)
     noise: Tensor = gumbel_noise(

@@ -8,7 +8,7 @@ import pytest
 CONFIG = """
 run: {{name: {name}, output_dir: {folder}/runs, max_steps: 2, seed: 3}}
 model: {{path: {model}, dtype: float32}}
-data: {{train: {folder}/train.jsonl, eval: null, max_prompt_tokens: 64, prompt_template: "{{prompt}}"}}
+data: {{train: {folder}/train.jsonl, eval: null, max_prompt_tokens: 64}}
 rollout: {{prompts_per_step: 2, group_size: 3, max_new_tokens: 8, max_batch_size: 4}}
 reward: {{functions: [{{path: "{folder}/reward.py:early"}}], require_eos: false}}
 optim: {{lr: 3e-3}}

@@ -48,9 +48,9 @@ def test_a_preempted_request_goes_on_from_its_record(make, expected, preempted):
 
 
 def test_without_its_record_a_request_does_not_come_back(make, monkeypatch, preempted):
-    from softgrpo_vllm import state
+    from softgrpo_vllm import rows
 
-    monkeypatch.setattr(state, "History", lambda: History(shelf_bytes=0))
+    monkeypatch.setattr(rows, "History", lambda: History(shelf_bytes=0))
     llm = make(num_gpu_blocks_override=9)
     with pytest.raises(RuntimeError, match="comes back after its soft tokens were dropped"):
         records(llm, *requests(4))
@@ -59,7 +59,6 @@ def test_without_its_record_a_request_does_not_come_back(make, monkeypatch, pree
 def test_asynchronous_scheduling(make, expected, preempted, monkeypatch):
     """On a CPU vLLM has it off; nothing of it hangs on a GPU."""
     from vllm.platforms.cpu import CpuPlatform
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     update = CpuPlatform.check_and_update_config.__func__
 
@@ -80,8 +79,9 @@ def follow_up(llm, prompts):
     tokens were found in the cache."""
     from vllm import SamplingParams
 
-    (answer,) = generate(llm, prompts[2:3], [asked(9, {"max_tokens": 64, "ignore_eos": True},
-                                                   tau=3.0, top_p=1.0, top_k=8, end_of_thinking=-1)])  # fmt: skip
+    sampling, soft = {"max_tokens": 64, "ignore_eos": True}, {"tau": 3.0, "top_p": 1.0, "top_k": 8}
+    params = asked(9, sampling, **soft, end_of_thinking=-1)
+    (answer,) = generate(llm, prompts[2:3], [params])
     prompt = {"prompt_token_ids": [*prompts[2], *answer.token_ids, 9]}
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
     (out,) = llm.generate([prompt], params, use_tqdm=False)

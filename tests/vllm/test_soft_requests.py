@@ -103,7 +103,8 @@ def test_penalties_and_stops_reach_soft_requests(vllm, prompts):
     biased = asked(0, {"logit_bias": {7: 100.0}, "max_tokens": 6})
     (record,) = records(vllm, prompts[:1], [biased])
     assert record.soft.token.tolist() == [7] * 6
-    (output,) = generate(vllm, prompts[:1], [asked(0, {"stop_token_ids": [7], "logit_bias": {7: 100}})])
+    ends = asked(0, {"stop_token_ids": [7], "logit_bias": {7: 100.0}})
+    (output,) = generate(vllm, prompts[:1], [ends])
     assert output.token_ids == [7]
 
 

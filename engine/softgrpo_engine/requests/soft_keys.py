@@ -1,4 +1,4 @@
-"""Flat keys for soft tokens in a request: the same for softgrpo-serve and for the plug-in of vLLM."""
+"""Flat keys for soft tokens in a request, the same for softgrpo-serve and the plug-in of vLLM."""
 
 # Key of a request: field of SoftParams.
 INTEGERS = {
