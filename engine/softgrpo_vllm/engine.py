@@ -202,46 +202,6 @@ class VLLMEngine:
             keys["soft_max_tokens"] = soft.max_soft_tokens
         if soft.noise_clip is not None:
             keys |= {"soft_clip_low": soft.noise_clip[0], "soft_clip_high": soft.noise_clip[1]}
-        return keys | {"soft_max_tokens": 0}
-        end = thinking_end_id(soft.end_of_thinking, self.tokenizer)
-        if end is not None and not 0 <= end < self._vocabulary:
-            raise ValueError(f"end_of_thinking is {end}, outside of {self._vocabulary} tokens")
-        if soft.cold_stop_entropy is not None or soft.switch_window is not None:
-            raise ValueError("the engine 'vllm' knows no rules of entropy: take native")
-        if soft.max_soft_tokens is not None:
-            keys["soft_max_tokens"] = soft.max_soft_tokens
-        if soft.noise_clip is not None:
-            keys |= {"soft_clip_low": soft.noise_clip[0], "soft_clip_high": soft.noise_clip[1]}
-        return keys | {"soft_max_tokens": 0}
-        end = thinking_end_id(soft.end_of_thinking, self.tokenizer)
-        if end is not None and not 0 <= end < self._vocabulary:
-            raise ValueError(f"end_of_thinking is {end}, outside of {self._vocabulary} tokens")
-        if soft.cold_stop_entropy is not None or soft.switch_window is not None:
-            raise ValueError("the engine 'vllm' knows no rules of entropy: take native")
-        if soft.max_soft_tokens is not None:
-            keys["soft_max_tokens"] = soft.max_soft_tokens
-        if soft.noise_clip is not None:
-            keys |= {"soft_clip_low": soft.noise_clip[0], "soft_clip_high": soft.noise_clip[1]}
-        return keys | {"soft_max_tokens": 0}
-        end = thinking_end_id(soft.end_of_thinking, self.tokenizer)
-        if end is not None and not 0 <= end < self._vocabulary:
-            raise ValueError(f"end_of_thinking is {end}, outside of {self._vocabulary} tokens")
-        if soft.cold_stop_entropy is not None or soft.switch_window is not None:
-            raise ValueError("the engine 'vllm' knows no rules of entropy: take native")
-        if soft.max_soft_tokens is not None:
-            keys["soft_max_tokens"] = soft.max_soft_tokens
-        if soft.noise_clip is not None:
-            keys |= {"soft_clip_low": soft.noise_clip[0], "soft_clip_high": soft.noise_clip[1]}
-        same = (
-            "top_k",
-            "top_p",
-            "temperature",
-            "tau",
-            "weight_floor",
-            "noise",
-            "noise_scale",
-            "eps",
-        )
         return keys | {
             **{f"soft_{name}": getattr(soft, name) for name in _SAME},
             "soft_end_of_thinking": -1 if end is None else end,
