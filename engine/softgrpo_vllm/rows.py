@@ -98,7 +98,9 @@ class SoftRows:
         self, request_ids: Seq[str], rows: np.ndarray, row_B: Tensor, drawn: SoftToken
     ) -> None:
         """Keeps what was drawn next in these rows."""
-        self.record.write(row_B, torch.zeros_like(row_B), drawn)
+        last = self.record.drawn
+        last.ids[row_B, 0], last.gprime[row_B, 0] = drawn.ids, drawn.gprime
+        last.kind[row_B, 0] = self.record.soft[row_B] = drawn.kind
         self.history.add(request_ids, drawn)
         self.drawn[rows] += 1
         for request_id in self.preempted.keys() & set(request_ids):

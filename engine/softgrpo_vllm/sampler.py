@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from softgrpo_engine.transfer import to_device
 from softgrpo_kernels import SoftToken, soft_token_of_rows
+from softgrpo_kernels.record_step import record_parameters
 from softgrpo_vllm.flags import COUNT_SHIFT, FORCED, INVALID, KIND, MASS_SHIFT
 from softgrpo_vllm.request import is_soft
 from softgrpo_vllm.rows import SoftRows
@@ -79,7 +80,7 @@ class SoftSampler(Sampler):
         over_B = self._budget_spent(slots, slot_B, index)
         drawn = soft_token_of_rows(
             logits_BV,
-            record.parameters(slot_B, index_B),
+            record_parameters(record.tables, slot_B, index_B),
             terminal_ids=terminal_BE,
             need_kept_mass=record.keeps_mass,
             **(self._head(row_B) if is_raw else {}),

@@ -100,31 +100,30 @@ class SoftModelState(DefaultModelState):
         if last.any():
             at = np.stack([place[last], slots[last], index[last]]).astype(np.int64)
             where, row, index_T = to_device(at, self.device)
-            ids, weights = record.inputs(row, torch.zeros_like(row))
-            kind = record.drawn.kind[row, 0]
-            self.embeds[where] = self._mixtures(ids, weights, kind, slots[last], row, index_T)
+            drawn = (part[row, 0] for part in record.drawn[:3])
+            self.embeds[where] = self._mixtures(*drawn, slots[last], row, index_T)
         for i in np.flatnonzero((count > 0) & ~last):
             slot, start, n = int(slots[i]), int(index[i]), int(count[i])
-            drawn = rows.preempted[batch.req_ids[i]]
-            ids, gprime, kind = (part[start : start + n] for part in drawn)
+            drawn = (part[start : start + n] for part in rows.preempted[batch.req_ids[i]])
             row = torch.full((n,), slot, device=self.device)
-            draws, columns = record.draws, record.rows + row
-            weights = weights_within(gprime, kind, draws.tau[columns], draws.reach[columns])
             index_T = torch.arange(start, start + n, device=self.device)
             self.embeds[place[i] : place[i] + n] = self._mixtures(
-                ids, weights, kind, np.full(n, slot), row, index_T
+                *drawn, np.full(n, slot), row, index_T
             )
 
     def _mixtures(
         self,
         ids_TK: Tensor,
-        weights_TK: Tensor,
+        gprime_TK: Tensor,
         kind_T: Tensor,
         slots: np.ndarray,
         row_T: Tensor,
         index_T: Tensor,
     ) -> Tensor:
         """Mixtures [T, H], with noise where their requests ask for it."""
+        draws, columns = self.rows.record.draws, self.rows.record.rows + row_T
+        tau_T, reach_T = (part.index_select(0, columns) for part in (draws.tau, draws.reach))
+        weights_TK = weights_within(gprime_TK, kind_T, tau_T, reach_T)
         rows = max(1, GATHERED // ids_TK.shape[1])
         parts = zip(ids_TK.split(rows), weights_TK.split(rows), strict=True)
         mixtures_TH = torch.cat([self._mixtures_of(*part) for part in parts])

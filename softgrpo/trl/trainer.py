@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from softgrpo.rollout.engines import RolloutEngine, load_engine
 from softgrpo.rollout.sampling import (
     EVALUATION_STREAM,
     ROLLOUT_STREAM,
+    Sampling,
     collect,
     density_settings,
-    needs_kept_mass,
     soft_params,
 )
 from softgrpo.run.export import SOFT_SETTINGS_FILE
@@ -142,18 +143,16 @@ class SoftGRPOTrainer(GRPOTrainer):
 
     def _sample(self, prompt_ids: list[list[int]], num_generations: int) -> list[Output]:
         """A prompt comes as many times as it has samples here; the engine computes it once."""
-        stream = ROLLOUT_STREAM if self.model.training else EVALUATION_STREAM
+        sampling = Sampling.of_step(self._run, self._run.rollout)
+        if not self.model.training:
+            sampling = replace(sampling, stream=EVALUATION_STREAM)
         uids = iter(self._uids(prompt_ids, num_generations))
         groups = [(ids, [next(uids) for _ in same]) for ids, same in itertools.groupby(prompt_ids)]
         return collect(
             self.engine,
             [ids for ids, _ in groups],
             [names for _, names in groups],
-            self._run.rollout,
-            self._run.algorithm.objective,
-            seed=self.args.seed,
-            stream=stream,
-            kept_mass=needs_kept_mass(self._run),
+            sampling,
         )
 
     def _uids(self, prompt_ids: list[list[int]], num_generations: int) -> list[int]:
