@@ -31,7 +31,7 @@ class SoftSampler(Sampler):
     """vLLM's sampler, with all that it holds, and the draw of soft requests."""
 
     def __init__(self, stock: Sampler, rows: SoftRows, model: Any) -> None:
-        vars(self).update(vars(stock))
+        self.__dict__.update(vars(stock))
         self.rows, self.model = rows, model
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
@@ -117,7 +117,7 @@ class SoftSampler(Sampler):
         soft[slot_B] = torch.where(over_B, 0, soft[slot_B])
         return over_B
 
-    def _head(self, row_B: Tensor) -> dict[str, Tensor]:
+    def _head(self, row_B: Tensor) -> dict[str, Any]:
         """Logits in bfloat16 carry a rounding of up to 2^-9 |z|: with these, those of the
         candidates are computed again in fp32, as our engine and the trainer do.
 
