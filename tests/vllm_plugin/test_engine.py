@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import OPTIONS, random_model
 from records import SEED, replay_error
+from tiny_model import OPTIONS, random_model
 
 from softgrpo_engine import SamplingParams, SoftParams
 

@@ -12,50 +12,25 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]  # interpreter, replay; tiny_llama
-if find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
-else:
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # interpreter, tiny_model, records; tiny_llama
+# Beside the simulated GPU vLLM would take this machine for one with CUDA.
+HAS_VLLM = find_spec("vllm") is not None and "simulated_gpu" not in sys.modules
+if HAS_VLLM:
+    import interpreter  # noqa: F401
+
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch  # noqa: E402
-from tiny_llama import EOS, VOCABULARY, tokenizer  # noqa: E402, F401
-from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
-
-CONFIG = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 32,  # the least that vLLM's attention of CPUs has
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": EOS,
-    "pad_token_id": 0,
-    # Drift of one rounding from position to position stays small.
-    "initializer_range": 0.08,
-    "tie_word_embeddings": True,
-}
-OPTIONS = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "block_size": 32,
-    "max_model_len": 256,
-    "max_num_seqs": 16,
-    "max_num_batched_tokens": 256,
-    "kv_cache_memory_bytes": 2**22,
-    "max_logprobs": 64,
-    "disable_log_stats": True,
-    "additional_config": {"softgrpo": True},
-}
+from tiny_llama import VOCABULARY, tokenizer  # noqa: E402, F401
+from tiny_model import OPTIONS, random_model  # noqa: E402
 
 
-def random_model(seed=0, **changes):
-    torch.manual_seed(seed)
-    config = LlamaConfig(**(CONFIG | changes))
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+def pytest_collection_modifyitems(items):
+    if HAS_VLLM:
+        return
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="needs vLLM: make test-vllm"))
 
 
 @pytest.fixture(scope="session")
