@@ -25,6 +25,15 @@ from tiny_llama import VOCABULARY, tokenizer  # noqa: E402, F401
 from tiny_model import OPTIONS, random_model  # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _engines_live():
+    """The end of one would end the process group that all of them share here."""
+    if HAS_VLLM:
+        from vllm.v1.engine.core import EngineCore
+
+        EngineCore.shutdown = lambda self, *rest, **options: None
+
+
 def pytest_collection_modifyitems(items):
     if HAS_VLLM:
         return
@@ -52,13 +61,7 @@ def make(model):
     """make(...): vLLM on the model with these options."""
     from vllm import LLM
 
-    kept = []  # the end of one would end the process group of all
-
-    def make(**options):
-        kept.append(LLM(str(model), **(OPTIONS | options)))
-        return kept[-1]
-
-    return make
+    return lambda **options: LLM(str(model), **(OPTIONS | options))
 
 
 @pytest.fixture(scope="session")
