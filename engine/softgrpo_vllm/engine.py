@@ -75,6 +75,8 @@ class VLLMEngine:
                 max_num_seqs=max_batch_size,
                 max_num_batched_tokens=max(max_batch_tokens, max_batch_size),
                 block_size=BLOCK_SIZE,
+                # By itself vLLM would want most of a GPU to be free.
+                gpu_memory_utilization=0.01,
                 kv_cache_memory_bytes=max(1, int(kv_memory * 2**30)),
                 max_logprobs=K_MAX,
                 enforce_eager=not on_gpu,
