@@ -196,6 +196,7 @@ def _forced(drawn: SoftToken, rows_B: Tensor, token_B: Tensor) -> SoftToken:
         drawn,
         ids=torch.where(first_BK, token_B[:, None], drawn.ids.masked_fill(rows_B1, -1)),
         gprime=drawn.gprime.masked_fill(rows_B1, -torch.inf).masked_fill(first_BK, 0.0),
+        weights=torch.where(rows_B1, slot_0.to(drawn.weights.dtype), drawn.weights),
         kind=drawn.kind.masked_fill(rows_B, 0),
         n=drawn.n.masked_fill(rows_B, 1),
         token=torch.where(rows_B, token_B, drawn.token),
