@@ -33,8 +33,8 @@ class SoftRows:
     """How each row draws, and what it drew last, on the device; earlier positions lie on the host,
     in `History`: they are needed only where a request was preempted.
 
-    ids, weights, kind: int32, float32 [rows, K] and uint8 [rows], the mixtures of the last positions.
-    The draw has made the weights already, to the bit those of `soft_weights`.
+    ids, weights, kind: int32, float32 [rows, K] and uint8 [rows], mixtures of the last positions: the
+    draw makes the weights, to the bit those of `soft_weights`.
 
     What decides which rows are touched is known on the host, so that no step waits for the device:
     of each row is_soft; prompt_len; drawn, positions generated so far; budget, of soft ones;
@@ -118,10 +118,8 @@ class SoftRows:
         self.record.reserve(1, slots, mass)
         more = self.record.candidates - self.ids.shape[1]
         if more > 0:
-            self.ids, self.weights = (
-                F.pad(self.ids, (0, more), value=-1),
-                F.pad(self.weights, (0, more)),
-            )
+            self.ids = F.pad(self.ids, (0, more), value=-1)
+            self.weights = F.pad(self.weights, (0, more))
 
     def _resume(self, request_id: str, row: int | None) -> None:
         """Gives a request its last position again, and all of them for its next prefill."""
