@@ -33,8 +33,8 @@ class SoftRows:
     """How each row draws, and what it drew last, on the device; earlier positions lie on the host,
     in `History`: they are needed only where a request was preempted.
 
-    ids, weights, kind: int32, float32 [rows, K] and uint8 [rows], mixtures of the last positions: the
-    draw makes the weights, to the bit those of `soft_weights`.
+    ids, weights, kind: int32, float32 [rows, K] and uint8 [rows], mixtures of the last positions;
+    the draw makes the weights, to the bit those of `soft_weights`.
 
     What decides which rows are touched is known on the host, so that no step waits for the device:
     of each row is_soft; prompt_len; drawn, positions generated so far; budget, of soft ones;

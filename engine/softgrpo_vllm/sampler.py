@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from softgrpo_engine.transfer import to_device
 from softgrpo_kernels import SoftToken, soft_token_of_rows
 from softgrpo_vllm.flags import COUNT_SHIFT, FORCED, INVALID, KIND, MASS_SHIFT
+from softgrpo_vllm.report import report
 from softgrpo_vllm.request import is_soft
 from softgrpo_vllm.rows import SoftRows
 
@@ -102,7 +103,7 @@ class SoftSampler(Sampler):
             bits_B = drawn.kept_mass.float().view(torch.int32).long() & 0xFFFFFFFF
             asks_B = to_device(known.asks_mass[slots], logits.device)
             flags_B = flags_B + (bits_B << MASS_SHIFT) * asks_B
-        _report(out.logprobs_tensors, row_B, drawn, flags_B)
+        report(*out.logprobs_tensors[:3], row_B, drawn, flags_B)
 
     def _budget_spent(self, slots: np.ndarray, slot_B: Tensor, index: np.ndarray) -> Tensor | None:
         """bool [B], rows that still think after their last soft position; None: there are none.
@@ -203,22 +204,3 @@ def _forced(drawn: SoftToken, rows_B: Tensor, token_B: Tensor) -> SoftToken:
         token_logp=drawn.token_logp.masked_fill(rows_B, 0.0),
         kept_mass=None if mass is None else mass.masked_fill(rows_B, 1.0),
     )
-
-
-def _report(tensors: LogprobsTensors, row_B: Tensor, drawn: SoftToken, flags_B: Tensor) -> None:
-    """Column 0: the token and its log p. Then the candidates and their g', best first. Columns
-    without a candidate: -inf, at ids that are none, for a later entry of an id would count."""
-    count = tensors.logprobs.shape[1] - 1
-    ids_BK, g_BK = drawn.ids[:, :count], drawn.gprime[:, :count]
-    if count > ids_BK.shape[1]:
-        more = ids_BK.new_full((len(ids_BK), count - ids_BK.shape[1]), -1)
-        ids_BK = torch.cat([ids_BK, more], dim=1)
-        g_BK = torch.cat([g_BK, torch.full_like(more, -torch.inf, dtype=g_BK.dtype)], dim=1)
-    spare = torch.arange(2 * count, device=ids_BK.device, dtype=ids_BK.dtype)
-    taken = (ids_BK[:, None, :] == spare[:, None]).any(-1)  # [B, 2 count]
-    free_BK = taken.to(torch.uint8).argsort(dim=1, stable=True)[:, :count].to(ids_BK.dtype)
-    ids_BK = torch.where(ids_BK < 0, free_BK, ids_BK)
-    token_ids, logprobs, ranks, *_ = tensors
-    token_ids[row_B] = torch.cat([drawn.token[:, None], ids_BK], dim=1).to(token_ids.dtype)
-    logprobs[row_B] = torch.cat([drawn.token_logp[:, None], g_BK], dim=1).to(logprobs.dtype)
-    ranks[row_B] = flags_B.to(ranks.dtype)
