@@ -103,7 +103,8 @@ class SoftSampler(Sampler):
             bits_B = drawn.kept_mass.float().view(torch.int32).long() & 0xFFFFFFFF
             asks_B = to_device(known.asks_mass[slots], logits.device)
             flags_B = flags_B + (bits_B << MASS_SHIFT) * asks_B
-        report(*out.logprobs_tensors[:3], row_B, drawn, flags_B)
+        ids, logprobs, ranks, *_ = out.logprobs_tensors
+        report(ids, logprobs, ranks, row_B, drawn, flags_B)
 
     def _budget_spent(self, slots: np.ndarray, slot_B: Tensor, index: np.ndarray) -> Tensor | None:
         """bool [B], rows that still think after their last soft position; None: there are none.

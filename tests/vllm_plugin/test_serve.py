@@ -17,7 +17,7 @@ from records import SEED
 from softgrpo_engine import SamplingParams, SoftParams
 
 RUN = Path(__file__).with_name("run_server.py")
-START = 280  # seconds; four processes import vLLM
+START = 600  # seconds; four processes import vLLM
 
 
 @pytest.fixture(scope="module")
