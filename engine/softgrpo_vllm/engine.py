@@ -277,7 +277,7 @@ def _end_ids(model: str | Path) -> set[int]:
 def _own_process_group(device: torch.device) -> Iterator[None]:
     """vLLM's processes are fresh ones, of no group of ours, on the device of this one."""
     changes: dict[str, str | None] = dict.fromkeys(_OF_TORCHRUN)
-    changes["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+    changes["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if device.type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         index = torch.cuda.current_device()

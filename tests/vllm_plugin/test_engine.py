@@ -1,5 +1,7 @@
 """The trainer's engine on vLLM: its weights, its groups, and what vLLM must be for it."""
 
+import os
+
 import pytest
 import torch
 from records import SEED, replay_error
@@ -58,6 +60,18 @@ def test_new_weights_are_those_that_it_draws_with(engine, prompts):
     assert engine.weight_version == 7
     (output,) = generate(engine, [(prompts[2], [5])])
     assert replay_error(other, prompts[2], output.samples[0].soft, 5) < 1e-4
+
+
+def test_its_processes_are_of_no_group_of_torchrun(monkeypatch):
+    from softgrpo_vllm.engine import _own_process_group
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    with _own_process_group(torch.device("cpu")):
+        assert "RANK" not in os.environ
+        assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert os.environ["RANK"] == "3"
+    assert "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
 
 
 @pytest.mark.parametrize(
