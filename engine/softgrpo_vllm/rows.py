@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softgrpo_engine.execution.record import Record
 from softgrpo_engine.scheduling.sequence import Sequence
 from softgrpo_kernels import SoftToken
 from softgrpo_kernels.methods import method_of
+from softgrpo_kernels.soft_weights import weights_within
 from softgrpo_vllm.history import History
 from softgrpo_vllm.request import SoftRequest
 
@@ -31,6 +33,9 @@ class SoftRows:
     """How each row draws, and what it drew last, on the device; earlier positions lie on the host,
     in `History`: they are needed only where a request was preempted.
 
+    ids, weights, kind: int32, float32 [rows, K] and uint8 [rows], mixtures of the last positions;
+    the draw makes the weights, to the bit those of `soft_weights`.
+
     What decides which rows are touched is known on the host, so that no step waits for the device:
     of each row is_soft; prompt_len; drawn, positions generated so far; budget, of soft ones;
     min_soft; noise_scale, of noise on mixtures; asks_mass; thinking_end, -1 for none.
@@ -43,6 +48,9 @@ class SoftRows:
             (5, rows), dtype=np.int64
         )
         self.noise_scale = np.zeros(rows, dtype=np.float32)
+        self.ids = torch.empty(rows, 0, dtype=torch.int32, device=device)
+        self.weights = torch.empty(rows, 0, device=device)
+        self.kind = torch.zeros(rows, dtype=torch.uint8, device=device)
         self.preempted: dict[str, Positions] = {}  # while they are computed again
         self._requests: dict[str, Sequence] = {}
         self._new: dict[str, Sequence] = {}
@@ -50,8 +58,8 @@ class SoftRows:
 
     @property
     def record(self) -> Record:
-        """Of the last position of each row. Made when it is first needed: vLLM's sleep would drop
-        what is made with the model."""
+        """The parameters of each row. Made when it is first needed: vLLM's sleep would drop what is
+        made with the model."""
         if self._record is None:
             self._record = Record(len(self.is_soft), self.device)
         return self._record
@@ -80,7 +88,7 @@ class SoftRows:
             return
         sequences = list(new.values())
         mass = any(self.asks_mass[sequence.row] for sequence in sequences)
-        self.record.reserve(1, max(sequence.slots for sequence in sequences), mass)
+        self._reserve(max(sequence.slots for sequence in sequences), mass)
         self.record.start(sequences)
         for request_id, sequence in new.items():
             if self.drawn[sequence.row]:
@@ -98,23 +106,39 @@ class SoftRows:
         self, request_ids: Seq[str], rows: np.ndarray, row_B: Tensor, drawn: SoftToken
     ) -> None:
         """Keeps what was drawn next in these rows."""
-        last = self.record.drawn
-        last.ids[row_B, 0], last.gprime[row_B, 0] = drawn.ids, drawn.gprime
-        last.kind[row_B, 0] = self.record.soft[row_B] = drawn.kind
+        self.ids[row_B], self.weights[row_B] = drawn.ids, drawn.weights
+        self.kind[row_B] = self.record.soft[row_B] = drawn.kind
         self.history.add(request_ids, drawn)
         self.drawn[rows] += 1
         for request_id in self.preempted.keys() & set(request_ids):
             del self.preempted[request_id]
 
+    def _reserve(self, slots: int, mass: bool) -> None:
+        """Makes room for so many candidates of a position, and has kept masses computed."""
+        self.record.reserve(1, slots, mass)
+        more = self.record.candidates - self.ids.shape[1]
+        if more > 0:
+            self.ids = F.pad(self.ids, (0, more), value=-1)
+            self.weights = F.pad(self.weights, (0, more))
+
     def _resume(self, request_id: str, row: int | None) -> None:
         """Gives a request its last position again, and all of them for its next prefill."""
+        assert row is not None
         positions = Positions(*self.history.read(request_id, self.device))
-        ids, gprime, kind = positions
-        record, slots = self.record, ids.shape[1]
-        record.reserve(1, slots)
-        drawn = record.drawn
-        drawn.ids[row, 0].fill_(-1)
-        drawn.gprime[row, 0].fill_(-torch.inf)
-        drawn.ids[row, 0, :slots], drawn.gprime[row, 0, :slots] = ids[-1], gprime[-1]
-        drawn.kind[row, 0], record.soft[row] = kind[-1], kind[-1]
+        self._reserve(positions.ids.shape[1], False)
+        more = self.ids.shape[1] - positions.ids.shape[1]
+        positions = Positions(
+            F.pad(positions.ids, (0, more), value=-1),
+            F.pad(positions.gprime, (0, more), value=-torch.inf),
+            positions.kind,
+        )
         self.preempted[request_id] = positions
+        self.ids[row], self.kind[row] = positions.ids[-1], positions.kind[-1]
+        self.weights[row] = self.weights_of(row, positions)[-1]
+        self.record.soft[row] = positions.kind[-1]
+
+    def weights_of(self, row: int, positions: Positions) -> Tensor:
+        """Weights of positions of that row [T, K]."""
+        draws, column = self.record.draws, self.record.rows + row
+        tau, reach = (x[column].expand(len(positions.kind)) for x in (draws.tau, draws.reach))
+        return weights_within(positions.gprime, positions.kind, tau, reach)

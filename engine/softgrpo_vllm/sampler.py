@@ -21,6 +21,7 @@ from softgrpo_engine.transfer import to_device
 from softgrpo_kernels import SoftToken, soft_token_of_rows
 from softgrpo_kernels.record_step import record_parameters
 from softgrpo_vllm.flags import COUNT_SHIFT, FORCED, INVALID, KIND, MASS_SHIFT
+from softgrpo_vllm.report import report
 from softgrpo_vllm.request import is_soft
 from softgrpo_vllm.rows import SoftRows
 
@@ -32,7 +33,7 @@ class SoftSampler(Sampler):
     """vLLM's sampler, with all that it holds, and the draw of soft requests."""
 
     def __init__(self, stock: Sampler, rows: SoftRows, model: Any) -> None:
-        vars(self).update(vars(stock))
+        self.__dict__.update(vars(stock))
         self.rows, self.model = rows, model
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
@@ -103,7 +104,8 @@ class SoftSampler(Sampler):
             bits_B = drawn.kept_mass.float().view(torch.int32).long() & 0xFFFFFFFF
             asks_B = to_device(known.asks_mass[slots], logits.device)
             flags_B = flags_B + (bits_B << MASS_SHIFT) * asks_B
-        _report(out.logprobs_tensors, row_B, drawn, flags_B)
+        ids, logprobs, ranks, *_ = out.logprobs_tensors
+        report(ids, logprobs, ranks, row_B, drawn, flags_B)
 
     def _budget_spent(self, slots: np.ndarray, slot_B: Tensor, index: np.ndarray) -> Tensor | None:
         """bool [B], rows that still think after their last soft position; None: there are none.
@@ -118,7 +120,7 @@ class SoftSampler(Sampler):
         soft[slot_B] = torch.where(over_B, 0, soft[slot_B])
         return over_B
 
-    def _head(self, row_B: Tensor) -> dict[str, Tensor]:
+    def _head(self, row_B: Tensor) -> dict[str, Any]:
         """Logits in bfloat16 carry a rounding of up to 2^-9 |z|: with these, those of the
         candidates are computed again in fp32, as our engine and the trainer do.
 
@@ -197,28 +199,10 @@ def _forced(drawn: SoftToken, rows_B: Tensor, token_B: Tensor) -> SoftToken:
         drawn,
         ids=torch.where(first_BK, token_B[:, None], drawn.ids.masked_fill(rows_B1, -1)),
         gprime=drawn.gprime.masked_fill(rows_B1, -torch.inf).masked_fill(first_BK, 0.0),
+        weights=torch.where(rows_B1, slot_0.to(drawn.weights.dtype), drawn.weights),
         kind=drawn.kind.masked_fill(rows_B, 0),
         n=drawn.n.masked_fill(rows_B, 1),
         token=torch.where(rows_B, token_B, drawn.token),
         token_logp=drawn.token_logp.masked_fill(rows_B, 0.0),
         kept_mass=None if mass is None else mass.masked_fill(rows_B, 1.0),
     )
-
-
-def _report(tensors: LogprobsTensors, row_B: Tensor, drawn: SoftToken, flags_B: Tensor) -> None:
-    """Column 0: the token and its log p. Then the candidates and their g', best first. Columns
-    without a candidate: -inf, at ids that are none, for a later entry of an id would count."""
-    count = tensors.logprobs.shape[1] - 1
-    ids_BK, g_BK = drawn.ids[:, :count], drawn.gprime[:, :count]
-    if count > ids_BK.shape[1]:
-        more = ids_BK.new_full((len(ids_BK), count - ids_BK.shape[1]), -1)
-        ids_BK = torch.cat([ids_BK, more], dim=1)
-        g_BK = torch.cat([g_BK, torch.full_like(more, -torch.inf, dtype=g_BK.dtype)], dim=1)
-    spare = torch.arange(2 * count, device=ids_BK.device, dtype=ids_BK.dtype)
-    taken = (ids_BK[:, None, :] == spare[:, None]).any(-1)  # [B, 2 count]
-    free_BK = taken.to(torch.uint8).argsort(dim=1, stable=True)[:, :count].to(ids_BK.dtype)
-    ids_BK = torch.where(ids_BK < 0, free_BK, ids_BK)
-    token_ids, logprobs, ranks, *_ = tensors
-    token_ids[row_B] = torch.cat([drawn.token[:, None], ids_BK], dim=1).to(token_ids.dtype)
-    logprobs[row_B] = torch.cat([drawn.token_logp[:, None], g_BK], dim=1).to(logprobs.dtype)
-    ranks[row_B] = flags_B.to(ranks.dtype)

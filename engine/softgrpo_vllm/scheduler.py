@@ -40,7 +40,7 @@ class _Salted:
     """Part of a scheduler: salts what soft requests leave in the prefix cache."""
 
     def __init__(self, *, hash_block_size: int, **options: Any) -> None:
-        super().__init__(hash_block_size=hash_block_size, **options)
+        super().__init__(hash_block_size=hash_block_size, **options)  # type: ignore[call-arg]
         self._soft_block_size = hash_block_size
 
     def add_request(self, request: Request) -> None:

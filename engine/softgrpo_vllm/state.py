@@ -14,9 +14,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from softgrpo_engine.transfer import to_device
 from softgrpo_kernels import embedding_noise, soft_embedding
 from softgrpo_kernels.embedding_noise import with_noise
-from softgrpo_kernels.soft_weights import weights_within
 from softgrpo_vllm.request import SoftRequest
-from softgrpo_vllm.rows import SoftRows
+from softgrpo_vllm.rows import Positions, SoftRows
 from softgrpo_vllm.sampler import SoftSampler
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class SoftModelState(DefaultModelState):
 
     def _mix(self, batch: InputBatch) -> None:
         """Overwrites the inputs at generated positions of soft requests with their mixtures."""
-        rows, record = self.rows, self.rows.record
+        rows = self.rows
         slots = batch.idx_mapping_np[: batch.num_reqs]
         first = batch.num_computed_tokens_np[: batch.num_reqs].astype(np.int64)
         length = batch.num_scheduled_tokens[: batch.num_reqs].astype(np.int64)
@@ -100,30 +99,28 @@ class SoftModelState(DefaultModelState):
         if last.any():
             at = np.stack([place[last], slots[last], index[last]]).astype(np.int64)
             where, row, index_T = to_device(at, self.device)
-            drawn = (part[row, 0] for part in record.drawn[:3])
-            self.embeds[where] = self._mixtures(*drawn, slots[last], row, index_T)
+            inputs = rows.ids[row], rows.weights[row], rows.kind[row]
+            self.embeds[where] = self._mixtures(*inputs, slots[last], row, index_T)
         for i in np.flatnonzero((count > 0) & ~last):
             slot, start, n = int(slots[i]), int(index[i]), int(count[i])
-            drawn = (part[start : start + n] for part in rows.preempted[batch.req_ids[i]])
+            positions = Positions(*(x[start : start + n] for x in rows.preempted[batch.req_ids[i]]))
             row = torch.full((n,), slot, device=self.device)
             index_T = torch.arange(start, start + n, device=self.device)
+            inputs = positions.ids, rows.weights_of(slot, positions), positions.kind
             self.embeds[place[i] : place[i] + n] = self._mixtures(
-                *drawn, np.full(n, slot), row, index_T
+                *inputs, np.full(n, slot), row, index_T
             )
 
     def _mixtures(
         self,
         ids_TK: Tensor,
-        gprime_TK: Tensor,
+        weights_TK: Tensor,
         kind_T: Tensor,
         slots: np.ndarray,
         row_T: Tensor,
         index_T: Tensor,
     ) -> Tensor:
         """Mixtures [T, H], with noise where their requests ask for it."""
-        draws, columns = self.rows.record.draws, self.rows.record.rows + row_T
-        tau_T, reach_T = (part.index_select(0, columns) for part in (draws.tau, draws.reach))
-        weights_TK = weights_within(gprime_TK, kind_T, tau_T, reach_T)
         rows = max(1, GATHERED // ids_TK.shape[1])
         parts = zip(ids_TK.split(rows), weights_TK.split(rows), strict=True)
         mixtures_TH = torch.cat([self._mixtures_of(*part) for part in parts])

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--recipe", metavar="RECIPE_OR_FILE", help="ask as this training recipe or run does")
     add("--output", type=Path, metavar="DIR", help="default: runs/eval/MODEL-SETTINGS")
-    add("--engine", default="native", help="native, hf or an installed engine (%(default)s)")
+    add("--engine", default="native", help="native, vllm, hf or an installed one (%(default)s)")
     add("--dtype", default="bfloat16", help="bfloat16 or float32 (%(default)s)")
     add("--batch-size", type=int, default=256, help="samples in progress (%(default)s)")
     add("--batch-invariant", action="store_true", help="the same bits at any batch size, on a CPU")

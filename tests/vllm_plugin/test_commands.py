@@ -1,4 +1,4 @@
-"""Training and parity with --engine vllm."""
+"""Training, parity and evaluation with --engine vllm."""
 
 import json
 from importlib import import_module
@@ -55,9 +55,27 @@ def test_training_is_that_with_our_engine(config, tmp_path):
     for found, expected in zip(rows_of(tmp_path, "vllm"), rows_of(tmp_path, "native"), strict=True):
         assert found["reward"] == pytest.approx(expected["reward"], abs=1e-6)
         drift = {k: v for k, v in found.items() if "logp_diff" in k and "mean" in k}
+        assert drift
         assert all(value < 1e-4 for value in drift.values()), drift
 
 
 def test_parity_is_within_its_bounds(config, capsys):
     run("parity", config("parity"), "rollout.engine=vllm")
     assert "within bounds" in capsys.readouterr().out
+
+
+def test_an_evaluation_is_that_with_our_engine(config, model, tmp_path):
+    config("any")
+    questions = tmp_path / "train.jsonl"
+    texts = []
+    for engine in ("vllm", "native"):
+        folder = tmp_path / engine
+        run(
+            "eval", "--model", model, "--task", questions, "--samples", 2, "--max-tokens", 8,
+            "--dtype", "float32", "--batch-size", 4, "--engine", engine, "--output", folder,
+        )  # fmt: skip
+        lines = (folder / "samples.jsonl").read_text().splitlines()
+        rows = sorted(map(json.loads, lines), key=lambda row: (row["mode"], row["question"]))
+        texts.append([[sample["text"] for sample in row["samples"]] for row in rows])
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 8  # soft and discrete

@@ -70,6 +70,28 @@ def test_the_record_replays_through_transformers(tau, vllm, hf, prompts):
         assert replay_error(hf, prompt, record.soft, uid, tau=tau) < 1e-4
 
 
+def test_in_bfloat16_candidates_have_logits_of_fp32(make, prompts, monkeypatch):
+    from softgrpo_vllm import sampler
+
+    drawn, draw = [], sampler.soft_token_of_rows
+
+    def kept(logits, rows, **options):
+        drawn.append((draw(logits, rows, **options), options["hidden"], options["lm_head"]))
+        return drawn[-1][0]
+
+    llm = make(dtype="bfloat16")
+    monkeypatch.setattr(sampler, "soft_token_of_rows", kept)
+    generate(llm, prompts[:2], [asked(0), asked(1)])
+    for step, hidden, lm_head in drawn:
+        logits = hidden.float() @ lm_head.float().T
+        listed = logits.gather(1, step.ids.long().clamp(min=0)).masked_fill(
+            step.ids < 0, -torch.inf
+        )
+        known = (step.ids >= 0) & (step.kind == 1)[:, None]
+        difference = (listed.log_softmax(-1) - step.logp)[known].abs().max()
+        assert difference < 1e-5
+
+
 @pytest.mark.parametrize("sampling", [{}, {"top_k": -1}, {"temperature": 0.0}, {"top_p": 0.7}])
 def test_without_soft_tokens_it_draws_our_discrete_ones(sampling, vllm, ours, prompts):
     params = [asked(i, sampling, max_soft_tokens=0, kept_mass=1) for i in range(len(prompts))]
