@@ -97,7 +97,7 @@ CASES = {
         {"max_soft_tokens": 3}, "exact", "grpo", "sequence", 0.0, ("none", "token")
     ),
     "sign of the advantage": (
-        {"max_soft_tokens": 5}, "latent_grpo", "dapo", "token", 0.0, ("none", "token")
+        {"top_k": 64, "top_p": 1.0}, "latent_grpo", "dapo", "token", 0.0, ("none", "token")
     ),
     "noise on the mixture": (
         {"noise": "embedding", "tau": 1.0, "noise_scale": 0.3}, "exact", "dapo", "token", 0.0,
