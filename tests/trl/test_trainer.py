@@ -39,7 +39,15 @@ def reward(completions, **columns):
 
 
 def make_trainer(
-    model, folder, *, cls=SoftGRPOTrainer, soft=None, objective="exact", peft=None, **changes
+    model,
+    folder,
+    *,
+    cls=SoftGRPOTrainer,
+    soft=None,
+    objective="exact",
+    engine="native",
+    peft=None,
+    **changes,
 ):
     """A trainer of one pass over PROMPTS prompts with SAMPLES samples each."""
     settings = {
@@ -57,7 +65,8 @@ def make_trainer(
         "logging_steps": 1,
         **changes,
     }
-    options = {"soft": soft, "objective": objective} if cls is SoftGRPOTrainer else {}
+    own = {"soft": soft, "objective": objective, "engine": engine}
+    options = own if cls is SoftGRPOTrainer else {}
     args = GRPOConfig(**settings)
     trainer = cls(model, reward, args, Dataset.from_list(ROWS), peft_config=peft, **options)
     trainer.current_gradient_accumulation_steps = 1  # as in its loop
@@ -209,6 +218,19 @@ def test_discrete_mode_is_trls_own(model_path, tmp_path):
     assert losses[0] == losses[1] != 0
     for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_another_engine_draws_the_same_samples(model_path, tmp_path):
+    """transformers' own, which reads the model from its directory as vLLM does."""
+    drawn = []
+    for engine in ("native", "hf"):
+        trainer = make_trainer(model_path, tmp_path, engine=engine)
+        shift(trainer.model, 0.01, seed=1)  # what the directory does not have
+        inputs = trainer._generate_and_score_completions(rows_of(PROMPTS))
+        drawn.append([row.samples[0].token_ids for row in inputs["record"]])
+        (difference,) = trainer._metrics["train"]["sampling/sampling_logp_difference/max"]
+        assert difference < 1e-3
+    assert drawn[0] == drawn[1]
 
 
 def test_adapters_reach_the_engine(model_path, tmp_path):
