@@ -39,7 +39,15 @@ def reward(completions, **columns):
 
 
 def make_trainer(
-    model, folder, *, cls=SoftGRPOTrainer, soft=None, objective="exact", peft=None, **changes
+    model,
+    folder,
+    *,
+    cls=SoftGRPOTrainer,
+    soft=None,
+    objective="exact",
+    engine="native",
+    peft=None,
+    **changes,
 ):
     """A trainer of one pass over PROMPTS prompts with SAMPLES samples each."""
     settings = {
@@ -57,7 +65,8 @@ def make_trainer(
         "logging_steps": 1,
         **changes,
     }
-    options = {"soft": soft, "objective": objective} if cls is SoftGRPOTrainer else {}
+    own = {"soft": soft, "objective": objective, "engine": engine}
+    options = own if cls is SoftGRPOTrainer else {}
     args = GRPOConfig(**settings)
     trainer = cls(model, reward, args, Dataset.from_list(ROWS), peft_config=peft, **options)
     trainer.current_gradient_accumulation_steps = 1  # as in its loop
@@ -97,7 +106,7 @@ CASES = {
         {"max_soft_tokens": 3}, "exact", "grpo", "sequence", 0.0, ("none", "token")
     ),
     "sign of the advantage": (
-        {"max_soft_tokens": 5}, "latent_grpo", "dapo", "token", 0.0, ("none", "token")
+        {"top_k": 64, "top_p": 1.0}, "latent_grpo", "dapo", "token", 0.0, ("none", "token")
     ),
     "noise on the mixture": (
         {"noise": "embedding", "tau": 1.0, "noise_scale": 0.3}, "exact", "dapo", "token", 0.0,
@@ -211,6 +220,19 @@ def test_discrete_mode_is_trls_own(model_path, tmp_path):
         assert torch.equal(a.grad, b.grad)
 
 
+def test_another_engine_draws_the_same_samples(model_path, tmp_path):
+    """transformers' own, which reads the model from its directory as vLLM does."""
+    drawn = []
+    for engine in ("native", "hf"):
+        trainer = make_trainer(model_path, tmp_path, engine=engine)
+        shift(trainer.model, 0.01, seed=1)  # what the directory does not have
+        inputs = trainer._generate_and_score_completions(rows_of(PROMPTS))
+        drawn.append([row.samples[0].token_ids for row in inputs["record"]])
+        (difference,) = trainer._metrics["train"]["sampling/sampling_logp_difference/max"]
+        assert difference < 1e-3
+    assert drawn[0] == drawn[1]
+
+
 def test_adapters_reach_the_engine(model_path, tmp_path):
     """Merged for the engine alone: the weights under them keep their bits; the reference is the
     model without them."""
@@ -259,10 +281,11 @@ def test_samples_have_the_names_of_softgrpo_train(model_path, tmp_path):
     assert len(set(first)) == len(first)
 
 
-def test_a_run_trains_and_evaluates(model_path, tmp_path):
+@pytest.mark.parametrize(("bf16", "off"), [(False, 1e-3), (True, 0.2)])
+def test_a_run_trains_and_evaluates(bf16, off, model_path, tmp_path):
     """All of TRL's loop; the weights of a step reach the rollouts of the next one."""
     trainer = make_trainer(
-        model_path, tmp_path, soft=SoftConfig(max_soft_tokens=4, end_of_thinking=2)
+        model_path, tmp_path, soft=SoftConfig(max_soft_tokens=4, end_of_thinking=2), bf16=bf16
     )
     trainer.eval_dataset = Dataset.from_list(ROWS[:2])
     trainer.args.per_device_eval_batch_size = PROMPTS * SAMPLES
@@ -273,7 +296,7 @@ def test_a_run_trains_and_evaluates(model_path, tmp_path):
     assert len(steps) == 2
     for step in steps:
         assert step["grad_norm"] > 0
-        assert step["sampling/sampling_logp_difference/max"] < 1e-3
+        assert step["sampling/sampling_logp_difference/max"] < off
     assert trainer.engine.weight_version == 1
     trainer.save_model(str(tmp_path / "saved"))
     assert SoftParams.of_model(tmp_path / "saved").max_soft_tokens == 4
