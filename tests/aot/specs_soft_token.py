@@ -84,10 +84,9 @@ def sample(k, *, record=True, unlisted=False, every=False, tiles=2048):
 SPECS = [
     statistics("bf16", False),
     statistics("fp32", True),
-    sample(8),
     # k_max 1 and a vocabulary of one chunk.
     sample(2, record=False, tiles=32),
-    sample(32, unlisted=True),
+    sample(8),
     sample(64, record=False, unlisted=True, every=True),
     Spec(
         "mixture of a record",

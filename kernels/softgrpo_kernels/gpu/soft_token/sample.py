@@ -20,7 +20,7 @@ from softgrpo_kernels.gpu.soft_token.draw import (
     vocabulary_sums,
 )
 from softgrpo_kernels.gpu.soft_token.full_vocabulary import Collected, draw_from_vocabulary
-from softgrpo_kernels.gpu.soft_token.keys import token_of
+from softgrpo_kernels.gpu.soft_token.keys import NOTHING, token_of
 from softgrpo_kernels.gpu.soft_token.mixture import BLOCK_H, mixture_of
 from softgrpo_kernels.gpu.soft_token.row import (
     GREEDY,
@@ -154,22 +154,25 @@ def sample_kernel(
     token, gprime = tl.full([K], -1, tl.int32), tl.full([K], -float("inf"), tl.float32)
     logp, weights = gprime, tl.zeros([K], tl.float32)
     lse, entropy, kept_mass = float("nan"), float("nan"), float("nan")
+    key = tl.full([K], NOTHING, tl.int64)
+    # Not under `valid`: of that the assembler cannot know that all threads agree, and it writes
+    # every shuffle of the network twice.
+    if (mode == GREEDY) | is_listed(row):
+        key = top_candidates(vocabulary_row, K, TILES, _TILE)
     if mode != SKIP:
         sums = vocabulary_sums(chunk_sums, chunks, CHUNKS, out_entropy is not None)
         valid = (sums.bad == 0) & (sums.top > -float("inf")) & row_is_sound(row)
         lse = tl.where(valid, sums.top + tl.log(sums.mass), lse)
         entropy = tl.where(valid, tl.log(sums.mass) - sums.weighted / sums.mass, entropy)
-        if valid & ((mode == GREEDY) | is_listed(row)):
-            key = top_candidates(vocabulary_row, K, TILES, _TILE)
-            if mode == GREEDY:
-                token = tl.where(slot == 0, token_of(key), -1)
-                logp = tl.where(slot == 0, 0.0 - tl.log(sums.mass), -float("inf"))
-                gprime = logp
-                kept_mass = 1.0
-            else:
-                token, gprime, logp, kept_mass = draw_from_slots(
-                    key, slot, row, head, sums, K, 64, SOFTCAP, JOINT
-                )
+        if valid & (mode == GREEDY):
+            token = tl.where(slot == 0, token_of(key), -1)
+            logp = tl.where(slot == 0, 0.0 - tl.log(sums.mass), -float("inf"))
+            gprime = logp
+            kept_mass = 1.0
+        if valid & is_listed(row):
+            token, gprime, logp, kept_mass = draw_from_slots(
+                key, slot, row, head, sums, K, 64, SOFTCAP, JOINT
+            )
         if count is not None:  # noqa: SIM102 (the compiler's, the next one the device's)
             if valid & is_unlisted(row):
                 token, gprime, logp, kept_mass = draw_from_vocabulary(
