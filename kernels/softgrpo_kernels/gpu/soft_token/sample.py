@@ -104,6 +104,7 @@ def sample(
     batch, vocabulary = logits.shape
     tiles, chunks = tile_max.shape[1], chunk_sums.shape[1]
     ends = 0 if terminal_ids is None else terminal_ids.shape[1]
+    terminal_ids = None if terminal_ids is None or not ends else int32(terminal_ids)
     hidden = weight = bias = None
     if head is not None:
         hidden, weight = unit_stride(head.hidden), unit_stride(head.weight)
@@ -113,7 +114,7 @@ def sample(
     sample_kernel[(batch,)](
         logits, logits.stride(0), vocabulary, tile_max, tiles, chunk_sums, chunks,
         *(collected or (None,) * 5), rows.floats, rows.ints, rows.columns, rows.k_max,
-        *rows.places, capacity, int32(terminal_ids) if ends else None, ends,
+        *rows.places, capacity, terminal_ids, ends,
         hidden, 0 if hidden is None else hidden.stride(0),
         weight, 0 if weight is None else weight.stride(0), bias,
         0 if weight is None else weight.shape[1],
