@@ -28,7 +28,7 @@ from softgrpo_kernels.linear_logprob_op import SpecialWeightGradient, check_ids
 from softgrpo_kernels.lm_head import scaled_and_capped
 from softgrpo_kernels.methods import method_of
 from softgrpo_kernels.soft_density import soft_density
-from softgrpo_kernels.tensors import wide_dtype
+from softgrpo_kernels.tensors import on_device, wide_dtype
 
 GradWeight = Literal["dense", "rows", "accumulate"] | Tensor
 
@@ -243,8 +243,8 @@ def linear_soft_logprob(
     if need_entropy:
         rows = torch.arange(len(soft), device=hidden.device)
     elif not torch.compiler.is_compiling():  # which could not; then the op finds them
-        rows = _on((~soft).nonzero()[:, 0], hidden.device)
-    soft = _on(soft, hidden.device)
+        rows = on_device((~soft).nonzero()[:, 0], hidden.device)
+    soft = on_device(soft, hidden.device)
     _check_labels(torch.where(soft, 0, label), lm_head)
     live = (torch.arange(ids.shape[1], device=ids.device) < n[:, None]) & soft[:, None]
     ids = ids.masked_fill(~live, -1)
@@ -338,13 +338,6 @@ def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor:
     if looks and not bool(((value >= SMALLEST) & (value <= LARGEST)).all()):
         raise ValueError("temperature must be > 0, not denormal and finite")
     return value.detach().expand(hidden.shape[0])
-
-
-def _on(values: Tensor, device: torch.device) -> Tensor:
-    """The values on the device, for work that is launched after this."""
-    if values.device == device or device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _check(hidden: Tensor, lm_head: Tensor, bias: Tensor | None) -> None:

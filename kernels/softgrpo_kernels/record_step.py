@@ -7,6 +7,8 @@ the whole vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,17 +53,15 @@ def draw_into_record(
         inputs = SoftTokenInputs(logits_BV, None, record.terminal_ids, head)
         gpu.draw_into_record(inputs, record, row_B, step_B, drawn, unlisted=unlisted)
         return
-    hidden, weight, *options = head or (None, None, None, None, 1.0)
-    bias, softcap, logit_scale = options
+    of_head: dict[str, Any] = {}
+    if head is not None:
+        of_head = {**head._asdict(), "lm_head": head.weight}
+        del of_head["weight"]
     result = soft_token_of_rows(
         logits_BV,
         record_parameters(record, row_B, step_B),
         terminal_ids=record.terminal_ids[row_B],
-        hidden=hidden,
-        lm_head=weight,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
+        **of_head,
         need_kept_mass=record.keeps_mass,
         backend=backend,
     )

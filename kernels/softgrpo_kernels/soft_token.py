@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softgrpo_kernels.backends import LIBRARY, backend_of
 from softgrpo_kernels.cpu import soft_token as cpu
+from softgrpo_kernels.limits import MAX_CANDIDATES
 from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.reference import soft_token as reference
 from softgrpo_kernels.row_parameters import Clamp, Number, RowParameters
@@ -40,7 +41,7 @@ def soft_token(
     stream: int | Tensor = 0,
     mode: int | Tensor = 2,
     terminal_ids: Tensor | None = None,
-    k_max: int = 32,
+    k_max: int | None = None,
     hidden: Tensor | None = None,
     lm_head: Tensor | None = None,
     bias: Tensor | None = None,
@@ -103,7 +104,8 @@ def soft_token(
         mode: 0 greedy, 1 discrete, 2 soft, 3 skip.
         terminal_ids: int [B, E], -1 pads: a soft row whose token is among them becomes discrete
             (kind 0, one-hot weights) and keeps its candidates.
-        k_max: slots per row, at most 64.
+        k_max: slots per row, at most 64; sorting for more of them costs more. None: top_k where it
+            is a number from 1 to 64, else 32.
         hidden, lm_head: [B, H'], [V, H'] in one dtype. Given, the logits only select the top_k; the
             candidates' logits are then computed again as fp32 dot products.
         bias, softcap, logit_scale: of that head, bias [V] or None:
@@ -125,7 +127,7 @@ def soft_token(
     rows = RowParameters.pack(
         inputs.source.shape[0],
         inputs.source.device,
-        k_max,
+        _slots(k_max, top_k),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -205,6 +207,12 @@ def _sample(
     else:
         _op(*arguments, backend=backend)
     return out
+
+
+def _slots(k_max: int | None, top_k: int | Tensor) -> int:
+    if k_max is not None:
+        return k_max
+    return top_k if isinstance(top_k, int) and 1 <= top_k <= MAX_CANDIDATES else 32
 
 
 _NO_HEAD = (None, None, None, None, 1.0)

@@ -40,6 +40,7 @@ def statistics(dtype, entropy):
         num_warps=8,
         fp_fusion=True,
         wide_loads=1 if dtype == "bf16" else 2,
+        narrow_loads=0 if entropy else 1,  # the phase
     )
 
 
@@ -76,6 +77,7 @@ def sample(k, *, record=True, unlisted=False, every=False, tiles=2048):
         ),
         num_warps=16 if unlisted else 4 if k <= 16 else 8,
         wide_loads=1 if k > 8 else 0,
+        narrow_loads=3,  # the phase, and of a token drawn from the vocabulary its logit
         # The assembler takes a minute for a network that sorts many keys: one GPU of each maker.
         targets=tuple(TARGETS) if k <= 8 else ("sm_90", "gfx942"),
     )  # fmt: skip
@@ -84,10 +86,9 @@ def sample(k, *, record=True, unlisted=False, every=False, tiles=2048):
 SPECS = [
     statistics("bf16", False),
     statistics("fp32", True),
-    sample(8),
     # k_max 1 and a vocabulary of one chunk.
     sample(2, record=False, tiles=32),
-    sample(32, unlisted=True),
+    sample(8),
     sample(64, record=False, unlisted=True, every=True),
     Spec(
         "mixture of a record",

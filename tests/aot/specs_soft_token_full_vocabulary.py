@@ -10,6 +10,6 @@ SPECS = [
             **COLLECTED, "chunk_sums": "*fp32", "logits": "*bf16", "stride": "i32",
             "vocabulary": "i32", "chunks": "i32", "k_max": "i32", **ROW,
         },
-        {"PADDED": 64}, divisible=("stride", "vocabulary"), num_warps=16, no_fma=True,
+        {"PADDED": 64}, divisible=("stride", "vocabulary"), num_warps=16,
     ),
 ]  # fmt: skip

@@ -89,7 +89,7 @@ def test_inputs_are_views_of_one_block():
     shape = DecodeShape(rows=3, pages=5, ends=2, entropies=1, noises=1)
     words = torch.arange(shape.words, dtype=torch.int32)
     inputs = DecodeInputs.views(words, shape)
-    parts = list(vars(inputs).values())
+    parts = inputs.tensors.values()
     assert sum(part.nbytes for part in parts) == words.nbytes
     for part in parts:
         part.fill_(-7)

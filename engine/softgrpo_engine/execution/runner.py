@@ -192,8 +192,8 @@ class Runner:
     def _decode_words(self, shape: DecodeShape, chunks: Seq[Chunk], tables: DecodeTables) -> Tensor:
         """The inputs of these chunks on the host, filled up with padding to the shape."""
         words = torch.empty(shape.words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        parts = vars(DecodeInputs.views(words, shape))
-        inputs = {name: x.numpy() for name, x in parts.items() if isinstance(x, Tensor)}
+        parts = DecodeInputs.views(words, shape).tensors
+        inputs = {name: part.numpy() for name, part in parts.items()}
         count = len(chunks)
         places = [(c.sequence.row, c.sequence.num_generated, c.start) for c in chunks]
         row, index, position = np.array(places, dtype=np.int64).reshape(count, 3).T
@@ -226,7 +226,7 @@ class Runner:
             inputs.index,
             inputs.held_back,
             inputs.temperature,
-            inputs.shape.unlisted,
+            inputs.unlisted,
         )
 
     def _addresses(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from gpu_cases import compare
 from logit_styles import logits_of
 
 from softgrpo_kernels import gumbel_noise, soft_token
+from softgrpo_kernels.gpu.soft_token import cut
 from softgrpo_kernels.gpu.soft_token.vocabulary_row import mass_of, unit_of
 
 LIMITS = [
@@ -47,6 +48,22 @@ def test_a_nucleus_that_overflows_the_list(device):
     """A flat row of which most is kept: the cut is found in the row itself."""
     logits = 0.01 * torch.randn(1, 9000)
     compare(device, logits, torch.randn(9000, 4), k_max=4, mode=1, top_p=0.97)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")
+@pytest.mark.parametrize("style", ["plain", "integers"])
+def test_the_nucleus_is_found_in_one_bin(device, monkeypatch, style):
+    """Few passes over the list: a bisection of all 32 bits took some 30."""
+    passes, mass_above = [], cut.mass_above
+
+    def counted(*arguments):
+        passes.append(arguments)
+        return mass_above(*arguments)
+
+    monkeypatch.setattr(cut, "mass_above", counted)
+    logits = logits_of(style, 2, 700, torch.bfloat16)
+    compare(device, logits, torch.randn(700, 4), k_max=4, mode=1, top_p=0.83, uid=torch.arange(2))
+    assert 2 * 2 <= len(passes) <= 2 * 9
 
 
 def test_draws_follow_the_nucleus(device):

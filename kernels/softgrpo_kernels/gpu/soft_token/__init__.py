@@ -70,13 +70,16 @@ def _statistics(
             torch.empty((len(source), BINS.value), dtype=torch.int64, device=source.device),
         )
     if logits is None and head is not None and len(head.hidden) <= MOST_ROWS:
-        logits, *sums = lm_head_statistics(head, rows, need_entropy=need_entropy, lists=lists)
+        logits, tile_max, chunk_sums = lm_head_statistics(
+            head, rows, need_entropy=need_entropy, lists=lists
+        )
     else:
         if logits is None:
             assert head is not None
             logits = head.logits()
         logits = unit_stride(logits)
-        sums = vocabulary_statistics(logits, rows, need_entropy=need_entropy, lists=lists)
-    tile_max, chunk_sums = sums
+        tile_max, chunk_sums = vocabulary_statistics(
+            logits, rows, need_entropy=need_entropy, lists=lists
+        )
     collected = collect(logits, chunk_sums, rows, *lists) if rows.unlisted else None
     return Statistics(logits, tile_max, chunk_sums, collected)

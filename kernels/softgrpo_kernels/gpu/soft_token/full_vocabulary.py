@@ -45,13 +45,13 @@ DRAW_BLOCK = tl.constexpr(1024)
 class Collected(NamedTuple):
     """What is prepared of the rows. best: int64 [B, chunks], the key of the best token of each
     chunk; listed_a fp32, listed_id int32 [B, CAPACITY]: tokens that may be kept, in any order;
-    count: int32 [B], how many there are, more than CAPACITY where they do not fit; histogram: int64
-    [B, BINS], their masses."""
+    length: int32 [B], how many there are, more than CAPACITY where they do not fit; histogram:
+    int64 [B, BINS], their masses."""
 
     best: Tensor
     listed_a: Tensor
     listed_id: Tensor
-    count: Tensor
+    length: Tensor
     histogram: Tensor
 
 
@@ -112,7 +112,7 @@ def _list(source, limits, index, chunk_sums, part, chunks, PADDED: tl.constexpr)
         found = (a >= bound) & (a > -float("inf"))
         number = tl.sum(found.to(tl.int32), 0)
         # The order in which chunks append is of no consequence.
-        place = tl.atomic_add(source.count, number, sem="relaxed")
+        place = tl.atomic_add(source.length, number, sem="relaxed")
         place += tl.cumsum(found.to(tl.int32), 0) - 1
         fits = found & (place < CAPACITY)
         tl.store(source.listed_a + place, a, mask=fits)
@@ -124,12 +124,12 @@ def _list(source, limits, index, chunk_sums, part, chunks, PADDED: tl.constexpr)
 @triton.jit
 def source_of(index, logits, vocabulary, collected, limits):
     """The list where the row may have one and it holds all, or the row itself."""
-    count = collected.count + index
-    listed = tl.load(count)
+    length = collected.length + index
+    listed = tl.load(length)
     from_list = limits.cuts & (limits.top_k == 0) & (listed <= CAPACITY)
     return Source(
         logits, vocabulary, collected.listed_a + index * CAPACITY,
-        collected.listed_id + index * CAPACITY, count,
+        collected.listed_id + index * CAPACITY, length,
         collected.histogram + index * BINS, from_list,
         tl.where(from_list, listed, vocabulary), limits.temperature,
     )  # fmt: skip

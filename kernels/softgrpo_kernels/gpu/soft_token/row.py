@@ -56,13 +56,12 @@ class Row(NamedTuple):
 def row_of(index, floats, ints, columns, k_max, places):
     """Row `index` of the batch. A record has two columns for a row: as it draws discretely, and as
     it draws softly."""
-    if places.row is None:
-        return Row(floats, ints, columns, index, 0, k_max)
-    row = tl.load(places.row + index)
-    soft = tl.load(places.soft + row).to(tl.int64)
-    return Row(
-        floats, ints, columns, soft * (columns // 2) + row, tl.load(places.step + index), k_max
-    )
+    column, step = index, 0
+    if places.row is not None:
+        row = tl.load(places.row + index)
+        column = tl.load(places.soft + row).to(tl.int64) * (columns // 2) + row
+        step = tl.load(places.step + index)
+    return Row(floats, ints, columns, column, step, k_max)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from softgrpo_kernels.gpu.soft_token.draw import (
     vocabulary_sums,
 )
 from softgrpo_kernels.gpu.soft_token.full_vocabulary import Collected, draw_from_vocabulary
-from softgrpo_kernels.gpu.soft_token.keys import token_of
+from softgrpo_kernels.gpu.soft_token.keys import NOTHING, token_of
 from softgrpo_kernels.gpu.soft_token.mixture import BLOCK_H, mixture_of
 from softgrpo_kernels.gpu.soft_token.row import (
     GREEDY,
@@ -104,6 +104,7 @@ def sample(
     batch, vocabulary = logits.shape
     tiles, chunks = tile_max.shape[1], chunk_sums.shape[1]
     ends = 0 if terminal_ids is None else terminal_ids.shape[1]
+    terminal_ids = None if terminal_ids is None or not ends else int32(terminal_ids)
     hidden = weight = bias = None
     if head is not None:
         hidden, weight = unit_stride(head.hidden), unit_stride(head.weight)
@@ -113,7 +114,7 @@ def sample(
     sample_kernel[(batch,)](
         logits, logits.stride(0), vocabulary, tile_max, tiles, chunk_sums, chunks,
         *(collected or (None,) * 5), rows.floats, rows.ints, rows.columns, rows.k_max,
-        *rows.places, capacity, int32(terminal_ids) if ends else None, ends,
+        *rows.places, capacity, terminal_ids, ends,
         hidden, 0 if hidden is None else hidden.stride(0),
         weight, 0 if weight is None else weight.stride(0), bias,
         0 if weight is None else weight.shape[1],
@@ -154,22 +155,25 @@ def sample_kernel(
     token, gprime = tl.full([K], -1, tl.int32), tl.full([K], -float("inf"), tl.float32)
     logp, weights = gprime, tl.zeros([K], tl.float32)
     lse, entropy, kept_mass = float("nan"), float("nan"), float("nan")
+    key = tl.full([K], NOTHING, tl.int64)
+    # Not under `valid`: of that the assembler cannot know that all threads agree, and it writes
+    # every shuffle of the network twice.
+    if (mode == GREEDY) | is_listed(row):
+        key = top_candidates(vocabulary_row, K, TILES, _TILE)
     if mode != SKIP:
         sums = vocabulary_sums(chunk_sums, chunks, CHUNKS, out_entropy is not None)
         valid = (sums.bad == 0) & (sums.top > -float("inf")) & row_is_sound(row)
         lse = tl.where(valid, sums.top + tl.log(sums.mass), lse)
         entropy = tl.where(valid, tl.log(sums.mass) - sums.weighted / sums.mass, entropy)
-        if valid & ((mode == GREEDY) | is_listed(row)):
-            key = top_candidates(vocabulary_row, K, TILES, _TILE)
-            if mode == GREEDY:
-                token = tl.where(slot == 0, token_of(key), -1)
-                logp = tl.where(slot == 0, 0.0 - tl.log(sums.mass), -float("inf"))
-                gprime = logp
-                kept_mass = 1.0
-            else:
-                token, gprime, logp, kept_mass = draw_from_slots(
-                    key, slot, row, head, sums, K, 64, SOFTCAP, JOINT
-                )
+        if valid & (mode == GREEDY):
+            token = tl.where(slot == 0, token_of(key), -1)
+            logp = tl.where(slot == 0, 0.0 - tl.log(sums.mass), -float("inf"))
+            gprime = logp
+            kept_mass = 1.0
+        if valid & is_listed(row):
+            token, gprime, logp, kept_mass = draw_from_slots(
+                key, slot, row, head, sums, K, 64, SOFTCAP, JOINT
+            )
         if count is not None:  # noqa: SIM102 (the compiler's, the next one the device's)
             if valid & is_unlisted(row):
                 token, gprime, logp, kept_mass = draw_from_vocabulary(

@@ -48,7 +48,7 @@ class Limits(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the tokens of a row are read: a list of `size` (a, id), or its `size` logits. count,
+    """Where the tokens of a row are read: a list of `size` (a, id), or its `size` logits. length,
     histogram: the addresses of the length of the list, and of the masses by bin of what belongs in
     it, whether it fits or not."""
 
@@ -56,7 +56,7 @@ class Source(NamedTuple):
     vocabulary: tl.tensor
     listed_a: tl.tensor
     listed_id: tl.tensor
-    count: tl.tensor
+    length: tl.tensor
     histogram: tl.tensor
     from_list: tl.tensor
     size: tl.tensor
