@@ -32,7 +32,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_kernels.extension import cpu_extension
+from softgrpo_engine.ops.extension import cpu_extension
 
 TEXT = (
     "{0} apples, {1} pears and {2} plums lie in a basket; {3} of them are eaten on the first day "
