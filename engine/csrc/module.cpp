@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "decoder_layers.h"
+#include "machine_peaks.h"
 #include "packed_linear.h"
 #include "paged_attention.h"
 #include "rms_norm.h"
@@ -113,6 +114,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("pack_linear", &bind_pack_linear);
   m.def("linear", &bind_linear);
   m.def("decoder_layers", &bind_decoder_layers);
+  m.def("multiply_in_registers", &multiply_in_registers, "Operations done; for benchmarks.");
+  m.def("read_memory", [](uintptr_t memory, int64_t bytes) {
+    return read_memory(pointer<float>(memory), bytes);
+  }, "For benchmarks.");
   m.def("matrix_unit", &matrix_unit, "What multiplies bf16 here: amx, avx512_bf16 or nothing.");
   m.def("limit_matrix_unit", &limit_matrix_unit, "For tests: 0 lanes, 1 AVX512-BF16, 2 AMX.");
 }

@@ -15,11 +15,11 @@ from softgrpo_engine.ops.silu_mul import silu_mul
 class PackedLinear:
     """``x @ weight.T + bias``, or SwiGLU's ``silu(gate) * up`` of it.
 
-    It is our own kernel where that is the fastest (`is_fastest`: CPUs with AVX2 or more); its rows do
-    not depend on the batch. Other CPUs take oneDNN's prepacked bf16 product where there is one; its
-    two operators are the ones Inductor uses for frozen weights, private to PyTorch, so their absence
-    means ``F.linear``. ``batch_invariant`` asks for our kernel whatever the machine; on a GPU there is
-    none.
+    It is our own kernel where that is the fastest (`is_fastest`: CPUs with AVX2 or more); its rows
+    do not depend on the batch. Other CPUs take oneDNN's prepacked bf16 product where there is one;
+    its two operators are the ones Inductor uses for frozen weights, private to PyTorch, so their
+    absence means ``F.linear``. ``batch_invariant`` asks for our kernel whatever the machine; on a
+    GPU there is none.
 
     weight [N, K], bias [N] or None; x [T, K] -> [T, N], or [T, N / 2] with silu_mul, where the rows
     of the weight are those of gate, then of up.

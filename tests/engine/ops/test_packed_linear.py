@@ -36,8 +36,8 @@ def unit(request):
     kernels.limit_isa(2)
 
 
-# Rows: one, few (whole blocks of columns at once), a tile of 16, a block of 32 and a bit, more than a
-# chunk of 256.
+# Rows: one, few (whole blocks of columns at once), a tile of 16, a block of 32 and a bit, more
+# than a chunk of 256.
 # Width: odd tiles are zero; 34 is no multiple of a matrix unit's depth.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("columns", "width"), [(96, 64), (40, 64), (5, 34)])
@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_named():
 
 
 def test_a_decoder_multiplies_with_it_from_avx2_on(unit):
-    """It did so in bfloat16 with a matrix unit only: AVX2 took PyTorch's product, 8 times slower."""
+    """It did so in bfloat16 with a matrix unit only: AVX2 took PyTorch's, 8 times slower."""
     for dtype in (torch.bfloat16, torch.float32):
         ours = PackedLinear(torch.randn(32, 64).to(dtype)).ours
         assert (ours is not None) == (unit != "portable") == is_fastest(dtype)
