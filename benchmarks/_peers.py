@@ -28,6 +28,7 @@ class PeerSettings:
     repeats: int
     threads: int
     sampling: dict[str, Any]
+    soft_tau: float | None = None  # of vLLM with our plug-in
 
 
 class Absent(Exception):
@@ -35,7 +36,7 @@ class Absent(Exception):
 
 
 def vllm(python: Path | None, settings: PeerSettings) -> Seconds:
-    """vLLM in the interpreter `python`: the same sampling, and greedy."""
+    """vLLM in the interpreter `python`: the same sampling and greedy, or soft tokens alone."""
     if python is None or not python.exists():
         raise Absent("give its interpreter with --vllm-python")
     done = run_peer(

@@ -1,5 +1,7 @@
 """Times vLLM for rollout_throughput.py: run by the interpreter that has vLLM, settings on stdin.
 
+With `soft_tau` it draws soft tokens by our plug-in, which that interpreter has too.
+
 Prints one JSON line: {mode: {batch: [seconds of a repeat, ...]}}.
 """
 
@@ -27,6 +29,13 @@ def main() -> None:
         "discrete": sampling | {"top_k": top_k},
         "greedy": {"temperature": 0.0},
     }
+    tau, plugin = settings["soft_tau"], {}
+    if tau is not None:
+        keys = {f"soft_{name}": value for name, value in sampling.items()}
+        keys |= {"soft": 1, "soft_tau": tau, "soft_end_of_thinking": -1}
+        record = {"logprobs": top_k, "flat_logprobs": True, "extra_args": keys}
+        modes = {"soft": sampling | {"top_k": top_k} | record}
+        plugin = {"additional_config": {"softgrpo": True}, "max_logprobs": 64}
     llm = LLM(
         settings["model"],
         dtype="bfloat16",
@@ -34,6 +43,7 @@ def main() -> None:
         max_num_seqs=max(settings["batch_sizes"]),
         enable_prefix_caching=False,
         disable_log_stats=True,
+        **plugin,
     )
     draw = random.Random(0)
     seconds: dict[str, dict[int, list[float]]] = {}

@@ -5,8 +5,8 @@
 The same samples are drawn in one batch of 64 and in batches of 4. Noise is a function of a sample's
 name, so a difference of g' is one of log p. It is measured up to the first position at which the
 candidates differ: after that the two runs have read different things. Speed is that of the large
-batch, prompts included, the two settings in turn. `unit` is what multiplies bf16; AMX and
-AVX512-BF16 take the batch-invariant path in any case, so that "" (lanes of fp32) is the one to see.
+batch, prompts included, the two settings in turn. `unit` is what multiplies bf16, "" lanes of fp32.
+A CPU with AVX2 or more takes the batch-invariant path in any case: there both settings are one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
+from softgrpo_engine.ops.extension import cpu_extension
 from softgrpo_engine.ops.packed_linear import matrix_unit
 from softgrpo_engine.outputs import Output
-from softgrpo_kernels.extension import cpu_extension
 
 BATCH, SMALL_BATCH, PROMPT = 64, 4, 40
 UNITS = {"": 0, "avx512_bf16": 1, "amx": 2}

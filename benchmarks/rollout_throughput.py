@@ -8,8 +8,9 @@ without the time of the same run with one new token. The runs of a repeat are in
 slow moment of the machine hits all of them (vLLM and llama.cpp run after them, as processes of
 their own); a figure is the median of the repeats.
 
-The limit is what the measured GEMM rate and memory bandwidth allow: a step reads all weights and
-the keys and values, and does two operations for each weight and token.
+The limit is what the machine cannot exceed: a step reads all weights and the keys and values, at
+the rate of a plain read, and does two operations for each weight and token, at the rate of the
+product's instruction in registers; each part takes the longer of the two, and the parts add up.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from softgrpo_engine import LLM, SamplingParams, SoftParams
-from softgrpo_kernels.extension import cpu_extension
+from softgrpo_engine.ops.extension import cpu_extension
 
 TEXT = (
     "{0} apples, {1} pears and {2} plums lie in a basket; {3} of them are eaten on the first day "
@@ -39,6 +40,9 @@ TEXT = (
     "step by step, and put the final answer on a line of its own."
 )
 
+
+# Beyond this share of a ratio its quartiles are printed.
+WIDE = 0.05
 
 # Takes the prompts and the number of new tokens.
 Run = Callable[[list[list[int]], int], None]
@@ -80,7 +84,28 @@ class Row:
             "tokens_per_second": round(self.tokens_per_second, 2),
             "decode_tokens_per_second": decode and round(decode, 2),
             "spread": round(spread(self.seconds), 3),
+            "quartiles": [
+                round(x, 2) for x in self._quartiles([self._speed(s) for s in self.seconds])
+            ],
         }
+
+    def _speed(self, seconds: float) -> float:
+        return self.batch * self.new_tokens / seconds
+
+    @staticmethod
+    def _quartiles(values: list[float]) -> tuple[float, float]:
+        if len(values) < 2:
+            return values[0], values[0]
+        first, _, third = quantiles(values, n=4, method="inclusive")
+        return first, third
+
+    def ratio_to(self, other: Row) -> str:
+        """How many times as fast as the other, whose runs alternate with these: the median of the
+        pairs, with its quartiles where they lie apart."""
+        pairs = [theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True)]
+        low, high = self._quartiles(pairs)
+        text = f"{median(pairs):.2f}"
+        return text if high - low <= WIDE * median(pairs) else f"{text} ({low:.2f}-{high:.2f})"
 
 
 def main() -> None:
@@ -88,7 +113,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.no_amx:
-        # As on a CPU with AVX512-BF16 alone: oneDNN's products, and with them the limit, and ours.
+        # As on a CPU with AVX512-BF16 alone: oneDNN's products and ours, and with them the limit.
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
         cpu_extension().limit_matrix_unit(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,6 +176,7 @@ def _measure_others(arguments: argparse.Namespace, llm: LLM, rows: list[Row]) ->
     )
     peers: dict[str, Callable[[], Seconds]] = {
         "vllm": lambda: vllm(arguments.vllm_python, settings),
+        "vllm-soft": lambda: vllm(arguments.vllm_python, replace(settings, soft_tau=arguments.tau)),
         "llama.cpp": lambda: llama_cpp(arguments.llama_bench, arguments.llama_gguf, settings),
     }
     absent = {}
@@ -202,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-sizes", type=_numbers, default=[1, 8, 32, 64], metavar="1,8,...", help="samples")
     add("--new-tokens", type=int, default=64, help="generated tokens of every sample")
     add("--prompt-tokens", type=int, default=40, help="of every prompt")
-    peers = ["transformers", "vllm", "llama.cpp"]
+    peers = ["transformers", "vllm", "vllm-soft", "llama.cpp"]  # soft: by our plug-in
     add("--compare", nargs="+", choices=peers, default=[], help="measure these as well")
     add("--vllm-python", type=Path, metavar="PYTHON", help="interpreter that has vLLM")
     add("--llama-bench", type=Path, metavar="BINARY", help="llama-batched-bench of llama.cpp")
@@ -278,17 +304,20 @@ def _transformers(llm: LLM, sampling: dict[str, Any]) -> Run:
 
 
 def _limit(llm: LLM, machine: dict[str, Any], batch: int, arguments: argparse.Namespace) -> float:
-    """Tokens a second that GEMM rate and bandwidth of the machine allow."""
+    """Tokens a second that products and bandwidth of the machine allow."""
     decoder, config = llm.runner.decoder, llm.config
-    flops, bandwidth = machine["bf16_gemm_gflops"] * 1e9, machine["memory_gb_per_s"] * 1e9
+    flops = machine.get("register_gflops", machine["bf16_gemm_gflops"]) * 1e9
+    bandwidth = machine.get("memory_read_gb_per_s", machine["memory_gb_per_s"]) * 1e9
     head = config.vocab_size * config.hidden_size
     body = sum(p.numel() for name, p in decoder.named_parameters() if "layers" in name)
     kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
     new_tokens = arguments.new_tokens
     context = arguments.prompt_tokens + new_tokens / 2
     prompts = 2 * (body * batch * arguments.prompt_tokens + head * batch) / flops
-    gemm = max(2 * (body + head) * batch / flops, 2 * (body + head) / bandwidth)
-    step = gemm + batch * context * kv_bytes / bandwidth
+    products = max(2 * (body + head) * batch / flops, 2 * (body + head) / bandwidth)
+    scores = 4 * config.num_layers * config.num_heads * config.head_dim
+    attention = max(batch * context * scores / flops, batch * context * kv_bytes / bandwidth)
+    step = products + attention
     return batch * new_tokens / (prompts + (new_tokens - 1) * step)
 
 
@@ -323,7 +352,11 @@ def _print(
             continue
         line(name, lambda b: f"{speed[engine, mode, b]:.0f}")  # noqa: B023
         line("  without the prompts", lambda b: f"{decode[engine, mode, b] or 0:.0f}")  # noqa: B023
-    line("soft / discrete", lambda b: f"{soft[b] / speed['softgrpo', 'discrete', b]:.2f}")
+    by_key = {(row.engine, row.mode, row.batch): row for row in rows}
+    line(
+        "soft / discrete",
+        lambda b: by_key["softgrpo", "soft", b].ratio_to(by_key["softgrpo", "discrete", b]),
+    )
     line("limit (soft / it)", lambda b: f"{limits[b]:.0f} ({soft[b] / limits[b]:.2f})")
     console.print(table)
     console.print(

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # A package, and a room of one, imports only what stands further left.
-PACKAGES = "softgrpo_kernels softgrpo_engine softgrpo"
+PACKAGES = "softgrpo_kernels softgrpo_engine softgrpo_vllm softgrpo"
 ROOMS = {
     "softgrpo_engine": (
         "params soft_tokens outputs transfer ops model training scheduling requests execution "
@@ -17,7 +17,7 @@ ROOMS = {
     ),
     "softgrpo": (
         "config algorithm distributed data rollout rewards learner log report evaluation run "
-        "trainer supervised tools serve cli train"
+        "trainer supervised tools serve trl cli train"
     ),
 }
 # What a room knows nothing of, beside what stands further right.
@@ -32,11 +32,14 @@ NEVER = {
     ),
     "softgrpo_engine.scheduling": "torch numpy softgrpo_kernels",
     "softgrpo_engine.params": "torch numpy",
+    # A plug-in: whoever has no vLLM does without it.
+    "softgrpo": "softgrpo_vllm",
     "softgrpo.algorithm": "softgrpo_engine transformers",
 }
 FOLDERS = {
     "softgrpo_kernels": ROOT / "kernels" / "softgrpo_kernels",
     "softgrpo_engine": ROOT / "engine" / "softgrpo_engine",
+    "softgrpo_vllm": ROOT / "engine" / "softgrpo_vllm",
     "softgrpo": ROOT / "softgrpo",
 }
 LONGEST = 400  # lines of a file

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,9 @@ def test_the_tests_of_the_cpu_do_not_see_a_gpu(asked):
 @pytest.mark.skipif(found.REAL, reason="make test-gpu")
 def test_this_process_does_not_see_one():
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "-1"
+
+
+def test_the_extras_are_those_of_the_package():
+    """`make test-trl` installs one without building the package again."""
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert f"$(PIP) '{extra['trl'][0]}'" in (ROOT / "Makefile").read_text()

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "decoder_layers.h"
+#include "machine_peaks.h"
 #include "packed_linear.h"
 #include "paged_attention.h"
 #include "rms_norm.h"
@@ -105,6 +106,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ CPU kernels of softgrpo_engine.ops";
   m.def("limit_isa", [](int level) { isa_limit = level; },
         "For tests: 0 portable, 1 AVX2, 2 AVX-512.");
+  m.def("isa", [] { return best_isa(); }, "What runs: 0 portable, 1 AVX2, 2 AVX-512.");
   m.def("rms_norm", &bind_rms_norm);
   m.def("silu_mul", &bind_silu_mul);
   m.def("rope_store_kv", &bind_rope_store_kv);
@@ -112,6 +114,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("pack_linear", &bind_pack_linear);
   m.def("linear", &bind_linear);
   m.def("decoder_layers", &bind_decoder_layers);
+  m.def("multiply_in_registers", &multiply_in_registers, "Operations done; for benchmarks.");
+  m.def("read_memory", [](uintptr_t memory, int64_t bytes) {
+    return read_memory(pointer<float>(memory), bytes);
+  }, "For benchmarks.");
   m.def("matrix_unit", &matrix_unit, "What multiplies bf16 here: amx, avx512_bf16 or nothing.");
   m.def("limit_matrix_unit", &limit_matrix_unit, "For tests: 0 lanes, 1 AVX512-BF16, 2 AMX.");
 }

@@ -4,6 +4,7 @@
 #include "packed_linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "shared/simd.h"
 
@@ -173,25 +174,12 @@ int bf16_unit() {
 #endif
 }
 
-template <class T>
-using Multiply = void (*)(float*, const T*, int64_t, const T*, int64_t);
+// Rows of x [kBlockRows, width] times a block of the weight.
+template <class X, class T>
+using Multiply = void (*)(float*, const X*, int64_t, const T*, int64_t);
 
-Multiply<float> multiplication(const float*, int) { return SOFTGRPO_BEST(multiply_block<float>); }
-
-Multiply<Bf16> multiplication(const Bf16*, [[maybe_unused]] int unit) {
-#ifdef SOFTGRPO_AMX
-  if (unit == kAmx) return multiply_block_amx;
-#endif
-#ifdef SOFTGRPO_X86
-  if (unit == kAvx512Bf16) return multiply_block_bf16;
-#endif
-  return SOFTGRPO_BEST(multiply_block<Bf16>);
-}
-
-template <class T>
-void run(const Linear& a, int unit) {
-  const T* const dtype = nullptr;
-  const auto multiply = multiplication(dtype, unit);
+template <class X, class T>
+void run(const Linear& a, const X* x, Multiply<X, T> multiply, bool uses_tiles = false) {
   const auto finish = SOFTGRPO_BEST(finish_block<T>);
   const int64_t blocks = (a.columns + kBlockColumns - 1) / kBlockColumns;
   const int64_t tasks = blocks * ((a.rows + kChunkRows - 1) / kChunkRows);
@@ -203,7 +191,7 @@ void run(const Linear& a, int unit) {
     const int64_t thread = 0, threads = 1;
 #endif
     alignas(64) float block[kBlockRows * kBlockColumns];
-    Tiles tiles(unit == kAmx);
+    Tiles tiles(uses_tiles);
     for (int64_t task = thread * tasks / threads; task < (thread + 1) * tasks / threads; ++task) {
       const int64_t column = task % blocks * kBlockColumns, first = task / blocks * kChunkRows;
       const int64_t end = std::min(first + kChunkRows, a.rows);
@@ -211,11 +199,36 @@ void run(const Linear& a, int unit) {
       for (int64_t row = first; row < end; row += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, end - row);
         tiles.shape(rows);
-        multiply(block, static_cast<const T*>(a.x) + row * a.width, a.width, weight, rows);
+        multiply(block, x + row * a.width, a.width, weight, rows);
         finish(a, block, row, rows, column);
       }
     }
   }
+}
+
+// x as fp32: what lanes multiply is converted once, not once for every block of columns.
+const float* widened(const Linear& a) {
+  thread_local std::vector<float> memory;
+  const int64_t count = a.rows * a.width;
+  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
+  const auto widen = SOFTGRPO_BEST(widen);
+  float* const out = memory.data();
+  const Bf16* const x = static_cast<const Bf16*>(a.x);
+#pragma omp parallel for if (count > kParallelProducts)
+  for (int64_t row = 0; row < a.rows; ++row)
+    widen(out + row * a.width, x + row * a.width, a.width);
+  return out;
+}
+
+void run_bf16(const Linear& a, [[maybe_unused]] int unit) {
+#ifdef SOFTGRPO_AMX
+  if (unit == kAmx) return run<Bf16, Bf16>(a, static_cast<const Bf16*>(a.x), multiply_block_amx, true);
+#endif
+#ifdef SOFTGRPO_X86
+  if (unit == kAvx512Bf16)
+    return run<Bf16, Bf16>(a, static_cast<const Bf16*>(a.x), multiply_block_bf16);
+#endif
+  run<float, Bf16>(a, widened(a), SOFTGRPO_BEST(multiply_block<Bf16>));
 }
 
 template <class T>
@@ -253,9 +266,10 @@ void pack_linear(void* packed, const void* weight, int64_t columns, int64_t widt
 void linear(const Linear& args, bool bf16) {
   if (bf16)
     // A tile of the matrix unit is 32 wide.
-    run<Bf16>(args, args.width % 32 ? std::min<int>(bf16_unit(), kAvx512Bf16) : bf16_unit());
+    run_bf16(args, args.width % 32 ? std::min<int>(bf16_unit(), kAvx512Bf16) : bf16_unit());
   else
-    run<float>(args, kLanesOnly);
+    run<float, float>(args, static_cast<const float*>(args.x),
+                      SOFTGRPO_BEST(multiply_block<float>));
 }
 
 }  // namespace softgrpo

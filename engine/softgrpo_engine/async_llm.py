@@ -17,6 +17,7 @@ from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import SamplingParams, SoftParams
 from softgrpo_engine.requests.call import Call, news_of
 from softgrpo_engine.requests.prompts import Prompt
+from softgrpo_engine.transfer import check_device
 
 T = TypeVar("T")
 
@@ -31,6 +32,9 @@ class AsyncLLM:
     caller. A caller that is cancelled takes its samples out, those of the others go on. What a step
     raises reaches every caller whose samples were in progress. Use the LLM itself only while no
     caller is waiting.
+
+    failure: the error after which nothing can be computed any more: the device does not answer
+    since, or the thread is gone. None while the engine works.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -39,6 +43,7 @@ class AsyncLLM:
         self._worker = ThreadPoolExecutor(
             1, "softgrpo-engine", torch.set_num_threads, (torch.get_num_threads(),)
         )
+        self.failure: Exception | None = None
         self._step: asyncio.Future[Any] | None = None
         self._asking: list[Call] = []
         self._reading: asyncio.Future[dict[Call, Iterator[tuple[int, Sample]]]] | None = None
@@ -126,4 +131,19 @@ class AsyncLLM:
         await asyncio.shield(self._step)
 
     def _on_worker(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._worker, work)
+        try:
+            guarded = partial(self._guarded, work)
+            return asyncio.get_running_loop().run_in_executor(self._worker, guarded)
+        except RuntimeError as error:  # the thread takes no work
+            self.failure = self.failure or error
+            raise
+
+    def _guarded(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except RuntimeError as error:
+            try:
+                check_device(self.llm.device)
+            except RuntimeError:
+                self.failure = self.failure or error
+            raise

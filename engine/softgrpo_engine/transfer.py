@@ -32,6 +32,13 @@ def on_device(value: T, device: torch.device) -> T:
     return dataclasses.replace(value, **moved)  # type: ignore[type-var]
 
 
+def check_device(device: torch.device) -> None:
+    """Raises RuntimeError where the device computes nothing any more: some errors of CUDA stay
+    until the process ends. Waits for it."""
+    if (torch.ones((), device=device) + 1.0).item() != 2.0:
+        raise RuntimeError(f"{device} computes 1 + 1 wrongly")
+
+
 class ToHost:
     """A tensor on its way to the host, behind the work that was launched before it."""
 

@@ -7,6 +7,7 @@
 #include <cfloat>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "shared/half.h"
 #include "soft_token_perturb.h"
@@ -161,10 +162,6 @@ class RowSampler {
     return mass;
   }
 
-  static double ratio(const Candidate& c, const Candidate& first) {
-    return std::exp(static_cast<double>(c.value) - first.value);
-  }
-
   // Top-p and min-p on the sorted list, `total` being the mass of the set in units of the first
   // candidate's probability. Sets kept_ and kept_lse_.
   void cut(double total) {
@@ -186,12 +183,10 @@ class RowSampler {
     Candidate winner;
     if (whole_vocabulary && row_.top_p >= 1.0f && row_.min_p <= 0.0f) {
       kept_lse_ = top() + std::log(sums(row_.temperature).mass);
-      winner = SOFTGRPO_BEST(gumbel_argmax<T>)(z_, args_.vocabulary, row_.temperature, row_.key());
+      winner = SOFTGRPO_BEST(gumbel_argmax<T>)(z_, args_.vocabulary, row_.temperature, row_.key(),
+                                               scratch_.tiles.data(), best_tile_.id);
     } else {
-      if (whole_vocabulary)
-        cut_vocabulary();
-      else
-        cut_top_k();
+      whole_vocabulary ? cut_vocabulary() : cut_top_k();
       winner = argmax_of_kept();
     }
     float noise;
@@ -213,19 +208,20 @@ class RowSampler {
   }
 
   // The list gets the kept tokens of the whole vocabulary, unsorted.
-  // Only the bucket in which the mass reaches top_p has to be sorted.
+  // Only the bucket in which the mass reaches top_p has to be sorted, and only tokens within some
+  // reach of the best are put into buckets: most often few hold that mass.
   void cut_vocabulary() {
-    auto& masses = scratch_.masses;
-    scratch_.bucket_of.resize(args_.vocabulary);
-    masses.assign(kBuckets, 0.0);
-    SOFTGRPO_BEST(fill_buckets<T>)(scratch_.bucket_of.data(), masses.data(), z_, args_.vocabulary,
-                                   row_.temperature, top());
-    double total = 0.0;
-    for (const double mass : masses) total += mass;
+    const bool whole = row_.top_p >= 1.0f;
+    const double total = whole ? 0.0 : sums(row_.temperature).mass;
+    // What is further away than this is less likely than min_p.
+    const float furthest = row_.min_p > 0.0f ? 0.01f - std::log(row_.min_p) : HUGE_VALF;
+    float reach = whole ? furthest : std::min(4.0f, furthest);
+    while (fill_buckets_within(reach) < row_.top_p * total && reach < furthest)
+      reach = reach < 32.0f ? std::min(reach + 3.0f, furthest) : furthest;
+    const auto& masses = scratch_.masses;
     double before = 0.0;
     int64_t border = 0;
-    while (border + 1 < kBuckets &&
-           (row_.top_p >= 1.0f || (before + masses[border]) / total < row_.top_p))
+    while (border + 1 < kBuckets && (whole || (before + masses[border]) / total < row_.top_p))
       before += masses[border++];
     split_at(border);
     auto& list = scratch_.list;
@@ -237,7 +233,7 @@ class RowSampler {
     }
     std::sort(scratch_.border.begin(), scratch_.border.end(), comes_before);
     for (const Candidate& c : scratch_.border) {
-      const bool inside = row_.top_p >= 1.0f || before / total < row_.top_p;
+      const bool inside = whole || before / total < row_.top_p;
       const double r = ratio(c, first);
       if (!list.empty() && !(inside && r >= row_.min_p)) break;
       list.push_back(c);
@@ -248,30 +244,39 @@ class RowSampler {
     kept_lse_ = top() + std::log(mass);
   }
 
-  // The list gets the tokens of the buckets before this one, as far as min_p keeps them; border
-  // those of this one.
+  // Sorts the tokens with z / temperature of at least top - reach into buckets; returns their mass.
+  double fill_buckets_within(float reach) {
+    auto& list = scratch_.list;
+    list.clear();
+    const float low = (top() - reach) * row_.temperature;
+    for (const Candidate& tile : scratch_.tiles)
+      if (tile.value > -HUGE_VALF && tile.value >= low) append_tile(tile.id, low);
+    scratch_.values.clear();
+    for (const Candidate& c : list) scratch_.values.push_back(c.value);
+    scratch_.bucket_of.resize(list.size());
+    scratch_.masses.assign(kBuckets, 0.0);
+    SOFTGRPO_BEST(fill_buckets)(scratch_.bucket_of.data(), scratch_.masses.data(),
+                                scratch_.values.data(), static_cast<int64_t>(list.size()),
+                                row_.temperature, top());
+    return std::accumulate(scratch_.masses.begin(), scratch_.masses.end(), 0.0);
+  }
+
+  // Of the tokens in buckets the list keeps those of buckets before this one, as far as min_p does;
+  // border gets those of this one.
   void split_at(int64_t bucket) {
     auto& list = scratch_.list;
-    auto& border = scratch_.border;
-    list.clear();
-    border.clear();
+    scratch_.border.clear();
     const Candidate first = {top(), 0};
-    for (const Candidate& tile : scratch_.tiles) {
-      if (tile.value == -HUGE_VALF) continue;
-      const int64_t begin = tile.id * kTile;
-      const int64_t count = std::min(kTile, args_.vocabulary - begin);
-      float values[kTile];
-      SOFTGRPO_BEST(convert_logits<T>)(values, z_ + begin, count);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t own = scratch_.bucket_of[begin + i];
-        if (own > bucket || values[i] == -HUGE_VALF) continue;
-        const Candidate c = {values[i] / row_.temperature, static_cast<int32_t>(begin + i)};
-        if (own == bucket)
-          border.push_back(c);
-        else if (row_.min_p <= 0.0f || ratio(c, first) >= row_.min_p)
-          list.push_back(c);
-      }
+    int64_t kept = 0;
+    for (size_t i = 0; i < list.size(); ++i) {
+      const int64_t own = scratch_.bucket_of[i];
+      const Candidate c = {list[i].value / row_.temperature, list[i].id};
+      if (own == bucket)
+        scratch_.border.push_back(c);
+      else if (own < bucket && (row_.min_p <= 0.0f || ratio(c, first) >= row_.min_p))
+        list[kept++] = c;
     }
+    list.resize(kept);
   }
 
   Candidate argmax_of_kept() {
@@ -375,7 +380,7 @@ template <class T>
 void sample_rows(const SoftTokenArgs& args) {
 #pragma omp parallel if (args.rows > 1)
   {
-    Scratch scratch;
+    thread_local Scratch scratch;  // its memory is kept
 #pragma omp for schedule(dynamic, 1)
     for (int64_t b = 0; b < args.rows; ++b) RowSampler<T>(args, b, scratch).run();
   }

@@ -1,5 +1,6 @@
 // What one row of soft_token works with.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -23,6 +24,11 @@ struct Candidate {
 // The order of candidates: value descending, id ascending.
 inline bool comes_before(const Candidate& a, const Candidate& b) {
   return a.value > b.value || (a.value == b.value && a.id < b.id);
+}
+
+// The probability of c in units of that of `first`; values are logits over the temperature.
+inline double ratio(const Candidate& c, const Candidate& first) {
+  return std::exp(static_cast<double>(c.value) - first.value);
 }
 
 struct Sums {
@@ -65,7 +71,7 @@ struct Scratch {
   std::vector<uint16_t> bucket_of;
   std::vector<double> masses;
   std::vector<int32_t> ids;
-  std::vector<float> noise;
+  std::vector<float> noise, values;
 };
 
 // What a slot holds.

@@ -28,7 +28,7 @@ from softgrpo_kernels.linear_logprob_op import SpecialWeightGradient, check_ids
 from softgrpo_kernels.lm_head import scaled_and_capped
 from softgrpo_kernels.methods import method_of
 from softgrpo_kernels.soft_density import soft_density
-from softgrpo_kernels.tensors import wide_dtype
+from softgrpo_kernels.tensors import on_device, wide_dtype
 
 GradWeight = Literal["dense", "rows", "accumulate"] | Tensor
 
@@ -200,7 +200,8 @@ def linear_soft_logprob(
         hidden: [N, H]; lm_head: [V, H] in the same dtype.
         ids, gprime: [N, K], the record of soft rows; slots from n on are unused.
         n: int [N], slots in use, at most K.
-        row_kind: uint8 [N], 1 soft, 0 discrete.
+        row_kind: uint8 [N], 1 soft, 0 discrete. On the host, whatever the device of the others,
+            nothing waits: which rows are discrete need not be asked of the device.
         label: int [N], token ids, read in discrete rows.
         objective, noise_scale, tau, weight_floor: see `soft_density`; read in soft rows.
         need_entropy: the whole vocabulary's entropy of every row, soft ones too; it makes all rows
@@ -227,8 +228,10 @@ def linear_soft_logprob(
             f"gprime must be floating point {list(ids.shape)} like ids, not {gprime.dtype} "
             f"{list(gprime.shape)}"
         )
-    for name, value in (("n", n), ("row_kind", row_kind), ("label", label)):
+    for name, value in (("n", n), ("label", label)):
         _check_integers(name, value, (hidden.shape[0],), hidden)
+    here = hidden if row_kind.device == hidden.device else hidden.new_empty(0, device="cpu")
+    _check_integers("row_kind", row_kind, (hidden.shape[0],), here)
     _check_record(n, row_kind, ids.shape[1])
     soft, ids, label = row_kind == 1, ids.long(), label.long()
     by_rows = isinstance(grad_weight, str) and grad_weight == "rows"
@@ -236,12 +239,18 @@ def linear_soft_logprob(
         raise ValueError(
             'grad_weight="rows" needs every row to be soft (row_kind 1) and no entropy; use "dense"'
         )
+    rows = None
+    if need_entropy:
+        rows = torch.arange(len(soft), device=hidden.device)
+    elif not torch.compiler.is_compiling():  # which could not; then the op finds them
+        rows = on_device((~soft).nonzero()[:, 0], hidden.device)
+    soft = on_device(soft, hidden.device)
     _check_labels(torch.where(soft, 0, label), lm_head)
     live = (torch.arange(ids.shape[1], device=ids.device) < n[:, None]) & soft[:, None]
     ids = ids.masked_fill(~live, -1)
     gprime = gprime.masked_fill(~live, -torch.inf)
     dots, token_logp, _, entropy = head.run(
-        ids, torch.where(soft, 0 if need_entropy else -1, label), need_entropy=need_entropy
+        ids, torch.where(soft, 0 if need_entropy else -1, label), rows, need_entropy=need_entropy
     )
     density = soft_density(
         head.candidate_logprob(dots, ids),
@@ -287,11 +296,11 @@ class _Head:
         self.softcap, self.logit_scale, self.grad_weight = softcap, logit_scale, grad_weight
 
     def run(
-        self, ids: Tensor, label: Tensor | None, *, need_entropy: bool
+        self, ids: Tensor, label: Tensor | None, rows: Tensor | None = None, *, need_entropy: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `linear_logprob_op.linear_logprob`."""
         arguments = (
-            self.hidden, self.lm_head, self.bias, ids, label, self.temperature_N,
+            self.hidden, self.lm_head, self.bias, ids, label, rows, self.temperature_N,
             self.softcap, self.logit_scale, need_entropy,
         )  # fmt: skip
         if isinstance(self.grad_weight, str) and self.grad_weight == "dense":
@@ -317,7 +326,10 @@ def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor:
     """[N] in the dtype of the computation."""
     if not isinstance(temperature, Tensor):
         check_divisor("temperature", temperature)
-    value = torch.as_tensor(temperature, dtype=wide_dtype(hidden.dtype), device=hidden.device)
+        # (A number that is copied to a device is waited for.)
+        value = torch.full((), temperature, dtype=wide_dtype(hidden.dtype), device=hidden.device)
+    else:
+        value = temperature.to(hidden.device, wide_dtype(hidden.dtype))
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != hidden.shape[0]):
         raise ValueError(
             f"temperature must be a number or [{hidden.shape[0]}], not {list(value.shape)}"

@@ -30,7 +30,9 @@ class LinearRows(NamedTuple):
 
     hidden [N, H]; lm_head [V, H], same dtype; bias [V] or None; ids int [N, K], < 0 unused, K may
     be 0; label int [N], < 0 where the row needs no softmax over the vocabulary (with K = 0 every
-    row needs it), or None if no row does; temperature [N] in the dtype of the computation.
+    row needs it), or None if no row does; rows: int64, those with a label, ascending, where the
+    caller knows them: to find them on a device waits for it; temperature [N] in the dtype of the
+    computation.
     """
 
     hidden: Tensor
@@ -38,6 +40,7 @@ class LinearRows(NamedTuple):
     bias: Tensor | None
     ids: Tensor
     label: Tensor | None
+    rows: Tensor | None
     temperature: Tensor
     softcap: float | None
     logit_scale: float
@@ -49,7 +52,7 @@ class LinearRows(NamedTuple):
             return torch.empty(0, dtype=torch.int64, device=self.ids.device)
         if self.ids.shape[1] == 0:  # nothing but labels: a device need not be asked which
             return torch.arange(len(self.label), device=self.ids.device)
-        return (self.label >= 0).nonzero()[:, 0]
+        return (self.label >= 0).nonzero()[:, 0] if self.rows is None else self.rows
 
     def full_arguments(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, LogitMap]:
         """What `token_logprob` takes, of these rows."""
@@ -206,7 +209,7 @@ class SpecialWeightGradient(torch.autograd.Function):
         if need_weight and ctx.sparse and grads[0] is not None:
             rows, values = indexed_dot_backward_table(grads[0], inputs.hidden, inputs.ids)
             d_weight = _sparse_rows(rows, values.to(inputs.lm_head.dtype), inputs.lm_head)
-        return None, d_hidden, d_weight, d_bias, *([None] * 6)
+        return None, d_hidden, d_weight, d_bias, *([None] * 7)
 
 
 def _sparse_rows(rows: Tensor, values: Tensor, like: Tensor) -> Tensor:
@@ -218,8 +221,8 @@ def _sparse_rows(rows: Tensor, values: Tensor, like: Tensor) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     rows = LinearRows(*inputs)
     _, _, lse, entropy = output
-    ctx.save_for_backward(*rows[:6], lse, entropy)
-    ctx.constants = rows[6:]
+    ctx.save_for_backward(*rows[:7], lse, entropy)
+    ctx.constants = rows[7:]
     ctx.set_materialize_grads(False)
 
 
@@ -235,12 +238,12 @@ def _differentiate_op(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
         *grads, lse, entropy, needs, *inputs
     )
     kept = (x if need else None for x, need in zip(gradients, needs, strict=True))
-    return *kept, *([None] * 6)
+    return *kept, *([None] * 7)
 
 
 _ARGUMENTS = (
-    "Tensor hidden, Tensor lm_head, Tensor? bias, Tensor ids, Tensor? label, Tensor temperature, "
-    "float? softcap, float logit_scale, bool need_entropy"
+    "Tensor hidden, Tensor lm_head, Tensor? bias, Tensor ids, Tensor? label, Tensor? rows, "
+    "Tensor temperature, float? softcap, float logit_scale, bool need_entropy"
 )
 LIBRARY.define(f"linear_logprob({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(

@@ -40,11 +40,13 @@ class RowParameters:
     """The parameters of every row, a table of floats and one of integers: a column for each.
 
     floats: float32 [9, B], FLOAT_COLUMNS; ints: int64 [7, B], INT_COLUMNS; k_max: slots.
+    may_be_unlisted: False promises that no row is `unlisted`, which saves a launch on a GPU.
     """
 
     floats: Tensor
     ints: Tensor
     k_max: int
+    may_be_unlisted: bool = True
 
     temperature = _column("temperature")
     top_p = _column("top_p")
@@ -116,9 +118,10 @@ class RowParameters:
         values = values._replace(reach=weight_reach(gumbel_tau, weight_floor))
         if device.type != "cpu":  # there the op reads the tables
             check_numbers(values, k_max)
-        floats = _table(values.floats, rows, torch.float32, device)
-        ints = _table(values.ints, rows, torch.int64, device)
-        return RowParameters(floats, ints, k_max)
+        floats, ints = _tables(values, rows, device)
+        discrete = isinstance(mode, Tensor) or mode == DISCRETE
+        listed = not isinstance(top_k, Tensor) and 1 <= top_k <= k_max
+        return RowParameters(floats, ints, k_max, may_be_unlisted=discrete and not listed)
 
     def check_shape(self, rows: int, device: torch.device) -> None:
         """Raises ValueError unless these are contiguous tables of so many rows on the device."""
@@ -191,18 +194,29 @@ def _check_value(name: str, value: object, rows: int, *, integer: bool) -> None:
         raise ValueError(f"{name} must be a number or a tensor, not {value!r}")
 
 
-def _table(values: tuple[Any, ...], rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[len(values), rows] of numbers and tensors."""
-    table = torch.empty((len(values), rows), dtype=dtype, device=device)
+def _tables(values: RowValues, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[9, rows] and [7, rows] of numbers and tensors."""
+    floats = torch.empty((len(FLOAT_COLUMNS), rows), dtype=torch.float32, device=device)
+    ints = torch.empty((len(INT_COLUMNS), rows), dtype=torch.int64, device=device)
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        from softgrpo_kernels.gpu.row_parameters import fill_rows
+
+        fill_rows(floats, ints, values)
+    else:
+        _fill(floats, values.floats)
+        _fill(ints, values.ints)
+    return floats, ints
+
+
+def _fill(table: Tensor, values: tuple[Any, ...]) -> None:
     # All numbers in one copy; on a device that copy would wait, and no compiler traces it.
-    together = device.type == "cpu" and not torch.compiler.is_compiling()
+    together = table.is_cpu and not torch.compiler.is_compiling()
     if together:
         numbers = [0 if isinstance(value, Tensor) else value for value in values]
-        table.copy_(torch.tensor(numbers, dtype=dtype)[:, None])
+        table.copy_(torch.tensor(numbers, dtype=table.dtype)[:, None])
     for i, value in enumerate(values):
         if not together or isinstance(value, Tensor):
             table[i] = value
-    return table
 
 
 def _clamp_bounds(noise_clamp: Clamp, rows: int) -> tuple[Number, Number]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softgrpo_kernels.backends import LIBRARY, backend_of
 from softgrpo_kernels.cpu import soft_token as cpu
+from softgrpo_kernels.limits import MAX_CANDIDATES
 from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.reference import soft_token as reference
 from softgrpo_kernels.row_parameters import Clamp, Number, RowParameters
@@ -40,7 +41,7 @@ def soft_token(
     stream: int | Tensor = 0,
     mode: int | Tensor = 2,
     terminal_ids: Tensor | None = None,
-    k_max: int = 32,
+    k_max: int | None = None,
     hidden: Tensor | None = None,
     lm_head: Tensor | None = None,
     bias: Tensor | None = None,
@@ -103,7 +104,8 @@ def soft_token(
         mode: 0 greedy, 1 discrete, 2 soft, 3 skip.
         terminal_ids: int [B, E], -1 pads: a soft row whose token is among them becomes discrete
             (kind 0, one-hot weights) and keeps its candidates.
-        k_max: slots per row, at most 64.
+        k_max: slots per row, at most 64; sorting for more of them costs more. None: top_k where it
+            is a number from 1 to 64, else 32.
         hidden, lm_head: [B, H'], [V, H'] in one dtype. Given, the logits only select the top_k; the
             candidates' logits are then computed again as fp32 dot products.
         bias, softcap, logit_scale: of that head, bias [V] or None:
@@ -125,7 +127,7 @@ def soft_token(
     rows = RowParameters.pack(
         inputs.source.shape[0],
         inputs.source.device,
-        k_max,
+        _slots(k_max, top_k),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -196,14 +198,21 @@ def _sample(
     else:
         out.check_room(layout, device)
     arguments = (
-        inputs.logits, inputs.embed, rows.floats, rows.ints, inputs.terminal_ids,
-        *(inputs.head or _NO_HEAD), inputs.joint, *(getattr(out, name) for name in OUTPUTS),
+        inputs.logits, inputs.embed, rows.floats, rows.ints, rows.may_be_unlisted,
+        inputs.terminal_ids, *(inputs.head or _NO_HEAD), inputs.joint,
+        *(getattr(out, name) for name in OUTPUTS),
     )  # fmt: skip
     if backend == "auto":
         torch.ops.softgrpo_kernels.soft_token(*arguments)
     else:
         _op(*arguments, backend=backend)
     return out
+
+
+def _slots(k_max: int | None, top_k: int | Tensor) -> int:
+    if k_max is not None:
+        return k_max
+    return top_k if isinstance(top_k, int) and 1 <= top_k <= MAX_CANDIDATES else 32
 
 
 _NO_HEAD = (None, None, None, None, 1.0)
@@ -218,6 +227,7 @@ def _op(
     embed: Tensor | None,
     floats: Tensor,
     ints: Tensor,
+    may_be_unlisted: bool,
     terminal_ids: Tensor | None,
     hidden: Tensor | None,
     lm_head: Tensor | None,
@@ -229,7 +239,7 @@ def _op(
     backend: str = "auto",
 ) -> None:
     out = SoftToken(*outputs)
-    rows = RowParameters(floats, ints, out.ids.shape[1])
+    rows = RowParameters(floats, ints, out.ids.shape[1], may_be_unlisted)
     if floats.is_cpu:
         rows.check()  # elsewhere the kernels mark rows as not valid
     head = None
@@ -250,8 +260,9 @@ def _op(
 
 
 LIBRARY.define(
-    "soft_token(Tensor? logits, Tensor? embed, Tensor floats, Tensor ints, Tensor? terminal_ids, "
-    "Tensor? hidden, Tensor? lm_head, Tensor? bias, float? softcap, float logit_scale, bool joint, "
+    "soft_token(Tensor? logits, Tensor? embed, Tensor floats, Tensor ints, "
+    "bool may_be_unlisted, Tensor? terminal_ids, Tensor? hidden, Tensor? lm_head, Tensor? bias, "
+    "float? softcap, float logit_scale, bool joint, "
     "Tensor(a!) ids, Tensor(b!) gprime, Tensor(c!) weights, Tensor(d!) logp, Tensor(e!) n, "
     "Tensor(f!) token, Tensor(g!) token_logp, Tensor(h!) kind, Tensor(i!)? embedded, "
     "Tensor(j!)? lse, Tensor(k!)? entropy, Tensor(l!)? kept_mass, Tensor(m!) valid) -> ()"

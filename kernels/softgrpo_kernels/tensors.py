@@ -22,3 +22,10 @@ def unit_stride(x: Tensor) -> Tensor:
 def int32(ids: Tensor) -> Tensor:
     """Ids as the back ends read them; x itself where it is like that."""
     return ids.to(torch.int32).contiguous()
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device, for work that is launched after this."""
+    if values.device == device or device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

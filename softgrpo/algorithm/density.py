@@ -86,6 +86,21 @@ def rollout_logq(positions: Positions, settings: DensitySettings) -> Tensor:
     return torch.where(positions.ids >= 0, logp, -math.inf)
 
 
+def behaviour_densities(
+    rollout_logq_TK: Tensor, positions: Positions, settings: DensitySettings
+) -> tuple[Tensor, Tensor]:
+    """What the rollout itself drew every position with: log-density [T], and where the record
+    gives it, bool [T]; elsewhere it means nothing. rollout_logq_TK: `rollout_logq`."""
+    classes, method = positions.classes, settings.method
+    density = log_densities(rollout_logq_TK, positions.full_logprobs, positions, settings)
+    known = ~classes.forced
+    if not method.records_density:
+        known &= ~classes.soft
+    if not method.keeps_logp:
+        known &= ~classes.soft_phase
+    return density, known
+
+
 def mismatch(
     logq_TK: Tensor, rollout_logq_TK: Tensor, classes: PositionClasses
 ) -> tuple[Tensor, Tensor]:

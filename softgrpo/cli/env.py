@@ -125,17 +125,25 @@ def _memory() -> dict[str, float]:
 
 
 def _cpu_back_ends() -> dict[str, str]:
-    from softgrpo_engine.ops.packed_linear import matrix_unit
+    import torch
+
+    from softgrpo_engine.ops.linear import has_bf16_products
+    from softgrpo_engine.ops.packed_linear import is_fastest, matrix_unit
     from softgrpo_kernels.extension import cpu_extension
 
     ours = "PyTorch reference" if cpu_extension() is None else "C++"
+
+    def linear(dtype: torch.dtype) -> str:
+        return "C++" if is_fastest(dtype) else "PyTorch"
+
     units = {"amx": "C++ on AMX", "avx512_bf16": "C++ on AVX512-BF16"}
     return {
         "soft step, embedding, noise": ours,
         "training log-probabilities": ours,
         "attention, norms, RoPE": ours,
-        "linear layers, bfloat16": units.get(matrix_unit(), "oneDNN"),
-        "linear layers, float32": "F.linear",
+        "linear layers, bfloat16": units.get(matrix_unit(), linear(torch.bfloat16)),
+        "linear layers, float32": linear(torch.float32),
+        "products of training, bfloat16": "bfloat16" if has_bf16_products() else "as float32",
     }
 
 

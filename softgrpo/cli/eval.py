@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--recipe", metavar="RECIPE_OR_FILE", help="ask as this training recipe or run does")
     add("--output", type=Path, metavar="DIR", help="default: runs/eval/MODEL-SETTINGS")
+    add("--engine", default="native", help="native, vllm, hf or an installed one (%(default)s)")
     add("--dtype", default="bfloat16", help="bfloat16 or float32 (%(default)s)")
     add("--batch-size", type=int, default=256, help="samples in progress (%(default)s)")
     add("--batch-invariant", action="store_true", help="the same bits at any batch size, on a CPU")
@@ -118,7 +119,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from softgrpo.evaluation.run import cells_to_do, encode_tasks, run_cells
     from softgrpo.evaluation.table import print_results
     from softgrpo.log.files import write_atomically
-    from softgrpo_engine import LLM
+    from softgrpo.rollout.engines import load_engine
     from softgrpo_engine.model.source import resolve_model
 
     model = resolve_model(arguments.model)
@@ -131,13 +132,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         cells = cells_to_do(settings, tasks, folder.rows())
         if cells:
             longest = max(len(ids) for questions in prompts.values() for ids in questions)
-            llm = LLM(
+            llm = load_engine(settings.engine)(
                 model,
                 tokenizer=tokenizer,
                 dtype=settings.dtype,
                 max_model_len=longest + settings.max_tokens,
                 max_batch_size=arguments.batch_size,
-                batch_invariant=settings.batch_invariant,
+                **({"batch_invariant": True} if settings.batch_invariant else {}),
             )
             run_cells(llm, settings, cells, prompts, folder)
         graders = {task.name: task.grader for task in tasks}
@@ -205,6 +206,7 @@ def _settings(
     del soft["temperature"]
     settings = Settings(
         model=arguments.model,
+        engine=arguments.engine,
         dtype=arguments.dtype,
         batch_invariant=arguments.batch_invariant,
         tasks=[task.name for task in tasks],

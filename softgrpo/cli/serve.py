@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import ipaddress
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Connections that wait for nothing but their body or a place in the queue.
 _SPARE_CONNECTIONS = 256
+_KEY_VARIABLE = "SOFTGRPO_API_KEY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--served-model-name", metavar="NAME", help="as clients call it (its directory or id)")
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     add("--port", type=int, default=8000, help="0 is any free one (%(default)s)")
-    add("--api-key", metavar="KEY", help="clients must send it (none)")
+    add("--api-key", metavar="KEY", help=f"clients must send it (${_KEY_VARIABLE}, which is in no "
+        "list of processes; else none)")  # fmt: skip
     add("--dtype", default="bfloat16", help="bfloat16 or float32 (%(default)s)")
     add("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer (the model's)")
     add("--max-batch-size", type=int, default=64, metavar="N", help="samples at once (%(default)s)")
@@ -64,8 +67,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{name} is not installed: pip install 'softgrpo[serve]'")
     if arguments.max_waiting < 0:
         raise ValueError(f"--max-waiting {arguments.max_waiting} is not allowed: must be >= 0")
-    if arguments.api_key == "":
-        raise ValueError("an empty --api-key would let everybody in: leave it out, or give one")
+    api_key = _api_key(arguments.api_key)
     # A port in use is found before the model is loaded.
     listener = _listener(arguments.host, arguments.port)
     # Heavy imports come after the arguments are known to be good.
@@ -89,7 +91,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         name=arguments.served_model_name or _name(arguments.model),
         soft=_default_soft(arguments, llm.default_soft),
         max_waiting=arguments.max_waiting,
-        api_key=arguments.api_key,
+        api_key=api_key,
         split_thinking=arguments.split_thinking,
         is_local=ipaddress.ip_address(listener.getsockname()[0]).is_loopback,
     )
@@ -114,6 +116,16 @@ def _serve(arguments: argparse.Namespace) -> None:
     host = f"[{host}]" if ":" in host else host
     print(f"serving {settings.name} on http://{host}:{port} (Ctrl-C ends it)", flush=True)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _api_key(argument: str | None) -> str | None:
+    """Of the command line, or of the environment."""
+    name, key = "--api-key", argument
+    if argument is None:
+        name, key = _KEY_VARIABLE, os.environ.get(_KEY_VARIABLE)
+    if key == "":
+        raise ValueError(f"an empty {name} would let everybody in: leave it out, or give one")
+    return key
 
 
 def _listener(host: str, port: int) -> socket.socket:

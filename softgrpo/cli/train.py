@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RECIPE_OR_FILE",
         help=f"packaged recipe ({', '.join(recipe_names())}) or YAML file (default: demo)",
     )
-    add("--engine", help="native, hf or an installed engine (rollout.engine)")
+    add("--engine", help="native, vllm, hf or an installed engine (rollout.engine)")
     add(
         "--report-to",
         metavar="SERVICE[,...]",

@@ -94,7 +94,8 @@ class FillerConfig:
 class RolloutConfig:
     """How many samples a step draws, and how.
 
-    engine: `native`, `hf` (transformers: slow, for comparison) or the name of an installed one
+    engine: `native`, `vllm` (docs/vllm.md), `hf` (transformers: slow, for comparison) or the name
+        of an installed one
     prompts_per_step: prompts of a step
     group_size: samples of a prompt
     max_new_tokens: longest response

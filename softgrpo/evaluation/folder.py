@@ -20,10 +20,12 @@ class Settings:
     soft: SoftParams without the temperature; its top_k and top_p are those of discrete tokens too.
     thoughts: "own", or what stands in their place: "argmax", the heaviest candidate alone of every
     mixture; "filler", the tokens `filler_thoughts` (a FillerConfig) behind every prompt.
+    engine: as in `rollout.engine`; another one rounds differently.
     model_files, questions: digests, so that a retrained model and edited data are noticed.
     """
 
     model: str
+    engine: str
     dtype: str
     batch_invariant: bool
     tasks: list[str]

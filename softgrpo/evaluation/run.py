@@ -18,10 +18,11 @@ from softgrpo.evaluation.folder import EvalFolder, Settings
 from softgrpo.evaluation.graders import Grade, Grader
 from softgrpo.evaluation.tasks import Task
 from softgrpo.log.samples import Mixture, position_rows
+from softgrpo.rollout.engines import RolloutEngine
 from softgrpo.rollout.sampling import EVALUATION_STREAM
-from softgrpo_engine import LLM, Output, Sample, SamplingParams, SoftParams
+from softgrpo_engine import Output, Sample, SamplingParams, SoftParams
 from softgrpo_engine.requests.admission import check_thoughts_fit
-from softgrpo_engine.requests.progress import sample_progress
+from softgrpo_engine.requests.progress import TokenRate, sample_progress
 from softgrpo_engine.requests.prompts import default_uids
 from softgrpo_kernels import soft_weights
 from softgrpo_kernels.methods import method_of
@@ -97,7 +98,7 @@ def encode_tasks(
 
 
 def run_cells(
-    llm: LLM,
+    llm: RolloutEngine,
     settings: Settings,
     cells: Sequence[Cell],
     prompts: dict[str, list[list[int]]],
@@ -129,7 +130,7 @@ def run_cells(
 
 
 def _generate(
-    llm: LLM, settings: Settings, cell: Cell, prompts: dict[str, list[list[int]]]
+    llm: RolloutEngine, settings: Settings, cell: Cell, prompts: dict[str, list[list[int]]]
 ) -> Iterator[tuple[int, Output, float]]:
     """(question, output, seconds since the one before), as groups end."""
     params, soft = sampling(settings, cell.mode, cell.temperature)
@@ -139,24 +140,26 @@ def _generate(
     uids = [default_uids(prompt, settings.samples) for prompt in ids]
     with sample_progress(sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=len(ids) * settings.samples, rate=0.0)
+        rate = TokenRate()
         groups = llm.iter_groups(
             zip(ids, uids, strict=True),
             params,
             soft or False,
             seed=settings.seed,
             stream=EVALUATION_STREAM,
-            between_steps=lambda: bar.update(task, rate=llm.rate.recent),
+            between_steps=lambda: bar.update(task, rate=rate.recent),
         )
         before = time.perf_counter()
         for i, output in groups:
             bar.advance(task, len(output.samples))
             now = time.perf_counter()
+            rate.add(sum(len(s.token_ids) for s in output.samples), now - before)
             yield cell.todo[i], output, now - before
             before = now
 
 
 def _finish(
-    llm: LLM,
+    llm: RolloutEngine,
     settings: Settings,
     cell: Cell,
     index: int,

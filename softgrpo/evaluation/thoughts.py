@@ -37,7 +37,8 @@ def modes_of(kind: str, given: str | None) -> list[str]:
     for one that is none, or that does not go with them."""
     modes = ["discrete"] if kind == FILLER else ["soft", "discrete"]
     if given is not None:
-        modes = list(dict.fromkeys(mode.strip() for mode in given.split(",")))
+        names = "soft,discrete" if given == "both" else given
+        modes = list(dict.fromkeys(mode.strip() for mode in names.split(",")))
     wrong = next((mode for mode in modes if mode not in ("soft", "discrete")), None)
     if wrong is not None:
         raise ValueError(f"--mode {wrong!r} is not allowed: must be soft, discrete or both")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from softgrpo.config.sections import LoraConfig
-from softgrpo.learner.policy import Policy, PositionLogProbs
+from softgrpo.learner.policy import Policy
+from softgrpo.learner.scoring import PositionLogProbs
 from softgrpo.learner.sharding import full
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine.model.decoder import Decoder

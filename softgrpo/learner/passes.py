@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softgrpo.algorithm.correction import importance_weights
-from softgrpo.algorithm.density import log_densities, mismatch, rollout_logq
+from softgrpo.algorithm.density import behaviour_densities, mismatch, rollout_logq
 from softgrpo.algorithm.loss import (
     bounded_exp,
     kl_estimator,
@@ -21,7 +21,8 @@ from softgrpo.config.sections import Sections
 from softgrpo.distributed import World
 from softgrpo.learner.lora import WithoutAdapters
 from softgrpo.learner.microbatches import microbatches
-from softgrpo.learner.policy import Policy, PositionLogProbs
+from softgrpo.learner.policy import Policy
+from softgrpo.learner.scoring import PositionLogProbs, entropy_of
 from softgrpo.learner.statistics import Statistics
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine.transfer import to_device
@@ -191,21 +192,14 @@ class Passes:
         # Drawn from the vocabulary, without candidates: the token alone is compared.
         difference = (current.density - positions.full_logprobs).abs()
         statistics.add(DIFFERENCE, difference, classes.full & ~classes.listed)
-        behaviour = log_densities(theirs, positions.full_logprobs, positions, settings)
-        known = ~classes.forced
-        if not settings.method.records_density:
-            known &= ~classes.soft
-        if not settings.method.keeps_logp:
-            known &= ~classes.soft_phase
+        behaviour, known = behaviour_densities(theirs, positions, settings)
         log_ratio = torch.where(known, current.density - behaviour, 0.0)
         weights, beyond = importance_weights(
             log_ratio, positions.sample, positions.num_samples, self.config.algorithm.correction
         )
         statistics.add(RATIO, bounded_exp(log_ratio), known)
         statistics.add("sampling/beyond_max_ratio", beyond, known)
-        logq = current.candidates
-        entropy = -torch.where(logq > -torch.inf, logq.exp() * logq, 0.0).sum(-1)
-        statistics.add("candidate_entropy", entropy, classes.listed)
+        statistics.add("candidate_entropy", entropy_of(current.candidates), classes.listed)
         return weights
 
     def _microbatches(self, samples: Sequence[int]) -> list[list[int]]:

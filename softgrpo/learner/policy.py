@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softgrpo.algorithm.density import density_terms
 from softgrpo.algorithm.positions import DensitySettings, Positions
 from softgrpo.learner.packing import PackedInputs
+from softgrpo.learner.scoring import PositionLogProbs, mixtures, score, with_mixtures
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine.model.decoder import Decoder
 from softgrpo_engine.training.group_attention import GroupAttention
 from softgrpo_engine.transfer import on_device
-from softgrpo_kernels import (
-    embedding_noise,
-    linear_candidate_logprob,
-    linear_token_logprob,
-    soft_embedding,
-    soft_weights,
-)
-from softgrpo_kernels.embedding_noise import root_mean_square, with_noise
-from softgrpo_kernels.methods.method import NoisyMixtures
-
-
-class PositionLogProbs(NamedTuple):
-    """terms, counts: [T, C], what has a ratio of its own at every response position, and how often
-    each counts (`density_terms`). candidates: log q of the recorded candidates [T, K], detached.
-    positions: what was scored, on the same device."""
-
-    terms: Tensor
-    counts: Tensor
-    candidates: Tensor
-    positions: Positions
-
-    @property
-    def density(self) -> Tensor:
-        """Log-density of every response position [T], differentiable."""
-        return (self.counts * self.terms).sum(-1)
 
 
 class Policy(nn.Module):
@@ -73,8 +45,8 @@ class Policy(nn.Module):
         # Here a batch goes to the device; all that depends on its values was worked out before.
         positions = on_device(batch.positions(self.settings), device)
         packed = on_device(PackedInputs.of(batch), device)
-        if self.settings.method.adds_noise:
-            positions = dataclasses.replace(positions, mixtures=self._mixtures(positions))
+        master_VH = self.decoder.embed_weight
+        positions = with_mixtures(positions, master_VH, self.dtype, self.settings)
         attention = GroupAttention(
             packed.prompt_lens,
             packed.response_lens,
@@ -83,7 +55,16 @@ class Policy(nn.Module):
             device,
         )
         hidden_TH = self.decoder(self._embed(packed, positions), packed.positions, attention)
-        return self._score(hidden_TH.index_select(0, packed.predictors), positions, rewarded_T)
+        # The gradient of the head goes straight into the master's: no [V, H] temporary.
+        head_VH = self.decoder.lm_head_weight
+        return score(
+            hidden_TH.index_select(0, packed.predictors),
+            head_VH.detach().to(self.dtype),
+            positions,
+            self.settings,
+            rewarded_T=rewarded_T,
+            grad_weight=head_VH,
+        )
 
     def _embed(self, packed: PackedInputs, positions: Positions) -> Tensor:
         """Input embeddings [T_in, H].
@@ -95,65 +76,10 @@ class Policy(nn.Module):
         embeds = _embedding(packed.token_ids, master_VH).to(self.dtype)
         if not len(packed.mixed):
             return embeds
-        ids, gprime, kind = (
-            part.index_select(0, packed.mixed_from)
-            for part in (positions.ids, positions.gprime, positions.kind)
+        mixture = mixtures(
+            master_VH.detach().to(self.dtype), positions, packed.mixed_from, self.settings
         )
-        weights = soft_weights(gprime, kind, self.settings.tau, self.settings.weight_floor)
-        mixture = soft_embedding(ids, weights, master_VH.detach().to(self.dtype))
-        if positions.mixtures is not None:
-            noise, deviation = positions.mixtures.noise, positions.mixtures.deviation
-            rows = torch.searchsorted(positions.classes.rows.soft, packed.mixed_from)
-            mixture = with_noise(mixture, noise.index_select(0, rows), deviation)
         return embeds.index_copy(0, packed.mixed, mixture)
-
-    @torch.no_grad()
-    def _mixtures(self, positions: Positions) -> NoisyMixtures:
-        """The noise of the soft positions, drawn again, on mixtures of the table that the engine
-        has: the master's in the dtype of the computation."""
-        table_VH = self.decoder.embed_weight.detach().to(self.dtype)
-        rows = positions.classes.rows.soft
-        position, uid = (x.index_select(0, rows) for x in (positions.position, positions.uid))
-        unit = root_mean_square(table_VH)
-        return NoisyMixtures(
-            ids=positions.ids.index_select(0, rows),
-            noise=embedding_noise(
-                table_VH.shape[1], positions.seed, position, uid, positions.stream
-            ),
-            deviation=(unit * self.settings.noise_scale).float(),
-            table=table_VH.float(),
-        )
-
-    def _score(
-        self, hidden_TH: Tensor, positions: Positions, rewarded_T: Tensor | None
-    ) -> PositionLogProbs:
-        settings, classes, rows = self.settings, positions.classes, positions.classes.rows
-        # The gradient of the head goes straight into the master's: no [V, H] temporary.
-        master_VH = self.decoder.lm_head_weight
-        head_VH = master_VH.detach().to(self.dtype)
-        temperature_T = torch.where(
-            classes.soft_phase, settings.soft_temperature, settings.discrete_temperature
-        )
-        logq = linear_candidate_logprob(
-            hidden_TH.index_select(0, rows.listed),
-            head_VH,
-            positions.ids.index_select(0, rows.listed),
-            temperature=temperature_T.index_select(0, rows.listed),
-            grad_weight=master_VH,
-        )
-        logq_TK = logq.new_full(positions.ids.shape, -torch.inf).index_copy(0, rows.listed, logq)
-        token_logp_T = logq.new_zeros(len(positions.token))
-        if len(rows.token):
-            token_logp = linear_token_logprob(
-                hidden_TH.index_select(0, rows.token),
-                head_VH,
-                positions.token.index_select(0, rows.token),
-                temperature=temperature_T.index_select(0, rows.token),
-                grad_weight=master_VH,
-            )
-            token_logp_T = token_logp_T.index_copy(0, rows.token, token_logp)
-        terms_TC, counts_TC = density_terms(logq_TK, token_logp_T, positions, settings, rewarded_T)
-        return PositionLogProbs(terms_TC, counts_TC, logq_TK.detach(), positions)
 
 
 def _embedding(ids: Tensor, master_VH: Tensor) -> Tensor:

@@ -108,8 +108,12 @@ class Sampling:
     @classmethod
     def of_evaluation(cls, config: Config, rollout: RolloutConfig) -> Sampling:
         """rollout: the settings of evaluations."""
-        soft = soft_params(rollout, config.algorithm.objective) or False
-        return cls(sampling_params(rollout), soft, config.eval.seed, EVALUATION_STREAM)
+        return cls(
+            sampling_params(rollout),
+            soft_params(rollout, config.algorithm.objective) or False,
+            config.eval.seed,
+            EVALUATION_STREAM,
+        )
 
 
 def rollout_uids(step: int, prompts: int, group_size: int) -> list[list[int]]:

@@ -69,6 +69,13 @@ def check_caller(http: HttpRequest, settings: ServeSettings) -> None:
         raise ApiError(403, message)
 
 
+def check_model(name: str, settings: ServeSettings) -> None:
+    """Raises ApiError unless this is the model."""
+    if name != settings.name:
+        message = f"there is no model {name!r:.80}: this is {settings.name!r}"
+        raise ApiError(404, message, "model")
+
+
 def _is_private(host: str) -> bool:
     """Whether no page of the web can have this name: one that has can let it lead to this machine
     (DNS rebinding), and then read the answers."""

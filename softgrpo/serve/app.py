@@ -9,7 +9,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from softgrpo.serve.admission import check_caller
+from softgrpo.serve.admission import check_caller, check_model
 from softgrpo.serve.errors import ApiError
 from softgrpo.serve.generation import LEFT, Generation, Generator
 from softgrpo.serve.metrics import Metrics
@@ -26,19 +26,29 @@ def make_app(llm: LLM, settings: ServeSettings) -> ASGIApp:
     async def page(http: HttpRequest) -> Response:
         return HTMLResponse(html)
 
+    model_card = {
+        "id": settings.name,
+        "object": "model",
+        "created": generator.created,
+        "owned_by": "softgrpo",
+        "max_model_len": llm.max_model_len,
+    }
+
     async def health(http: HttpRequest) -> Response:
-        return JSONResponse({"status": "ok"})
+        if generator.engine.failure is None:
+            return JSONResponse({"status": "ok"})
+        # What broke is in the log.
+        reason = "the engine failed for good: start the server again"
+        return JSONResponse({"status": "unhealthy", "reason": reason}, 503)
 
     async def models(http: HttpRequest) -> Response:
         check_caller(http, settings)
-        model = {
-            "id": settings.name,
-            "object": "model",
-            "created": generator.created,
-            "owned_by": "softgrpo",
-            "max_model_len": llm.max_model_len,
-        }
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [model_card]})
+
+    async def model(http: HttpRequest) -> Response:
+        check_caller(http, settings)
+        check_model(http.path_params["name"], settings)
+        return JSONResponse(model_card)
 
     async def metrics(http: HttpRequest) -> Response:
         text = generator.metrics.text(await generator.engine.metrics())
@@ -49,12 +59,14 @@ def make_app(llm: LLM, settings: ServeSettings) -> ASGIApp:
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
         Route("/v1/chat/completions", Generation(generator, is_chat=True), methods=["POST"]),
         Route("/v1/completions", Generation(generator, is_chat=False), methods=["POST"]),
     ]
     handlers = {ApiError: _refusal, HTTPException: _http_error, Exception: _mistake}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    return Counted(app, generator.metrics, {route.path for route in routes})
+    paths = {route.path for route in routes} | {f"/v1/models/{settings.name}"}
+    return Counted(app, generator.metrics, paths)
 
 
 async def _refusal(http: HttpRequest, error: Exception) -> Response:

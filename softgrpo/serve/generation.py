@@ -16,10 +16,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from softgrpo.serve.admission import Admission, check_caller, read_body
+from softgrpo.serve.admission import Admission, check_caller, check_model, read_body
 from softgrpo.serve.answers import Answers
 from softgrpo.serve.deltas import Deltas
-from softgrpo.serve.errors import ApiError, engine_failed
+from softgrpo.serve.errors import engine_failed
 from softgrpo.serve.jobs import Job, Preparation
 from softgrpo.serve.metrics import Metrics
 from softgrpo.serve.protocol import Request, parse_request
@@ -53,11 +53,8 @@ class Generator:
 
     async def job(self, request: Request) -> Job:
         """The request made ready; raises ApiError for what cannot be done."""
-        name = self.settings.name
-        if request.model not in (None, name):
-            raise ApiError(
-                404, f"there is no model {request.model!r:.80}: this is {name!r}", "model"
-            )
+        if request.model is not None:
+            check_model(request.model, self.settings)
         return await self.in_thread(partial(self._preparation.job, request))
 
     def in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:

@@ -1,4 +1,4 @@
-"""Flat keys for soft tokens, the same for this server and for the plug-in of vLLM."""
+"""The flat keys for soft tokens, as bodies have them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,7 @@ from typing import Any, Literal
 from softgrpo.serve.errors import ApiError
 from softgrpo.serve.fields import Fields, wrong
 from softgrpo_engine import SoftParams
-
-# Key of a request: field of SoftParams.
-_INTEGERS = {
-    "soft_top_k": "top_k",
-    "soft_max_tokens": "max_soft_tokens",
-    "soft_min_tokens": "min_soft_tokens",
-    "soft_cold_stop_steps": "cold_stop_steps",
-    "soft_switch_window": "switch_window",
-    "soft_max_switches": "max_switches",
-}
-_NUMBERS = {
-    "soft_top_p": "top_p",
-    "soft_temperature": "temperature",
-    "soft_tau": "tau",
-    "soft_weight_floor": "weight_floor",
-    "soft_noise_scale": "noise_scale",
-    "soft_eps": "eps",
-    "soft_cold_stop_entropy": "cold_stop_entropy",
-}
-_NAMES = ("soft_seed", "soft_uid", "soft_stream")
-_OTHERS = ("soft", "soft_noise", "soft_end_of_thinking", "soft_clip_low", "soft_clip_high")
-SOFT_KEYS = frozenset((*_INTEGERS, *_NUMBERS, *_NAMES, *_OTHERS))
+from softgrpo_engine.requests.soft_keys import INTEGERS, NAMES, NUMBERS, SOFT_KEYS
 
 
 def soft_fields(body: Fields) -> Fields:
@@ -56,15 +35,15 @@ def soft_params(keys: Fields, default: SoftParams | None) -> SoftParams | Litera
     is_soft = keys.boolean("soft") if "soft" in keys else default is not None
     changes = _changes(keys)
     if not is_soft:
-        for name in sorted(keys.values.keys() - {"soft", *_NAMES} if "soft" not in keys else ()):
+        for name in sorted(keys.values.keys() - {"soft", *NAMES} if "soft" not in keys else ()):
             raise ApiError(400, f"{name} is a setting of soft tokens: add soft=1", name)
         return False
     return dataclasses.replace(default or SoftParams(), **changes)
 
 
 def _changes(keys: Fields) -> dict[str, Any]:
-    changes: dict[str, Any] = {field: keys.integer(key) for key, field in _INTEGERS.items()}
-    changes |= {field: keys.number(key) for key, field in _NUMBERS.items()}
+    changes: dict[str, Any] = {field: keys.integer(key) for key, field in INTEGERS.items()}
+    changes |= {field: keys.number(key) for key, field in NUMBERS.items()}
     changes["noise"] = keys.string("soft_noise")
     end = keys.values.get("soft_end_of_thinking")
     if isinstance(end, bool) or not isinstance(end, str | int | None):

@@ -61,7 +61,8 @@ class Spec:
         constexprs: the constants, and None for pointers that are absent.
         divisible: integer arguments known to be multiples of 16 at the launch.
         fp_fusion: may a * b + c become one operation.
-        wide_loads: at least so many 128-bit loads, and none of 8 or 16 bits.
+        wide_loads: at least so many 128-bit loads, and none of 8 or 16 bits, but for narrow_loads
+            of single numbers.
         no_fma: neither Triton nor the assembler fused anything (noise: the same bits everywhere).
             Where the kernel divides, the assembler's own expansion of that is not held against it.
         dot: tensor cores are used (on sm_90: HGMMA).
@@ -76,6 +77,7 @@ class Spec:
     num_stages: int = 3
     fp_fusion: bool = False
     wide_loads: int = 0
+    narrow_loads: int = 0
     no_fma: bool = False
     dot: bool = False
     targets: tuple[str, ...] = tuple(TARGETS)
@@ -112,7 +114,7 @@ def violations(spec: Spec, target: str, facts: Facts) -> list[str]:
         wrong.append(f"spills: {facts['spills']} instructions or registers")
     if facts["shared"] > TARGETS[target][3]:
         wrong.append(f"shared memory: {facts['shared']} bytes of {TARGETS[target][3]}")
-    if spec.wide_loads and facts["narrow_loads"]:
+    if spec.wide_loads and facts["narrow_loads"] > spec.narrow_loads:
         wrong.append(f"loads of 8 or 16 bits: {facts['narrow_loads']}")
     if facts["wide_loads"] < spec.wide_loads:
         wrong.append(f"128-bit loads: {facts['wide_loads']}, expected {spec.wide_loads} or more")
@@ -189,6 +191,7 @@ def _read_cuda(asm: dict[str, Any]) -> Facts:
         "divisions": len(re.findall(r"\b(?:div|sqrt|rcp)\.\S*f(?:32|64)", asm["ptx"])),
         "matrix": count(r"HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|IMMA"),
         "instructions": sum(ops.values()),
+        "barriers": count(r"BAR\b"),
         "ops": {
             op: n for op, n in sorted(ops.items()) if re.match(r"LD|ST|UTMA|.*MMA|F\w*FMA", op)
         },

@@ -37,8 +37,9 @@ SPECS = [
         "lm head combine",
         f"{GPU}:combine_kernel",
         {
-            "chunk_sums": "*fp32", "tile_max": "*fp32", "tile_sums": "*fp32", "floats": "*fp32",
-            "ints": "*i64", **dict.fromkeys(("batch", "tiles", "chunks"), "i32"),
+            "chunk_sums": "*fp32", "count": "*i32", "histogram": "*i64", "tile_max": "*fp32",
+            "tile_sums": "*fp32", "floats": "*fp32", "ints": "*i64",
+            **dict.fromkeys(("batch", "tiles", "chunks"), "i32"),
         },
         {"ENTROPY": True, "TILES": 32},
         num_warps=1,

@@ -204,3 +204,13 @@ def test_a_bad_request_is_refused_and_disturbs_nobody(make_llm, prompts):
         return await good
 
     assert run(main())[0].samples[0].finish_reason == "length"
+
+
+def test_an_engine_whose_thread_is_gone_says_so(make_llm, prompts):
+    engine = AsyncLLM(make_llm())
+    run(engine.generate(prompts[0], SamplingParams(max_tokens=2)))
+    assert engine.failure is None
+    engine._worker.shutdown()
+    with pytest.raises(RuntimeError):
+        run(engine.generate(prompts[0], SamplingParams(max_tokens=2)))
+    assert isinstance(engine.failure, RuntimeError)

@@ -79,13 +79,17 @@ def test_shapes_come_in_few_sizes():
     assert [bucket(DecodeShape(1, 1, n), 8).ends for n in (0, 1, 3)] == [0, 1, 4]
     assert [bucket(DecodeShape(1, 1, 0, n), 8).entropies for n in (0, 1)] == [0, 1]
     assert [bucket(DecodeShape(1, 1, 0, 0, n), 8).noises for n in (0, 1)] == [0, 1]
+    assert [bucket(DecodeShape(1, 1, 0, unlisted=u), 8).unlisted for u in (False, True)] == [
+        False,
+        True,
+    ]
 
 
 def test_inputs_are_views_of_one_block():
     shape = DecodeShape(rows=3, pages=5, ends=2, entropies=1, noises=1)
     words = torch.arange(shape.words, dtype=torch.int32)
     inputs = DecodeInputs.views(words, shape)
-    parts = list(vars(inputs).values())
+    parts = inputs.tensors.values()
     assert sum(part.nbytes for part in parts) == words.nbytes
     for part in parts:
         part.fill_(-7)
@@ -135,22 +139,24 @@ def test_held_back_tokens_alone_lose_their_logits(make_llm, monkeypatch):
     """Token 0 in one row; in the other the padding, which no token stands for, leaves it alone."""
     seen = []
 
-    def draw(logits, *args, **kwargs):
+    def draw(record, rows, index, logits, *args, **kwargs):
         seen.append(logits.clone())
         raise InterruptedError
 
-    monkeypatch.setattr("softgrpo_engine.execution.runner.soft_token_of_rows", draw)
+    monkeypatch.setattr("softgrpo_engine.execution.record.draw_into_record", draw)
     runner, places = make_llm().runner, torch.zeros(2, dtype=torch.int64)
     hidden = torch.randn(2, runner.decoder.config.hidden_size)
     for held_back in (torch.empty(2, 0), torch.tensor([[0, 5, 9], [7, -1, -1]])):
         with torch.inference_mode(), pytest.raises(InterruptedError):
-            runner._draw(hidden, places, places, held_back.long(), torch.empty(2, 0))
+            runner._draw(hidden, places, places, held_back.long(), torch.empty(2, 0), True)
     plain, held = (x.tolist() for x in seen)
     plain[0][0] = plain[0][5] = plain[0][9] = plain[1][7] = -torch.inf
     assert held == plain
 
 
-def test_graphs_are_kept_until_a_tensor_moves(make_llm, prompts, hf_model):
+def test_graphs_are_kept_until_a_tensor_moves(make_llm, prompts, hf_model, monkeypatch):
+    # As on a GPU, which computes with the weights where they stand.
+    monkeypatch.setattr("softgrpo_engine.model.projections.is_fastest", lambda dtype: False)
     llm = with_graphs(make_llm())
     samples_of(llm, prompts[:2])
     recorded = Replayed.recorded

@@ -213,7 +213,7 @@ def test_launches_of_a_decode_step(make_llm_on, simulated_gpu, prompts):
 # The words of the inputs, the graph, the copy of the tokens.
 LAUNCHES_FROM_THE_HOST = 3
 LAUNCHES_IN_A_LAYER = 10
-LAUNCHES_IN_A_GRAPH = 60
+LAUNCHES_IN_A_GRAPH = 12
 
 
 @pytest.mark.parametrize("attention", ["flashinfer", "varlen"])

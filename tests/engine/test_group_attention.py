@@ -123,3 +123,26 @@ def test_memory_is_linear_in_the_tokens(peak_memory, one_thread):
     assert 3 < large / small < 5
     # What it takes is a few times its input, and scores alone would be more.
     assert large < 20 * 4096 * 8 * HEAD_DIM * 4 < 4 * 4 * 4096 * 4096
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+@pytest.mark.parametrize("name", ["edges of the rectangles", "several blocks"])
+def test_bfloat16_is_rounded_only_where_it_is_kept(name, has_products, monkeypatch):
+    monkeypatch.setattr("softgrpo_engine.ops.linear.has_bf16_products", lambda: has_products)
+    heads, kv_heads = 4, 2
+    prompt_lens, response_lens = LAYOUTS[name]
+    tokens = sum(prompt_lens) + sum(map(sum, response_lens))
+    torch.manual_seed(1)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * HEAD_DIM).bfloat16()
+    rope = torch.ones(tokens, HEAD_DIM), torch.zeros(tokens, HEAD_DIM)  # no rotation: no rounding
+    direction = torch.randn(tokens, heads * HEAD_DIM).bfloat16()
+    results = []
+    for x, r in ((qkv, rope), (qkv.double(), tuple(part.double() for part in rope))):
+        x.requires_grad_()
+        out = GroupAttention(prompt_lens, response_lens, heads, kv_heads)(0, x, r)
+        results += [(out.detach(), *torch.autograd.grad(out, x, direction.to(x.dtype)))]
+    for ours, exact in zip(*results, strict=True):
+        assert ours.dtype == torch.bfloat16
+        # bfloat16 products round the weights of the keys, too, and every part of a gradient.
+        error = (ours.double() - exact).norm() / exact.norm()
+        assert error < (2**-7 if has_products else 2**-8), error

@@ -75,13 +75,12 @@ def test_recompute_reads_the_mixture_and_not_the_token(make_llm, prompts):
     """The test above would see it: with the token in place of the mixture, the rest differs."""
     expected = run(make_llm(max_batch_size=32), prompts)
     llm = make_llm(pages=9, max_batch_size=32)
-    inputs = llm.runner.record.inputs
+    record = llm.runner.record
 
-    def tokens_only(rows, index):
-        ids, weights = inputs(rows, index)
-        return ids, (weights == weights.amax(-1, keepdim=True)).float() * (weights > 0)
+    def tokens_only(rows, index, embed, before):
+        return embed[record.drawn.token[rows, index - before].long()]
 
-    llm.runner.record.inputs = tokens_only
+    record.mixtures = tokens_only
     outputs = run(llm, prompts)
     assert any(
         a.token_ids != b.token_ids

@@ -11,6 +11,7 @@ import pytest
 from softgrpo.config.sections import DataConfig, FewShot
 from softgrpo.data.sources import DataError
 from softgrpo.evaluation.tasks import BENCHMARKS, load_task, split_names, task_label, task_names
+from softgrpo.evaluation.thoughts import modes_of
 
 AIME24 = {
     "id": 60,
@@ -215,3 +216,11 @@ def test_errors_name_the_thing_and_the_remedy(tmp_path, monkeypatch):
     remedy = r"Couldn't reach the Hub.*from a file: --task gsm8k=FILE, columns question, ans"
     with pytest.raises(DataError, match=remedy):
         load_task("gsm8k")
+
+
+def test_modes_by_their_names():
+    assert modes_of("own", None) == modes_of("own", "both") == ["soft", "discrete"]
+    assert modes_of("filler", None) == ["discrete"]
+    assert modes_of("own", "discrete, soft") == ["discrete", "soft"]
+    with pytest.raises(ValueError, match="--mode 'hard' is not allowed: must be soft, discrete or"):
+        modes_of("own", "hard")

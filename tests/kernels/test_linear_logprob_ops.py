@@ -29,13 +29,14 @@ def problem(rows, dtype=torch.float32):
 
 # fp32: C++; fp64: plain PyTorch. Without labels: candidates only. Without slots: tokens only.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("part", ["both", "candidates", "tokens"])
+@pytest.mark.parametrize("part", ["both", "rows known", "candidates", "tokens"])
 def test_linear_logprob_passes_opcheck(part, dtype):
     hidden, head, bias, ids, label = problem(6, dtype)
     label[::2] = -1
     ids, label = ids[:, : 0 if part == "tokens" else K], None if part == "candidates" else label
     temperature = torch.linspace(0.5, 2, 6, dtype=dtype)
-    arguments = (hidden, head, bias, ids, label, temperature, 3.0, 0.7, True)
+    rows = torch.arange(1, 6, 2) if part == "rows known" else None
+    arguments = (hidden, head, bias, ids, label, rows, temperature, 3.0, 0.7, True)
     torch.library.opcheck(OPS.linear_logprob.default, arguments)
     with torch.no_grad():
         dots, logp, lse, entropy = OPS.linear_logprob(*arguments)

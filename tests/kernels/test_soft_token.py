@@ -344,5 +344,5 @@ def test_fp64_is_the_oracle_of_fp32():
 
 def test_empty_batch(backend):
     out = soft_token(torch.empty(0, 7), torch.randn(7, 3), top_k=2, backend=backend)
-    assert out.ids.shape == (0, 32)
+    assert out.ids.shape == (0, 2)  # as many slots as top_k
     assert out.embed.shape == (0, 3)

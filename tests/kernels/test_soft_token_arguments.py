@@ -12,7 +12,7 @@ from softgrpo_kernels.methods import NOISES
     ("arguments", "message"),
     [
         ({"top_k": 0}, "soft row needs 1 <= top_k <= k_max = 32, not top_k = 0"),
-        ({"top_k": 33}, "not top_k = 33"),
+        ({"top_k": 65}, "not top_k = 65"),
         ({"top_k": torch.tensor([5, -1])}, "not top_k = -1"),
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"temperature": torch.tensor([1.0, torch.nan])}, "temperature must be > 0"),

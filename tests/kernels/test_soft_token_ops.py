@@ -43,7 +43,7 @@ def test_opcheck():
     )  # fmt: skip
     out = room(6, 8, embed)
     tables = (torch.randn(6, 500), embed.detach(), rows.floats, rows.ints)
-    rest = (None, None, None, None, None, 1.0, False)
+    rest = (True, None, None, None, None, None, 1.0, False)
     opcheck(OPS.soft_token.default, (*tables, *rest, *(getattr(out, f.name) for f in fields(out))))
 
 

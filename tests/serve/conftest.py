@@ -74,9 +74,9 @@ class Served:
         assert status == 200, answer
         return json.loads(answer)
 
-    def error(self, path, body, **headers):
+    def error(self, path, body, method="POST", **headers):
         """(status, the error) of an answer that is one."""
-        status, _, answer = self.request("POST", path, body, **headers)
+        status, _, answer = self.request(method, path, body, **headers)
         error = json.loads(answer)["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert "\n" not in error["message"]

@@ -112,6 +112,57 @@ def test_the_key(make_llm, serve):
         server.post(CHAT, BODY, Authorization="Bearer secret")
 
 
+def test_the_key_may_come_from_the_environment(make_llm, monkeypatch, capsys):
+    """Where no list of processes shows it; that of the command line wins."""
+    import softgrpo.serve.app
+    from softgrpo.cli.serve import main
+
+    keys = []
+
+    def make_app(llm, settings):
+        keys.append(settings.api_key)
+        raise SystemExit(7)
+
+    monkeypatch.setattr(softgrpo.serve.app, "make_app", make_app)
+    monkeypatch.setattr("softgrpo_engine.LLM", lambda *args, **options: make_llm())
+    monkeypatch.setattr("softgrpo_engine.model.source.resolve_model", lambda name: name)
+    monkeypatch.setenv("SOFTGRPO_API_KEY", "of the environment")
+    command = ["--model", "tiny", "--port", "0"]
+    assert main(command) == main([*command, "--api-key", "given"]) == 7
+    monkeypatch.delenv("SOFTGRPO_API_KEY")
+    assert main(command) == 7
+    assert keys == ["of the environment", "given", None]
+    capsys.readouterr()
+    monkeypatch.setenv("SOFTGRPO_API_KEY", "")
+    assert main(command) == 2
+    assert "an empty SOFTGRPO_API_KEY would let everybody in" in capsys.readouterr().err
+
+
+def test_health_is_that_of_the_engine(make_llm, serve, monkeypatch):
+    """An error of one step is over with it; one that the device stays in is not."""
+    llm = make_llm()
+    step = llm.step
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with serve(llm) as server:
+        llm.step = broken
+        assert server.error(CHAT, BODY)[0] == 500
+        assert server.request("GET", "/health")[::2] == (200, b'{"status":"ok"}')
+        llm.step = step
+        server.post(CHAT, BODY)
+        llm.step = broken
+        monkeypatch.setattr("softgrpo_engine.async_llm.check_device", lambda device: broken())
+        assert server.error(CHAT, BODY)[0] == 500
+        status, _, answer = server.request("GET", "/health")
+        assert status == 503
+        assert json.loads(answer) == {
+            "status": "unhealthy",
+            "reason": "the engine failed for good: start the server again",
+        }
+
+
 def test_a_key_may_be_in_any_letters(make_llm, serve):
     with serve(make_llm(), api_key="clé") as server:
         server.post(CHAT, BODY, Authorization="Bearer clé".encode())

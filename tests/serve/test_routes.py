@@ -1,5 +1,7 @@
 """What clients ask for and get, row by row of the table in docs/serving.md."""
 
+import json
+
 import pytest
 import torch
 
@@ -44,6 +46,19 @@ def test_models_health_and_metrics(served):
     served.post(CHAT, BODY)
     assert served.metric("softgrpo_generated_tokens_total") == before + 9
     assert served.metric('softgrpo_requests_total{route="/v1/chat/completions",status="200"}') >= 1
+
+
+def test_one_model_by_its_name(served, make_llm, serve):
+    listed = json.loads(served.request("GET", "/v1/models")[2])["data"][0]
+    assert json.loads(served.request("GET", "/v1/models/tiny")[2]) == listed
+    assert served.metric('softgrpo_requests_total{route="/v1/models/tiny",status="200"}') == 1
+    status, error = served.error("/v1/models/other", None, method="GET")
+    assert (status, error["message"]) == (404, "there is no model 'other': this is 'tiny'")
+    assert served.metric('softgrpo_requests_total{route="other",status="404"}') >= 1
+    with serve(make_llm(), name="organisation/model", api_key="secret") as server:
+        path = "/v1/models/organisation/model"
+        assert server.request("GET", path)[0] == 401
+        assert server.request("GET", path, Authorization="Bearer secret")[0] == 200
 
 
 def test_a_chat_is_what_the_engine_draws_and_the_record_comes_with_it(served, llm):

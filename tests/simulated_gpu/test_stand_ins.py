@@ -22,12 +22,16 @@ from softgrpo_kernels.gpu import indexed_dot as indexed
 from softgrpo_kernels.gpu import linear_logprob as logprob
 from softgrpo_kernels.gpu import soft_token as gpu_step
 from softgrpo_kernels.gpu.gumbel_noise import gumbel_noise
+from softgrpo_kernels.gpu.row_parameters import fill_rows
 from softgrpo_kernels.gpu.soft_embedding import soft_embedding
 from softgrpo_kernels.gpu.soft_token import full_vocabulary as whole_rows
 from softgrpo_kernels.gpu.soft_token import lm_head
 from softgrpo_kernels.linear_logprob_slices import LogitMap, TokenGradients
+from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.noise import log_gamma_noise
-from softgrpo_kernels.row_rules import DISCRETE, GREEDY, SKIP, SOFT
+from softgrpo_kernels.record_step import draw_into_record, record_mixtures
+from softgrpo_kernels.record_tables import RecordTables
+from softgrpo_kernels.row_rules import DISCRETE, GREEDY, SKIP, SOFT, RowValues
 from softgrpo_kernels.soft_token_tensors import SoftTokenInputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -45,9 +49,7 @@ reaches, assert_reached = CASES.reaches, CASES.assert_reached
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """Of those that look at rows over the whole vocabulary, each costs milliseconds; and narrow
-    tiles of the LM head."""
-    monkeypatch.setattr(whole_rows, "SPLITS", tl.constexpr(2))
+    """Narrow tiles of the LM head."""
     monkeypatch.setattr(lm_head, "ROWS", 4)
 
 
@@ -71,11 +73,8 @@ def test_every_stand_in_has_a_kernel():
 
 STATISTICS = ("statistics.statistics_kernel",)
 LM_HEAD = ("lm_head.lm_head_kernel", "lm_head.combine_kernel")
-STEP = (
-    "select.select_kernel", "draw.draw_kernel", "full_vocabulary.collect_kernel",
-    "full_vocabulary.cut_kernel", "full_vocabulary.draw_kernel", "full_vocabulary.record_kernel",
-    "soft_embedding.soft_embedding_kernel",
-)  # fmt: skip
+SAMPLE = ("sample.sample_kernel",)
+STEP = ("full_vocabulary.collect_kernel", *SAMPLE)
 
 
 def poisoned(source, embed, k_max, statistics):
@@ -118,6 +117,23 @@ def every_mode():
     }
 
 
+@reaches("row_parameters.fill_rows_kernel")
+@pytest.mark.parametrize("rows", [3, 300])
+def test_parameters_of_rows(launches, rows):
+    """Numbers, large ones and those that a compiler would treat apart; tensors of other dtypes."""
+    values = RowValues(
+        temperature=0.7, top_p=1, tau=torch.rand(rows).bfloat16().float(), reach=torch.inf,
+        noise_scale=torch.rand(rows).double(), clamp_low=torch.randn(rows, 2)[:, 1],
+        eps=torch.tensor(1e-6), top_k=5, seed=-(2**62), position=torch.arange(rows).short(),
+        uid=2**32 - 1, stream=torch.tensor([7]), mode=1,
+    )  # fmt: skip
+    floats, ints = torch.empty(9, rows), torch.empty(7, rows, dtype=torch.int64)
+    fill_rows(floats, ints, values)
+    for column, value in zip([*floats, *ints], values, strict=True):
+        assert torch.equal(column, torch.as_tensor(value).to(column.dtype).expand(rows))
+    assert_reached(test_parameters_of_rows, launches)
+
+
 @reaches(*STATISTICS, *STEP)
 def test_every_mode(launches):
     """Rows at odd distances; a terminal id that ends a soft row; top-p of the whole row's mass."""
@@ -130,7 +146,7 @@ def test_every_mode(launches):
     assert_reached(test_every_mode, launches)
 
 
-@reaches(*STATISTICS, *STEP)
+@reaches(*STATISTICS, *SAMPLE)
 def test_every_noise(launches):
     step(
         logits_of("plain", 6, 200), top_k=4, top_p=0.9, noise=torch.tensor([0, 1, 2, 3, 4, 2]),
@@ -235,6 +251,39 @@ def test_from_hidden_states(launches):
         hidden[:, 3:], head[3:, 3:], top_k=2, temperature=9.0, k_max=2, statistics=False
     )
     assert_reached(test_from_hidden_states, launches)
+
+
+@reaches(*STATISTICS, *STEP, "mixture.record_mixture_kernel")
+def test_rows_of_a_record(launches):
+    """In another order, one of them twice as the rows that pad a batch are; a soft row that ends;
+    mixtures of soft, discrete and empty positions."""
+    rows, capacity, slots, vocabulary = 4, 3, 3, 200
+    columns = {
+        "mode": [DISCRETE, GREEDY, DISCRETE, SKIP, SOFT, SOFT, SOFT, SKIP],
+        "top_k": [-1, 0, 2, 0, 3, 3, 3, 0], "uid": [0, 1, 2, 3] * 2,
+        "gumbel_tau": [1.0] * 4 + [0.5, 0.1, 0.1, 1.0], "weight_floor": [0.0] * 5 + [0.1, 0, 0],
+    }  # fmt: skip
+    settings = SOUND | {name: torch.tensor(values) for name, values in columns.items()}
+    draws = RowParameters.pack(8, torch.device("cpu"), slots, noise_clamp=None, **settings)
+    shape = (rows, capacity)
+    record = RecordTables(
+        draws, torch.tensor([0, 1, 1, 0], dtype=torch.uint8),
+        torch.full((rows, 1), -1, dtype=torch.int32), torch.full((*shape, slots), -1).int(),
+        torch.full((*shape, slots), -torch.inf), torch.zeros(shape, dtype=torch.uint8),
+        torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int32),
+        torch.zeros(shape), torch.zeros(shape),
+    )  # fmt: skip
+    row, step = torch.tensor([2, 0, 3, 1, 3]), torch.tensor([1, 0, 1, 2, 1])
+    drawn = torch.empty(3, 5, dtype=torch.int64)
+    head = LMHead(torch.randn(5, 20), torch.randn(vocabulary, 20))
+    for _ in range(2):
+        logits = logits_of("plain", 5, vocabulary)
+        draw_into_record(record, row, step, logits, drawn, head=head, backend="triton")
+        record.terminal_ids[1] = record.token[1, 2]
+    assert drawn[1].tolist() == [1, 0, 0, 1, 0]
+    record_mixtures(record, row, step + 1, torch.randn(vocabulary, 9), before=1, backend="triton")
+    record_mixtures(record, row, step * 0, torch.randn(vocabulary, 9), backend="triton")
+    assert_reached(test_rows_of_a_record, launches)
 
 
 # Noise, mixtures and the ops of the trainer.

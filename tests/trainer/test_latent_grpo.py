@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_decoder import make_decoder
 
+import softgrpo.learner.policy
 from softgrpo.algorithm.positions import DensitySettings
 from softgrpo.learner.policy import Policy
 from softgrpo.rollout.batch import RolloutBatch
@@ -66,7 +67,7 @@ def test_dead_slots_count_in_nothing_and_a_nan_shows():
         torch.testing.assert_close(logq.grad[:2], torch.tensor([[slope.item(), 0.0], [0.0, 0.0]]))
 
 
-def test_the_policy_scores_over_the_vocabulary():
+def test_the_policy_scores_over_the_vocabulary(monkeypatch):
     """Against all logits of the same decoder: value, and gradient in the weights."""
     soft = SoftParams(top_k=5, top_p=0.9, noise_clip=(-1.5, 3.0), end_of_thinking=2)
     engine = LLM(make_decoder(), kv_memory=0.01, max_batch_size=16)
@@ -85,9 +86,13 @@ def test_the_policy_scores_over_the_vocabulary():
     density = policy(batch, rewarded).density[rows]
     density.sum().backward()
 
-    hidden = []
-    score = plain._score
-    plain._score = lambda h, *rest: (hidden.append(h), score(h, *rest))[1]
+    hidden, score = [], softgrpo.learner.policy.score
+
+    def noted(hidden_TH, *arguments, **options):
+        hidden.append(hidden_TH)
+        return score(hidden_TH, *arguments, **options)
+
+    monkeypatch.setattr(softgrpo.learner.policy, "score", noted)
     plain(batch)
     logits = (hidden[0] @ plain.decoder.lm_head_weight.T / 0.7)[rows]
     ids, gprime = batch.soft.ids[rows].long(), batch.soft.gprime[rows]

@@ -130,8 +130,8 @@ def test_the_operations_are_those_of_a_real_step(simulated_gpu):
     assert sum(flops.values()) == real.products
 
 
-def test_a_gpu_beside_a_cpu_with_a_matrix_unit_holds_the_weights_once(monkeypatch):
-    monkeypatch.setattr("softgrpo_engine.model.projections.matrix_unit", lambda: "amx")
+def test_a_gpu_beside_a_cpu_with_fast_products_holds_the_weights_once(monkeypatch):
+    monkeypatch.setattr("softgrpo_engine.model.projections.is_fastest", lambda dtype: True)
     with FakeGPU() as gpu:
         decoder = empty_decoder(DecoderConfig.from_hf(SMALL, ()), torch.bfloat16, DEVICE)
         weights = gpu.held

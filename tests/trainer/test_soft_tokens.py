@@ -41,8 +41,9 @@ def roll(monkeypatch, dtype, soft=SOFT):
     runner, fed = llm.runner, {}
     mixtures = runner._mixtures
 
-    def watched(rows, index, deviation):
-        result = mixtures(rows, index, deviation)
+    def watched(rows, index, deviation, before=0):
+        result = mixtures(rows, index, deviation, before)
+        index = index - before
         _, position, uid, _ = runner.record.noise_keys(rows, index)
         soft = runner.record.drawn.kind[rows, index]
         names = zip(uid.tolist(), position.tolist(), soft.tolist(), strict=True)

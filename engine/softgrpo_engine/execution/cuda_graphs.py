@@ -26,6 +26,7 @@ def bucket(shape: DecodeShape, max_batch_size: int) -> DecodeShape:
         ends=0 if shape.ends == 0 else 1 << (shape.ends - 1).bit_length(),
         entropies=shape.entropies,
         noises=shape.noises,
+        unlisted=shape.unlisted,
     )
 
 

@@ -13,13 +13,14 @@ from torch import Tensor
 class DecodeShape(NamedTuple):
     """rows: B. pages: W, the width of the block table. ends: E, ids held back from a row.
     entropies: M, 1 where the step gives entropies, else 0. noises: N, 1 where noise is added to
-    mixtures, else 0."""
+    mixtures, else 0. unlisted: a row may draw from the whole vocabulary."""
 
     rows: int
     pages: int
     ends: int
     entropies: int = 0
     noises: int = 0
+    unlisted: bool = False
 
     @property
     def words(self) -> int:
@@ -46,7 +47,8 @@ class DecodeInputs:
     """row, index: int64 [B], places in the record. position: int64 [B], in the sequence. slot:
     int64 [B], where its keys go. held_back: int64 [B, E], tokens that a row may not draw, -1 pads.
     block_table: int32 [B, W]. seq_lens: int32 [B], this position included. temperature: float32
-    [B, M], of the entropies. deviation: float32 [B, N], of the noise on mixtures.
+    [B, M], of the entropies. deviation: float32 [B, N], of the noise on mixtures. unlisted: a row
+    may draw from the whole vocabulary.
     """
 
     row: Tensor
@@ -58,12 +60,17 @@ class DecodeInputs:
     seq_lens: Tensor
     temperature: Tensor
     deviation: Tensor
+    unlisted: bool
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     @staticmethod
     def views(words: Tensor, shape: DecodeShape) -> DecodeInputs:
         """The inputs in a block of int32 [shape.words], on the host or on the device: one copy
         moves them all."""
-        rows, pages, ends, entropies, noises = shape
+        rows, pages, ends, entropies, noises, unlisted = shape
         wide_words = 2 * rows * (4 + ends)
         wide, narrow = words.split([wide_words, shape.words - wide_words])
         *places, held_back = wide.view(torch.int64).split([rows] * 4 + [rows * ends])
@@ -81,4 +88,5 @@ class DecodeInputs:
             seq_lens,
             temperature.view(torch.float32).view(rows, entropies),
             deviation.view(torch.float32).view(rows, noises),
+            unlisted,
         )

@@ -12,8 +12,11 @@ from torch import Tensor
 from softgrpo_engine.scheduling.sequence import Sequence
 from softgrpo_engine.soft_tokens import SoftTokens
 from softgrpo_engine.transfer import ToHost, to_device
-from softgrpo_kernels import RowParameters, SoftToken
+from softgrpo_kernels import RowParameters
+from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.methods import method_of
+from softgrpo_kernels.record_step import draw_into_record, record_mixtures
+from softgrpo_kernels.record_tables import RecordTables
 from softgrpo_kernels.row_rules import (
     DISCRETE,
     FLOAT_COLUMNS,
@@ -23,7 +26,7 @@ from softgrpo_kernels.row_rules import (
     SOFT,
     RowValues,
 )
-from softgrpo_kernels.soft_weights import weight_reach, weights_within
+from softgrpo_kernels.soft_weights import weight_reach
 
 
 class Drawn(NamedTuple):
@@ -80,8 +83,6 @@ class Record:
         )
         self.soft = torch.zeros(rows, dtype=torch.uint8, device=device)
         self.terminal_ids = torch.empty(rows, 0, dtype=torch.int32, device=device)
-        # A number from the host would be copied, and waited for, at each use.
-        self._false = torch.zeros((), dtype=torch.bool, device=device)
         self._reader = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._changed: torch.cuda.Event | None = None  # outside of a step
 
@@ -117,12 +118,12 @@ class Record:
         if not sequences:
             return
         rows = [sequence.row for sequence in sequences if sequence.row is not None]
-        settings = [_discrete(sequence) for sequence in sequences]
+        settings = [discrete_values(sequence) for sequence in sequences]
         columns = list(rows)
         for sequence, row in zip(sequences, rows, strict=True):
             if sequence.soft is not None:
                 columns.append(self.rows + row)
-                settings.append(_soft(sequence))
+                settings.append(soft_values(sequence))
         at = self._to_device(columns)
         self.draws.floats[:, at] = self._to_device([v.floats for v in settings], np.float32).T
         self.draws.ints[:, at] = self._to_device([v.ints for v in settings]).T
@@ -143,26 +144,30 @@ class Record:
         if width:
             self.terminal_ids[rows] = self._to_device(padded, np.int32)
 
-    def parameters(self, rows_B: Tensor, index_B: Tensor) -> RowParameters:
-        """How to draw generated position index_B of these rows, each in its phase."""
-        column_B = self.soft[rows_B].long() * self.rows + rows_B
-        floats, ints = (x.index_select(1, column_B) for x in (self.draws.floats, self.draws.ints))
-        rows = RowParameters(floats, ints, self.candidates)
-        rows.position.add_(index_B)
-        return rows
+    @property
+    def tables(self) -> RecordTables:
+        """What the kernels read and write."""
+        return RecordTables(self.draws, self.soft, self.terminal_ids, *self.drawn)
 
-    def write(self, rows_B: Tensor, index_B: Tensor, drawn: SoftToken) -> None:
-        """Keeps what was drawn at these positions, and the phase that follows."""
-        places = rows_B, index_B
-        self.drawn.ids[places] = drawn.ids
-        self.drawn.gprime[places] = drawn.gprime
-        self.drawn.kind[places] = drawn.kind
-        self.drawn.forced[places] = self._false
-        self.drawn.token[places] = drawn.token
-        self.drawn.logprob[places] = drawn.token_logp
-        if drawn.kept_mass is not None:
-            self.drawn.kept_mass[places] = drawn.kept_mass
-        self.soft[rows_B] = drawn.kind
+    def draw(
+        self,
+        rows_B: Tensor,
+        index_B: Tensor,
+        logits_BV: Tensor,
+        drawn: Tensor,
+        head: LMHead,
+        unlisted: bool,
+    ) -> None:
+        """Draws generated position index_B of these rows, each in its phase, and keeps it and the
+        phase that follows; see `draw_into_record`."""
+        draw_into_record(
+            self.tables, rows_B, index_B, logits_BV, drawn, head=head, unlisted=unlisted
+        )
+
+    def mixtures(self, rows_T: Tensor, index_T: Tensor, embed: Tensor, before: int) -> Tensor:
+        """What stands for generated positions index_T - before, [T, H]: mixtures of the table of
+        embeddings."""
+        return record_mixtures(self.tables, rows_T, index_T, embed, before=before)
 
     def force(self, row: int, index: int, token: int) -> None:
         """Puts ``token`` at a position already drawn; the phase is discrete from here."""
@@ -188,14 +193,6 @@ class Record:
         if self._reader is not None:
             self._changed = torch.cuda.Event()
             self._changed.record()
-
-    def inputs(self, rows_T: Tensor, index_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Candidates [T, K] int32 and weights [T, K] float32 of generated positions."""
-        drawn, places = self.drawn, (rows_T, index_T)
-        columns = self.rows + rows_T
-        tau, reach = (x.index_select(0, columns) for x in (self.draws.tau, self.draws.reach))
-        weights = weights_within(drawn.gprime[places], drawn.kind[places], tau, reach)
-        return drawn.ids[places], weights
 
     def noise_keys(self, rows_T: Tensor, index_T: Tensor) -> tuple[Tensor, ...]:
         """Seed, position, uid, stream of the noise on generated positions, each int64 [T]."""
@@ -277,7 +274,7 @@ def _key(sequence: Sequence) -> dict[str, int]:
     }
 
 
-def _discrete(sequence: Sequence) -> RowValues:
+def discrete_values(sequence: Sequence) -> RowValues:
     """How a sample draws discretely."""
     params = sequence.params
     return RowValues(
@@ -290,7 +287,7 @@ def _discrete(sequence: Sequence) -> RowValues:
     )
 
 
-def _soft(sequence: Sequence) -> RowValues:
+def soft_values(sequence: Sequence) -> RowValues:
     """How it draws in its soft phase."""
     soft = sequence.soft
     assert soft is not None

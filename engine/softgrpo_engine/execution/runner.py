@@ -21,8 +21,9 @@ from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
 from softgrpo_engine.scheduling.scheduler import Chunk, Plan
 from softgrpo_engine.scheduling.sequence import Sequence
 from softgrpo_engine.transfer import ToHost, to_device
-from softgrpo_kernels import embedding_noise, soft_embedding, soft_token_of_rows
+from softgrpo_kernels import embedding_noise
 from softgrpo_kernels.embedding_noise import root_mean_square, with_noise
+from softgrpo_kernels.lm_head import LMHead
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class Runner:
         held_back = self._to_device(_held_back(samplers))
         temperature = self._to_device(_entropy_temperature(samplers))
         hidden_BH = hidden_TH.index_select(0, rows)
-        return Launched(self._draw(hidden_BH, row_B, index_B, held_back, temperature))
+        unlisted = any(sequence.may_draw_unlisted for sequence in samplers)
+        return Launched(self._draw(hidden_BH, row_B, index_B, held_back, temperature, unlisted))
 
     def set_soft_phase(self, sequence: Sequence) -> None:
         """The next position of the sample is drawn in the phase that the host has set."""
@@ -173,7 +175,8 @@ class Runner:
             _entropy_temperature(sequences),
             self._deviation(sequences),
         )
-        shape = tables.shape
+        unlisted = any(sequence.may_draw_unlisted for sequence in sequences)
+        shape = tables.shape._replace(unlisted=unlisted)
         if self.graphs is None:
             words = self._decode_words(shape, plan.chunks, tables)
             inputs = DecodeInputs.views(words.to(self.device, non_blocking=True), shape)
@@ -189,7 +192,7 @@ class Runner:
     def _decode_words(self, shape: DecodeShape, chunks: Seq[Chunk], tables: DecodeTables) -> Tensor:
         """The inputs of these chunks on the host, filled up with padding to the shape."""
         words = torch.empty(shape.words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        parts = vars(DecodeInputs.views(words, shape))
+        parts = DecodeInputs.views(words, shape).tensors
         inputs = {name: part.numpy() for name, part in parts.items()}
         count = len(chunks)
         places = [(c.sequence.row, c.sequence.num_generated, c.start) for c in chunks]
@@ -215,9 +218,16 @@ class Runner:
     def _decode(self, inputs: DecodeInputs, attend: Attend = attend_by_kernels) -> Tensor:
         """One position of every sequence, on the device alone: see `_draw`."""
         attention = self._attention(inputs.slot, inputs.block_table, inputs.seq_lens, None, attend)
-        embeds_BH = self._mixtures(inputs.row, inputs.index - 1, inputs.deviation)
+        embeds_BH = self._mixtures(inputs.row, inputs.index, inputs.deviation, before=1)
         hidden_BH = self.decoder(embeds_BH, inputs.position, attention)
-        return self._draw(hidden_BH, inputs.row, inputs.index, inputs.held_back, inputs.temperature)
+        return self._draw(
+            hidden_BH,
+            inputs.row,
+            inputs.index,
+            inputs.held_back,
+            inputs.temperature,
+            inputs.unlisted,
+        )
 
     def _addresses(self) -> tuple[int, ...]:
         """Of every tensor that `_decode` finds by itself."""
@@ -286,12 +296,16 @@ class Runner:
             embeds[self._to_device(np.flatnonzero(generated))] = mixtures
         return embeds
 
-    def _mixtures(self, row_T: Tensor, index_T: Tensor, deviation_TN: Tensor) -> Tensor:
-        """What stands for generated positions [T, H]: mixtures from the record, and on soft ones
-        noise of that standard deviation, float32 [T, N]; N is 0 where there is none."""
-        mixtures_TH = soft_embedding(*self.record.inputs(row_T, index_T), self.decoder.embed_weight)
+    def _mixtures(
+        self, row_T: Tensor, index_T: Tensor, deviation_TN: Tensor, before: int = 0
+    ) -> Tensor:
+        """What stands for generated positions index_T - before, [T, H]: mixtures from the record,
+        and on soft ones noise of that standard deviation, float32 [T, N]; N is 0 where there is
+        none."""
+        mixtures_TH = self.record.mixtures(row_T, index_T, self.decoder.embed_weight, before)
         if not deviation_TN.shape[1]:
             return mixtures_TH
+        index_T = index_T - before
         seed, position, uid, stream = self.record.noise_keys(row_T, index_T)
         noise_TH = embedding_noise(mixtures_TH.shape[1], seed, position, uid, stream)
         soft_T = self.record.drawn.kind[row_T, index_T]
@@ -314,32 +328,28 @@ class Runner:
         index_B: Tensor,
         held_back_BE: Tensor,
         temperature_BM: Tensor,
+        unlisted: bool,
     ) -> Tensor:
         """Draws a position of every row into the record; int64 [3, B]: token, soft, valid.
 
         held_back_BE: int64, ids that a row may not draw, -1 pads. temperature_BM: float32, M is 0
         or 1; with 1 there is a fourth row, the bits of the entropy at that temperature (float32).
+        unlisted: a row may draw from the whole vocabulary.
         """
         logits_BV = self.decoder.logits(hidden_BH)
         if held_back_BE.shape[1]:
             # The smaller of logit and bound: a pad, whatever id it stands for, changes nothing.
             bound_BE = torch.where(held_back_BE < 0, torch.inf, -torch.inf).to(logits_BV.dtype)
             logits_BV.scatter_reduce_(1, held_back_BE.clamp(min=0), bound_BE, "amin")
-        asked = temperature_BM.shape[1] > 0
-        entropy = [_entropy(logits_BV, temperature_BM).view(torch.int32)] if asked else []
-        drawn = soft_token_of_rows(
-            logits_BV,
-            self.record.parameters(row_B, index_B),
-            terminal_ids=self.record.terminal_ids[row_B],
-            # bf16 logits carry a rounding of up to 2^-9 |z|: those of the candidates are computed
-            # again in fp32, as the trainer does.
-            hidden=hidden_BH,
-            lm_head=self.decoder.lm_head_weight,
-            need_kept_mass=self.record.keeps_mass,
-        )
-        self.record.write(row_B, index_B, drawn)
-        rows = [drawn.token, drawn.kind, drawn.valid, *entropy]
-        return torch.stack([row.long() for row in rows])
+        asked = temperature_BM.shape[1]
+        drawn = torch.empty(3 + asked, len(row_B), dtype=torch.int64, device=self.device)
+        if asked:
+            drawn[3] = _entropy(logits_BV, temperature_BM).view(torch.int32)
+        # bf16 logits carry a rounding of up to 2^-9 |z|: those of the candidates are computed again
+        # in fp32, as the trainer does.
+        head = LMHead(hidden_BH, self.decoder.lm_head_weight)
+        self.record.draw(row_B, index_B, logits_BV, drawn[:3], head, unlisted)
+        return drawn
 
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         if copies:

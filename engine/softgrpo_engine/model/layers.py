@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from softgrpo_engine.model.attention import Attention, Rope
 from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.ops.linear import linear
 
 
 class RMSNorm(nn.Module):
@@ -42,8 +43,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, self.bias)
 
 
 class SelfAttention(nn.Module):

@@ -8,19 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softgrpo_engine.ops.packed_linear import PackedWeight, matrix_unit, pack_weight, packed_linear
+from softgrpo_engine.ops.packed_linear import PackedWeight, is_fastest, pack_weight, packed_linear
 from softgrpo_engine.ops.silu_mul import silu_mul
 
 
 class PackedLinear:
     """``x @ weight.T + bias``, or SwiGLU's ``silu(gate) * up`` of it.
 
-    On a CPU with a bf16 matrix unit (AMX, AVX512-BF16) it is our own kernel: faster than oneDNN at
-    decode batch sizes, and its rows do not depend on the batch. Other CPUs take oneDNN's prepacked
-    bf16 product, 1.3 to 4 times faster than ``F.linear`` there; its two operators are the ones
-    Inductor uses for frozen weights, private to PyTorch, so their absence means ``F.linear``. So
-    does float32: bit for bit what the trainer computes. ``batch_invariant`` asks for our kernel
-    whatever the machine; on a GPU there is none.
+    It is our own kernel where that is the fastest (`is_fastest`: CPUs with AVX2 or more); its rows
+    do not depend on the batch. Other CPUs take oneDNN's prepacked bf16 product where there is one;
+    its two operators are the ones Inductor uses for frozen weights, private to PyTorch, so their
+    absence means ``F.linear``. ``batch_invariant`` asks for our kernel whatever the machine; on a
+    GPU there is none.
 
     weight [N, K], bias [N] or None; x [T, K] -> [T, N], or [T, N / 2] with silu_mul, where the rows
     of the weight are those of gate, then of up.
@@ -37,8 +36,8 @@ class PackedLinear:
         self._bias, self._silu_mul = bias_N, silu_mul
         self.ours: PackedWeight | None = None  # with our kernel
         self._onednn = self._weight = None
-        on_cpu = weight_NK.device.type == "cpu"  # the host of a GPU may have such a unit, too
-        if batch_invariant or (on_cpu and weight_NK.dtype == torch.bfloat16 and matrix_unit()):
+        on_cpu = weight_NK.device.type == "cpu"  # also a GPU's host has instructions
+        if batch_invariant or (on_cpu and is_fastest(weight_NK.dtype)):
             self.ours = pack_weight(weight_NK, bias_N, silu_mul=silu_mul)
             if batch_invariant and not self.ours.is_compiled:
                 raise ValueError(

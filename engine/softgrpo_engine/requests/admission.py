@@ -82,7 +82,7 @@ def make_groups(
         _check_ids("end_of_thinking is", [thinking_end], config.vocab_size)
     if len(uids) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and uids for {len(uids)}: one list a prompt")
-    _check_noise_keys(seed, uids, stream, soft)
+    check_noise_keys(seed, uids, stream, soft)
     end_ids = frozenset(params.stop_token_ids)
     if not params.ignore_eos:
         end_ids |= frozenset(config.eos_token_ids)
@@ -118,8 +118,9 @@ def make_groups(
     return [group(*pair) for pair in zip(prompts, uids, strict=True)]
 
 
-def _check_noise_keys(seed: int, uids: Seq[Seq[int]], stream: int, soft: SoftParams | None) -> None:
-    """A step would refuse them too, and with it the samples of all other callers."""
+def check_noise_keys(seed: int, uids: Seq[Seq[int]], stream: int, soft: SoftParams | None) -> None:
+    """Raises ValueError for keys that no noise has: a step would refuse them too, and with it the
+    samples of all other callers."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed} is not allowed: must be >= 0 and < 2^64")
     for uid in itertools.chain.from_iterable(uids):

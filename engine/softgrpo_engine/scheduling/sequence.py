@@ -92,6 +92,19 @@ class Sequence:
         return self.thinking_end if self.thinking and self.thinking_over else None
 
     @property
+    def may_draw_unlisted(self) -> bool:
+        """Its next position may be drawn from more tokens than a position records.
+
+        A position that was not read yet may have ended the soft phase; one that has ended the
+        sample does not count, for what is drawn after it is dropped.
+        """
+        params = self.params
+        if params.temperature == 0 or 1 <= params.top_k <= self.slots:
+            return False
+        unread = self.num_generated > len(self.tokens)
+        return not self.soft_phase or (unread and self.thinking_end is not None)
+
+    @property
     def asks_entropy(self) -> bool:
         """That of its next position is needed."""
         return self.rule is not None and self.thinking

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from softgrpo_engine.model.attention import Rope
+from softgrpo_engine.ops.linear import product_dtype
 from softgrpo_engine.transfer import to_device
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -137,11 +138,15 @@ class _PrefixAttention(torch.autograd.Function):
 
     Two sets of keys merge exactly by their log-sum-exps (as in ring attention, arXiv 2310.01889);
     given the merged output and log-sum-exp, flash attention's backward over one set of keys yields
-    that set's part of the gradient. q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D].
+    that set's part of the gradient. q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]. It computes in
+    the dtype in which the machine multiplies fast, and keeps what was given for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        layout: _Layout = arguments[3]
+        given, dtype = arguments[0].dtype, product_dtype(arguments[0])
+        q, k, v = (x.to(dtype) for x in arguments[:3])
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         for bucket in layout.buckets:
@@ -159,14 +164,17 @@ class _PrefixAttention(torch.autograd.Function):
             out[start:end] = own + part * (part_lse - merged).exp()[..., None]
             lse[start:end] = merged
         ctx.layout = layout
-        ctx.save_for_backward(q, k, v, out, lse)
+        out = out.to(given)
+        ctx.save_for_backward(*arguments[:3], out, lse)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        *saved, lse = ctx.saved_tensors
         layout: _Layout = ctx.layout
+        given, dtype = grad.dtype, product_dtype(grad)
+        grad, q, k, v, out = (x.to(dtype) for x in (grad, *saved))
         d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         kv_heads = k.shape[1]
         for bucket in layout.buckets:
@@ -198,7 +206,7 @@ class _PrefixAttention(torch.autograd.Function):
             d_q[rows] += _join_prefix(grads[0], end - start)
             d_k[keys] += grads[1][0].transpose(0, 1)
             d_v[keys] += grads[2][0].transpose(0, 1)
-        return d_q, d_k, d_v, None
+        return d_q.to(given), d_k.to(given), d_v.to(given), None
 
 
 # Within spans: (span, KV head) pairs are the batch, the query heads of a KV head its heads, so that

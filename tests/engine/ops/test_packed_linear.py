@@ -4,8 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from softgrpo_engine.model.projections import PackedLinear
 from softgrpo_engine.ops.extension import cpu_extension
-from softgrpo_engine.ops.packed_linear import matrix_unit, pack_weight, packed_linear
+from softgrpo_engine.ops.packed_linear import (
+    is_fastest,
+    matrix_unit,
+    pack_weight,
+    packed_linear,
+)
 
 kernels = cpu_extension()
 UNITS = ["", "avx512_bf16", "amx"]
@@ -30,11 +36,12 @@ def unit(request):
     kernels.limit_isa(2)
 
 
-# Rows: less than a tile of 16, one, a block of 32 and a bit, more than a chunk of 256.
+# Rows: one, few (whole blocks of columns at once), a tile of 16, a block of 32 and a bit, more
+# than a chunk of 256.
 # Width: odd tiles are zero; 34 is no multiple of a matrix unit's depth.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("columns", "width"), [(96, 64), (40, 64), (5, 34)])
-@pytest.mark.parametrize("rows", [1, 16, 47, 300])
+@pytest.mark.parametrize("rows", [1, 3, 16, 47, 300])
 def test_products(unit, dtype, rows, columns, width):
     torch.manual_seed(0)
     x, weight, bias = (
@@ -90,3 +97,11 @@ def test_what_does_not_fit_is_named():
     for x in (torch.randn(2, 5), torch.randn(2, 6).bfloat16(), torch.randn(6)):
         with pytest.raises(ValueError, match=r"x must be torch.float32 \[T, 6\]"):
             packed_linear(x, packed)
+
+
+def test_a_decoder_multiplies_with_it_from_avx2_on(unit):
+    """It did so in bfloat16 with a matrix unit only: AVX2 took PyTorch's, 8 times slower."""
+    for dtype in (torch.bfloat16, torch.float32):
+        ours = PackedLinear(torch.randn(32, 64).to(dtype)).ours
+        assert (ours is not None) == (unit != "portable") == is_fastest(dtype)
+    assert not is_fastest(torch.float64)

@@ -145,4 +145,4 @@ def test_a_row_does_not_depend_on_its_batch(device):
 
 def test_no_rows(device):
     out = soft_token(torch.empty(0, 7, device=device), top_k=2, backend="triton")
-    assert out.ids.shape == (0, 32)
+    assert out.ids.shape == (0, 2)  # as many slots as top_k

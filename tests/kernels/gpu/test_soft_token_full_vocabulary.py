@@ -9,10 +9,9 @@ import triton.language as tl
 from gpu_cases import compare
 from logit_styles import logits_of
 
-from softgrpo_kernels import SoftToken, gumbel_noise, soft_token
-from softgrpo_kernels.gpu.soft_token.full_vocabulary import sample_full_vocabulary
+from softgrpo_kernels import gumbel_noise, soft_token
+from softgrpo_kernels.gpu.soft_token import cut
 from softgrpo_kernels.gpu.soft_token.vocabulary_row import mass_of, unit_of
-from softgrpo_kernels.row_parameters import RowParameters
 
 LIMITS = [
     {}, {"top_p": 0.8317}, {"top_k": 50, "top_p": 0.913}, {"min_p": 0.05}, {"top_k": 10**6},
@@ -49,6 +48,22 @@ def test_a_nucleus_that_overflows_the_list(device):
     """A flat row of which most is kept: the cut is found in the row itself."""
     logits = 0.01 * torch.randn(1, 9000)
     compare(device, logits, torch.randn(9000, 4), k_max=4, mode=1, top_p=0.97)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")
+@pytest.mark.parametrize("style", ["plain", "integers"])
+def test_the_nucleus_is_found_in_one_bin(device, monkeypatch, style):
+    """Few passes over the list: a bisection of all 32 bits took some 30."""
+    passes, mass_above = [], cut.mass_above
+
+    def counted(*arguments):
+        passes.append(arguments)
+        return mass_above(*arguments)
+
+    monkeypatch.setattr(cut, "mass_above", counted)
+    logits = logits_of(style, 2, 700, torch.bfloat16)
+    compare(device, logits, torch.randn(700, 4), k_max=4, mode=1, top_p=0.83, uid=torch.arange(2))
+    assert 2 * 2 <= len(passes) <= 2 * 9
 
 
 def test_draws_follow_the_nucleus(device):
@@ -88,22 +103,8 @@ def test_masses_of_any_vocabulary_fit(device, vocabulary):
 def test_a_vocabulary_whose_masses_did_not_fit(device):
     """540,672 equal logits: 2^44 each overflowed an int64."""
     vocabulary = 132 * 4096
-    rows = RowParameters.pack(
-        1, device, 4, temperature=1.0, top_k=-1, top_p=0.5, min_p=0.0, gumbel_tau=0.1,
-        noise_scale=1.0, noise_clamp=None, weight_floor=0.0,
-        eps=0.0, seed=0, position=0, uid=0, stream=0, mode=1,
-        noise="gumbel",
-    )  # fmt: skip
     logits = torch.zeros(1, vocabulary, dtype=torch.float16, device=device)
-    out = SoftToken(
-        **{
-            name: None if spec is None else torch.ones(spec[1], device=device).to(spec[0])
-            for name, spec in SoftToken.layout(logits, 4, None, False, False).items()
-        }
-    )
-    chunk = torch.zeros(1, 132, 4, device=device)
-    chunk[..., 1] = 4096.0
-    sample_full_vocabulary(logits, rows, out, chunk, joint=False)
+    out = soft_token(logits, mode=1, top_p=0.5, k_max=4, backend="triton")
     kept = vocabulary // 2  # the first of the tied
     noise = gumbel_noise(torch.arange(kept), 0, 0, 0)
     assert out.token.item() == noise.argmax().item()

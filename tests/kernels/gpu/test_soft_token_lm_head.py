@@ -6,6 +6,7 @@ from gpu_cases import EXACT, FLOATS
 
 from softgrpo_kernels import soft_token
 from softgrpo_kernels.gpu import soft_token as step
+from softgrpo_kernels.gpu.soft_token.rows import Rows
 from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.row_parameters import RowParameters
 
@@ -100,9 +101,10 @@ def test_a_row_does_not_depend_on_its_batch(device):
 
 
 def parameters(rows, device):
-    return RowParameters.pack(
+    packed = RowParameters.pack(
         rows, device, 8, temperature=0.7, top_k=8, top_p=1.0, min_p=0.0, gumbel_tau=0.1,
         noise_scale=1.0, noise_clamp=None, weight_floor=0.0,
         eps=0.0, seed=0, position=0, uid=0, stream=0, mode=SOFT,
         noise="gumbel",
     )  # fmt: skip
+    return Rows.of_batch(packed)

@@ -32,7 +32,7 @@ def tables(device, cases=ROWS):
 
 @triton.jit
 def sound_kernel(out, floats, ints, batch, k_max):
-    row = Row(floats, ints, batch, tl.program_id(0), k_max)
+    row = Row(floats, ints, batch, tl.program_id(0), 0, k_max)
     sound = row_is_sound(row) | (int_of(row, MODE) == SKIP)
     tl.store(out + row.index, sound.to(tl.int32))
 

@@ -11,24 +11,26 @@ from collections.abc import Callable
 from types import ModuleType
 
 from . import (
-    draw,
     full_vocabulary,
     gumbel_noise,
     indexed_dot,
     linear_logprob,
     lm_head,
+    mixture,
     paged_attention,
     rms_norm,
     rope_store_kv,
-    select,
+    row_parameters,
+    sample,
     silu_mul,
     soft_embedding,
     statistics,
 )
 
 MODULES: tuple[ModuleType, ...] = (
-    draw, full_vocabulary, gumbel_noise, indexed_dot, linear_logprob, lm_head, paged_attention,
-    rms_norm, rope_store_kv, select, silu_mul, soft_embedding, statistics,
+    full_vocabulary, gumbel_noise, indexed_dot, linear_logprob, lm_head, mixture,
+    paged_attention, rms_norm, rope_store_kv, row_parameters, sample,
+    silu_mul, soft_embedding, statistics,
 )  # fmt: skip
 
 STAND_INS: dict[str, Callable[..., None]] = {

@@ -1,4 +1,5 @@
-"""Stand-ins for the kernels of `softgrpo_kernels.gpu.soft_token.full_vocabulary`."""
+"""Stand-in for the kernel of `softgrpo_kernels.gpu.soft_token.full_vocabulary`, and what another
+draws from what it leaves."""
 
 from __future__ import annotations
 
@@ -7,32 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softgrpo_kernels.gpu.soft_token import full_vocabulary as kernels
-from softgrpo_kernels.gpu.soft_token.statistics import CHUNK
+from softgrpo_kernels.gpu.soft_token.statistics import BINS, BINS_PER_NAT, CHUNK
 from softgrpo_kernels.row_parameters import RowParameters
-from softgrpo_kernels.row_rules import DISCRETE
 
 from .gumbel_noise import gumbel_noise
-from .kept_prefix import kept_prefix
-from .keys import LAST_ID, LOWEST, NOTHING, key_of, order_of, token_of, value_of
-from .memory import first, parameters, rows_of
+from .kept_prefix import kept_prefix, mass_of, unit_of
+from .keys import LAST_ID, LOWEST, NOTHING, key_of, order_of, token_of
+from .memory import first, parameters_at, rows_of
 
 Grid = tuple[int, ...]
 
 
-def _mine(
-    floats: Tensor, ints: Tensor, valid: Tensor, batch: int, k_max: int
-) -> tuple[Tensor, RowParameters] | None:
-    """Index of the rows to be written, and their parameters."""
-    rows = parameters(floats, ints, batch, k_max)
-    each = zip(rows.mode.tolist(), rows.top_k.tolist(), first(valid, batch).tolist(), strict=True)
-    mine = [
-        b for b, (mode, top_k, good) in enumerate(each)
-        if mode == DISCRETE and not 1 <= top_k <= k_max and good
-    ]  # fmt: skip
-    if not mine:
-        return None
-    index = torch.tensor(mine)
-    return index, RowParameters(rows.floats[:, index], rows.ints[:, index], k_max)
+def _of(rows: RowParameters, index: Tensor) -> RowParameters:
+    return RowParameters(rows.floats[:, index], rows.ints[:, index], rows.k_max)
+
+
+def _keys_of(a: Tensor, ids: Tensor, rows: RowParameters) -> Tensor:
+    """In the order of a + noise."""
+    noise = gumbel_noise(ids, rows.seed, rows.position, rows.uid, rows.stream)
+    return key_of(a + noise, ids)
 
 
 def _limits(rows: RowParameters, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -51,42 +45,57 @@ def _row_statistics(chunk: Tensor, chunks: int, batch: int, row: Tensor) -> tupl
 
 def collect_kernel(
     grid: Grid,
-    floats: Tensor,
-    ints: Tensor,
-    valid: Tensor,
-    batch: int,
-    k_max: int,
-    logits: Tensor,
-    stride: int,
-    vocabulary: int,
+    best: Tensor,
     listed_a: Tensor,
     listed_id: Tensor,
     count: Tensor,
-    chunk: Tensor,
+    histogram: Tensor,
+    chunk_sums: Tensor,
+    logits: Tensor,
+    stride: int,
+    vocabulary: int,
     chunks: int,
+    floats: Tensor,
+    ints: Tensor,
+    columns: int,
+    k_max: int,
+    at_row: Tensor | None,
+    at_step: Tensor | None,
+    phases: Tensor | None,
     PADDED: int,
 ) -> None:
-    assert grid == (chunks, batch)
+    batch = grid[0] // chunks
+    assert grid == (batch * chunks,)
     assert (chunks - 1) * CHUNK < vocabulary <= chunks * CHUNK
     assert chunks <= PADDED
-    mine = _mine(floats, ints, valid, batch, k_max)
-    if mine is None:
-        return
-    index, rows = mine
-    top_k, limited = _limits(rows, vocabulary)
-    chosen = limited & (top_k == 0)
+    of_batch = parameters_at(batch, floats, ints, columns, k_max, at_row, at_step, phases)
+    index = of_batch.unlisted.nonzero()[:, 0]
+    rows = _of(of_batch, index)
+    top_k, cuts = _limits(rows, vocabulary)
+    a_RV = rows_of(logits, batch, stride, vocabulary)[index].float() / rows.temperature[:, None]
+    if not bool(cuts.all()):
+        whole = ~cuts
+        ids, a = torch.arange(vocabulary), a_RV[whole]
+        keys = _keys_of(a, ids.expand(len(a), -1), _of(rows, whole))
+        keys = keys.masked_fill_(order_of(a) <= LOWEST, NOTHING)
+        keys = F.pad(keys, (0, chunks * CHUNK - vocabulary), value=NOTHING)
+        rows_of(best, batch, chunks, chunks)[index[whole]] = keys.view(len(a), chunks, -1).amax(-1)
+    chosen = cuts & (top_k == 0)
     if not bool(chosen.any()):
         return
-    index, rows = index[chosen], RowParameters(rows.floats[:, chosen], rows.ints[:, chosen], k_max)
-    top, total = _row_statistics(chunk, chunks, batch, index)
+    index, rows, a_RV = index[chosen], _of(rows, chosen), a_RV[chosen]
+    top, total = _row_statistics(chunk_sums, chunks, batch, index)
     rare = torch.where(rows.top_p < 1, (1 - rows.top_p) * total.float() / vocabulary, 0.0)
     bound = (top + torch.log(torch.maximum(rare, rows.min_p)) - 1e-3)[:, None]
-    a_RV = rows_of(logits, batch, stride, vocabulary)[index].float() / rows.temperature[:, None]
     found = (a_RV >= bound) & (a_RV > -torch.inf)
     capacity = kernels.CAPACITY.value
     number = first(count, batch)
     place = number[index, None] + found.cumsum(-1) - 1
     number[index] += found.sum(-1).int()
+    bins = ((top[:, None] - a_RV) * BINS_PER_NAT.value).clamp(max=BINS.value - 1)
+    mass = torch.where(found, mass_of(a_RV, top, unit_of(total)), 0)
+    masses = rows_of(histogram, batch, BINS.value, BINS.value)
+    masses[index] = masses[index].scatter_add(1, torch.where(found, bins, 0.0).long(), mass)
     r, i = (found & (place < capacity)).nonzero().unbind(-1)
     at = index[r], place[r, i]
     rows_of(listed_a, batch, capacity, capacity)[at] = a_RV[r, i]
@@ -120,138 +129,30 @@ def _source(
     return a, ids
 
 
-def cut_kernel(
-    grid: Grid,
-    floats: Tensor,
-    ints: Tensor,
-    valid: Tensor,
-    batch: int,
-    k_max: int,
-    logits: Tensor,
-    stride: int,
-    vocabulary: int,
-    listed_a: Tensor,
-    listed_id: Tensor,
-    count: Tensor,
-    chunk: Tensor,
-    chunks: int,
-    PADDED: int,
-    cut: Tensor,
-    lse: Tensor,
-    out_kept_mass: Tensor | None,
-    JOINT: bool,
-    KEPT_MASS: bool,
-) -> None:
-    assert grid == (batch,)
-    assert chunks <= PADDED
-    mine = _mine(floats, ints, valid, batch, k_max)
-    if mine is None:
-        return
-    index, rows = mine
-    top_k, limited = _limits(rows, vocabulary)
-    top, total = _row_statistics(chunk, chunks, batch, index)
-    key, last = torch.full_like(top, LOWEST, dtype=torch.int64), torch.full_like(top_k, -1)
-    log_mass = torch.log(total)
-    if bool(limited.any()):
+def draw_unlisted(
+    index: Tensor, of_batch: RowParameters, logits: Tensor, stride: int, vocabulary: int,
+    best: Tensor, listed_a: Tensor, listed_id: Tensor, count: Tensor, chunk_sums: Tensor,
+    chunks: int, joint: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(token, g', log p, share of the row's mass that is kept) of these rows [R] of the batch."""
+    batch, rows = of_batch.mode.shape[0], _of(of_batch, index)
+    top_k, cuts = _limits(rows, vocabulary)
+    top, total = _row_statistics(chunk_sums, chunks, batch, index)
+    winner, log_mass = rows_of(best, batch, chunks, chunks)[index].amax(-1), torch.log(total)
+    if bool(cuts.any()):
         source = (logits, stride, vocabulary, listed_a, listed_id, count)
-        a, ids = _source(index, rows, batch, *source, top_k == 0)
-        found = kept_prefix(a, ids, rows, top_k, top, total, JOINT, vocabulary)
-        key, last, log_mass = (
-            torch.where(limited, new, old)
-            for new, old in zip(found, (key, last, log_mass), strict=True)
+        a, ids = _source(index, rows, batch, *source, cuts & (top_k == 0))
+        order, last, kept_mass = kept_prefix(a, ids, rows, top_k, top, total, joint, vocabulary)
+        mine, order, last = order_of(a), order[:, None], last[:, None]
+        kept = (mine > order) | ((mine == order) & (ids <= last))
+        keys = _keys_of(a, ids, rows).masked_fill_(~kept, NOTHING).amax(-1)
+        winner, log_mass = (
+            torch.where(cuts, new, old) for new, old in ((keys, winner), (kept_mass, log_mass))
         )
-    rows_of(cut, batch, 2, 2)[index] = torch.stack((key, last), -1).int()
-    first(lse, batch)[index] = top.double() + log_mass
-    if KEPT_MASS:
-        assert out_kept_mass is not None
-        share = torch.where(limited, (log_mass.exp() / total).clamp(max=1.0), 1.0)
-        first(out_kept_mass, batch)[index] = share.float()
-
-
-def draw_kernel(
-    grid: Grid,
-    floats: Tensor,
-    ints: Tensor,
-    valid: Tensor,
-    batch: int,
-    k_max: int,
-    logits: Tensor,
-    stride: int,
-    vocabulary: int,
-    listed_a: Tensor,
-    listed_id: Tensor,
-    count: Tensor,
-    cut: Tensor,
-    best: Tensor,
-    best_id: Tensor,
-) -> None:
-    splits, block = kernels.SPLITS.value, kernels.DRAW_BLOCK.value
-    assert grid == (splits, batch)
-    mine = _mine(floats, ints, valid, batch, k_max)
-    if mine is None:
-        return
-    index, rows = mine
-    top_k, limited = _limits(rows, vocabulary)
-    source = (logits, stride, vocabulary, listed_a, listed_id, count)
-    a, ids = _source(index, rows, batch, *source, limited & (top_k == 0))
-    cut_key, cut_id = rows_of(cut, batch, 2, 2)[index].unsqueeze(-1).unbind(1)
-    order = order_of(a)
-    kept = (order > cut_key) | ((order == cut_key) & (ids <= cut_id))
-    noise = gumbel_noise(ids, rows.seed, rows.position, rows.uid, rows.stream)
-    keys = torch.where(kept, key_of(a + noise, ids), NOTHING)
-    # Program s takes the blocks s, s + splits, ... of the source.
-    blocks = -(-keys.shape[1] // block)
-    if blocks > 1:
-        keys = F.pad(keys, (0, blocks * block - keys.shape[1]), value=NOTHING)
-    winner = keys.view(len(index), blocks, -1).amax(-1)
-    winner = F.pad(winner, (0, -blocks % splits), value=NOTHING)
-    winner = winner.view(len(index), -1, splits).amax(1)
-    found = winner != NOTHING
-    value = torch.where(found, value_of(winner), -torch.inf)
-    rows_of(best, batch, splits, splits)[index] = value
-    token = torch.where(found, token_of(winner), LAST_ID)
-    rows_of(best_id, batch, splits, splits)[index] = token.int()
-
-
-def record_kernel(
-    grid: Grid,
-    floats: Tensor,
-    ints: Tensor,
-    valid: Tensor,
-    batch: int,
-    k_max: int,
-    logits: Tensor,
-    stride: int,
-    best: Tensor,
-    best_id: Tensor,
-    lse: Tensor,
-    out_ids: Tensor,
-    out_gprime: Tensor,
-    out_weights: Tensor,
-    out_logp: Tensor,
-    out_n: Tensor,
-    out_token: Tensor,
-    out_token_logp: Tensor,
-) -> None:
-    assert grid == (batch,)
-    mine = _mine(floats, ints, valid, batch, k_max)
-    if mine is None:
-        return
-    index, rows = mine
-    splits = kernels.SPLITS.value
-    value = rows_of(best, batch, splits, splits)[index]
-    ids = rows_of(best_id, batch, splits, splits)[index].long()
-    token = torch.where(value == value.amax(-1, keepdim=True), ids, LAST_ID).amin(-1)
-    z = rows_of(logits, batch, stride, int(token.max()) + 1)[index, token].float()
-    logp = ((z / rows.temperature).double() - first(lse, batch)[index]).float()
+    token = token_of(winner)
+    z = rows_of(logits, batch, stride, vocabulary)[index, token.clamp(max=vocabulary - 1)].float()
+    logp = ((z / rows.temperature).double() - (top.double() + log_mass)).float()
     keys = (rows.seed, rows.position, rows.uid, rows.stream)
     noise = gumbel_noise(token[:, None], *keys)[:, 0]
-    for target, x in (
-        (out_ids, token.int()), (out_gprime, logp + noise), (out_weights, torch.ones_like(logp)),
-        (out_logp, logp),
-    ):  # fmt: skip
-        rows_of(target, batch, k_max, 1)[index, 0] = x
-    for target, x in (
-        (out_n, torch.ones_like(token)), (out_token, token), (out_token_logp, logp),
-    ):  # fmt: skip
-        first(target, batch)[index] = x.to(target.dtype)
+    share = (log_mass.exp() / total).clamp(max=1.0).float()
+    return token, logp + noise, logp, torch.where(cuts, share, 1.0)

@@ -10,10 +10,14 @@ from softgrpo_kernels.row_parameters import RowParameters
 from .keys import LAST_ID, LOWEST, key_of, number_of, order_of, token_of
 
 
-def _unit_of(total: Tensor) -> Tensor:
+def unit_of(total: Tensor) -> Tensor:
     """The power of two, fp32, with which a row's whole mass is just below 2^62."""
     exponent = (total.view(torch.int64) >> 52) - 1023
     return ((61 - exponent + 127) << 23).int().view(torch.float32)
+
+
+def mass_of(a: Tensor, top: Tensor, unit: Tensor) -> Tensor:
+    return (torch.exp(a - top[:, None]) * unit[:, None]).long()
 
 
 def kept_prefix(
@@ -25,18 +29,15 @@ def kept_prefix(
     keys = key_of(a, ids).sort(descending=True).values
     order, sorted_ids = keys >> 32, token_of(keys)
 
-    def mass_of(x: Tensor) -> Tensor:
-        return (torch.exp(x - top[:, None]) * unit[:, None]).long()
-
-    unit = _unit_of(total)
-    each, highest = mass_of(number_of(order.int())), order_of(top).long()
+    unit = unit_of(total)
+    each, highest = mass_of(number_of(order.int()), top, unit), order_of(top).long()
 
     def above(key: Tensor) -> tuple[Tensor, Tensor]:
         larger = order > key[:, None]
         return larger.sum(-1), torch.where(larger, each, 0).sum(-1)
 
     def mass_at(key: Tensor) -> Tensor:
-        return mass_of(number_of(key.int())[:, None])[:, 0]
+        return mass_of(number_of(key.int())[:, None], top, unit)[:, 0]
 
     key, free = torch.full_like(top_k, LOWEST), torch.zeros_like(top_k)
     number, mass = above(key)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .memory import first, largest, parameters, rows_of
-from .statistics import anchored, mapped, temperature_of
+from .statistics import anchored, begin_lists, mapped, temperature_of
 
 Grid = tuple[int, ...]
 
@@ -37,8 +37,7 @@ def lm_head_kernel(
     TILE: int,
     BLOCK_H: int,
 ) -> None:
-    assert (grid[0] - 1) * ROWS < batch <= grid[0] * ROWS
-    assert grid[1] == tiles
+    assert grid == (-(-batch // ROWS) * tiles,)
     assert vocabulary <= tiles * TILE
     x_BH = rows_of(hidden, batch, hidden_stride, width).float()
     w_VH = rows_of(weight, vocabulary, weight_stride, width).float()
@@ -68,6 +67,8 @@ def lm_head_kernel(
 def combine_kernel(
     grid: Grid,
     chunk_sums: Tensor,
+    count: Tensor | None,
+    histogram: Tensor | None,
     tile_max: Tensor,
     tile_sums: Tensor,
     floats: Tensor,
@@ -78,8 +79,9 @@ def combine_kernel(
     ENTROPY: bool,
     TILES: int,
 ) -> None:
-    assert grid == (chunks, batch)
+    assert grid == (batch * chunks,)
     assert tiles == chunks * TILES
+    begin_lists(batch, count, histogram)
     t = temperature_of(parameters(floats, ints, batch, 1))
     m = (rows_of(tile_max, batch, tiles, tiles) / t).view(batch, chunks, TILES)
     s, weighted, bad = first(tile_sums, 3 * batch * tiles).view(3, batch, chunks, TILES)

@@ -43,13 +43,29 @@ def write(target: Tensor, value: Tensor, where: Tensor) -> None:
     torch.where(where, value.to(target.dtype), target, out=target)
 
 
-def parameters(floats: Tensor, ints: Tensor, batch: int, k_max: int) -> RowParameters:
+def parameters(floats: Tensor, ints: Tensor, columns: int, k_max: int) -> RowParameters:
     """The tables of the rows' parameters."""
     return RowParameters(
-        rows_of(floats, len(FLOAT_COLUMNS), batch, batch),
-        rows_of(ints, len(INT_COLUMNS), batch, batch),
+        rows_of(floats, len(FLOAT_COLUMNS), columns, columns),
+        rows_of(ints, len(INT_COLUMNS), columns, columns),
         k_max,
     )
+
+
+def parameters_at(
+    batch: int, floats: Tensor, ints: Tensor, columns: int, k_max: int, at_row: Tensor | None,
+    at_step: Tensor | None, phases: Tensor | None,
+) -> RowParameters:  # fmt: skip
+    """Those of the rows of a batch, which stand in a record or are the tables'."""
+    tables = parameters(floats, ints, columns, k_max)
+    if at_row is None or at_step is None or phases is None:
+        assert columns == batch
+        return tables
+    row, step = first(at_row, batch), first(at_step, batch)
+    column = first(phases, columns // 2)[row].long() * (columns // 2) + row
+    rows = RowParameters(tables.floats[:, column], tables.ints[:, column], k_max)
+    rows.position.add_(step)
+    return rows
 
 
 def largest(x: Tensor, dim: int = -1) -> Tensor:

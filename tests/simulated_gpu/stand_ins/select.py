@@ -1,4 +1,4 @@
-"""Stand-in for the kernel of `softgrpo_kernels.gpu.soft_token.select`."""
+"""The first candidates of rows, as `gpu.soft_token.select`."""
 
 from __future__ import annotations
 
@@ -6,39 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softgrpo_kernels.row_rules import DISCRETE, GREEDY, INT_COLUMNS, SOFT
-
 from .keys import NOTHING, key_of, token_of
-from .memory import rows_of, write
-
-Grid = tuple[int, ...]
+from .memory import rows_of
 
 
-def select_kernel(
-    grid: Grid,
-    out_keys: Tensor,
-    logits: Tensor,
-    stride: int,
-    vocabulary: int,
-    tile_max: Tensor,
-    tiles: int,
-    ints: Tensor,
-    batch: int,
-    k_max: int,
-    K: int,
-    TILES: int,
-    TILE: int,
-) -> None:
-    assert grid == (batch,)
+def top_candidates(
+    logits: Tensor, stride: int, vocabulary: int, tile_max: Tensor, tiles: int, wanted: Tensor,
+    K: int, TILES: int, TILE: int,
+) -> Tensor:  # fmt: skip
+    """Keys [B, K], descending; NOTHING where there are fewer, and in rows that are not wanted."""
     assert tiles <= TILES
-    table = rows_of(ints, len(INT_COLUMNS), batch, batch)
-    modes, sizes = (table[INT_COLUMNS.index(name)].tolist() for name in ("mode", "top_k"))
-    wanted = [
-        mode == GREEDY or (mode in (DISCRETE, SOFT) and 1 <= top_k <= k_max)
-        for mode, top_k in zip(modes, sizes, strict=True)
-    ]
-    if not any(wanted):
-        return
+    batch = len(wanted)
+    if not bool(wanted.any()):
+        return torch.full((batch, K), NOTHING)
     if TILES > K:
         maxima, tile = rows_of(tile_max, batch, tiles, tiles), torch.arange(tiles)
         order = key_of(maxima, tile).masked_fill_(~(maxima > -torch.inf), NOTHING).topk(K).values
@@ -53,4 +33,4 @@ def select_kernel(
     keys = key_of(z, token).masked_fill_(~(inside & (z > -torch.inf)), NOTHING)
     keys = keys.topk(min(K, keys.shape[1])).values
     keys = F.pad(keys, (0, K - keys.shape[1]), value=NOTHING)
-    write(rows_of(out_keys, batch, K, K), keys, torch.tensor(wanted)[:, None])
+    return keys.masked_fill_(~wanted[:, None], NOTHING)

@@ -23,15 +23,24 @@ def soft_embedding_kernel(
 ) -> None:
     rows = grid[0]
     assert (grid[1] - 1) * BLOCK_H < width <= grid[1] * BLOCK_H
-    ids_NK = rows_of(ids, rows, slots, slots).long()
-    weights_NK = rows_of(weights, rows, slots, slots)
+    mixed = mixtures(
+        rows_of(ids, rows, slots, slots), rows_of(weights, rows, slots, slots), table,
+        table_stride, width,
+    )  # fmt: skip
+    rows_of(out, rows, width, width).copy_(mixed)
+
+
+def mixtures(
+    ids_NK: Tensor, weights_NK: Tensor, table: Tensor, table_stride: int, width: int
+) -> Tensor:
+    """fp32 [N, width]: sums in the order of the slots."""
     used = (ids_NK >= 0) & (weights_NK != 0.0)
-    picked = torch.where(used, ids_NK, 0).flatten()
+    picked = torch.where(used, ids_NK, 0).long().flatten()
     rows_NKH = table_of(table, table_stride, width).index_select(0, picked)
-    terms = rows_NKH.float().view(rows, slots, width) * weights_NK[..., None]
+    terms = rows_NKH.float().view(*ids_NK.shape, width) * weights_NK[..., None]
     # Where a slot is not used its row may hold anything.
     terms = torch.where(used[..., None], terms, 0.0)
-    total = torch.zeros(rows, width)
-    for slot in range(slots):  # in the order of the kernel: the same bits
+    total = torch.zeros(len(ids_NK), width)
+    for slot in range(ids_NK.shape[1]):  # in the order of the kernel: the same bits
         total += terms[:, slot]
-    rows_of(out, rows, width, width).copy_(total)
+    return total

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softgrpo_kernels.gpu.soft_token.statistics import CHUNK, TILE
+from softgrpo_kernels.gpu.soft_token.statistics import BINS, CHUNK, TILE
 from softgrpo_kernels.row_parameters import RowParameters
 from softgrpo_kernels.row_rules import GREEDY, SKIP
 
-from .memory import largest, parameters, rows_of, write
+from .memory import first, largest, parameters_at, rows_of, write
 
 Grid = tuple[int, ...]
 
@@ -36,23 +36,37 @@ def anchored(a: Tensor, top: Tensor) -> Tensor:
     return a - torch.where(top > -torch.inf, top, 0.0)[..., None]
 
 
+def begin_lists(batch: int, count: Tensor | None, histogram: Tensor | None) -> None:
+    """Nothing is listed of any row."""
+    if count is not None and histogram is not None:
+        first(count, batch).zero_()
+        first(histogram, batch * BINS.value).zero_()
+
+
 def statistics_kernel(
     grid: Grid,
     tile_max: Tensor,
     chunk_sums: Tensor,
+    count: Tensor | None,
+    histogram: Tensor | None,
     logits: Tensor,
-    floats: Tensor,
-    ints: Tensor,
     stride: int,
     vocabulary: int,
     chunks: int,
-    batch: int,
+    floats: Tensor,
+    ints: Tensor,
+    columns: int,
+    at_row: Tensor | None,
+    at_step: Tensor | None,
+    phases: Tensor | None,
     ENTROPY: bool,
 ) -> None:
-    assert grid == (chunks, batch)
+    batch = grid[0] // chunks
+    assert grid == (batch * chunks,)
     assert (chunks - 1) * CHUNK < vocabulary <= chunks * CHUNK
-    rows, per_chunk = parameters(floats, ints, batch, 1), CHUNK // TILE
-    active = (rows.mode != SKIP)[:, None]
+    begin_lists(batch, count, histogram)
+    rows = parameters_at(batch, floats, ints, columns, 1, at_row, at_step, phases)
+    active, per_chunk = (rows.mode != SKIP)[:, None], CHUNK // TILE
     # Of a single chunk only the tiles that hold anything: the rest adds nothing to the sums.
     tiles = -(-vocabulary // TILE) if chunks == 1 else chunks * per_chunk
     z_BV = rows_of(logits, batch, stride, vocabulary).float()

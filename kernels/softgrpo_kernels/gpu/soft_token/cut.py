@@ -1,7 +1,8 @@
 """Device functions that find the kept prefix of a row over the vocabulary.
 
 The prefix is (order, free): every token above `order`, and of those that tie with it the first
-`free`. A cut bisects the 32 bits of the order.
+`free`. A cut bisects the order: top-k its 32 bits; top-p the few that occur in the bin of the
+histogram where the mass reaches its limit, one or two where the logits are bfloat16.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ import triton
 import triton.language as tl
 
 from softgrpo_kernels.gpu.soft_token.keys import LOWEST, MAX_ID, order_of
-from softgrpo_kernels.gpu.soft_token.vocabulary_row import mass_above, mass_at, tied_up_to
+from softgrpo_kernels.gpu.soft_token.statistics import BINS
+from softgrpo_kernels.gpu.soft_token.vocabulary_row import (
+    CHUNK,
+    bin_of,
+    load_source,
+    mass_above,
+    mass_at,
+    tied_up_to,
+)
 
 
 @triton.jit
@@ -37,12 +46,34 @@ def cut_by_top_k(source, scale, top_k, total, JOINT: tl.constexpr):
 
 
 @triton.jit
-def cut_by_top_p(source, scale, top_p, total, order, free):
+def _bracket(source, scale, limit, low, high):
+    """The orders (low, high] that occur in the first bin up to which the mass reaches the limit:
+    the first token there has less before it, those of the next bin do not."""
+    i = tl.arange(0, BINS)
+    up_to = tl.cumsum(tl.load(source.histogram + i), axis=0)
+    bin = tl.min(tl.where(up_to.to(tl.float64) >= limit, i, BINS), axis=0)
+    if bin < BINS:
+        lowest = high
+        highest = low
+        for start in range(0, source.size, CHUNK):
+            a, _ = load_source(source, start, CHUNK)
+            mine = (a > -float("inf")) & (bin_of(a, scale.top) == bin)
+            order = order_of(a).to(tl.int64)
+            lowest = tl.minimum(lowest, tl.min(tl.where(mine, order, high), axis=0))
+            highest = tl.maximum(highest, tl.max(tl.where(mine, order, low), axis=0))
+        low, high = lowest - 1, highest
+    return low, high
+
+
+@triton.jit
+def cut_by_top_p(source, scale, top_p, total, order, free, has_histogram):
     """Of the prefix so far the tokens with less than top_p of the total before them."""
     limit = top_p.to(tl.float64) * total * scale.unit.to(tl.float64)
     # The lowest order whose first token has less than that before it.
     low = order.to(tl.int64) - 1
     high = order_of(scale.top).to(tl.int64)
+    if has_histogram:
+        low, high = _bracket(source, scale, limit, low, high)
     while high - low > 1:
         middle = (low + high) >> 1
         _, mass = mass_above(source, scale, middle.to(tl.int32))
@@ -84,3 +115,20 @@ def kept_of(source, scale, order, free):
     mass += tl.minimum(free, tied) * mass_at(order, scale)
     last = tl.where(free > 0, high, -1).to(tl.int32)
     return last, mass.to(tl.float64) / scale.unit.to(tl.float64)
+
+
+@triton.jit
+def kept_prefix(source, scale, limits, total, JOINT: tl.constexpr):
+    """(order, last id of those that tie with it, mass in fp64) of what is kept of a row."""
+    order = tl.full((), LOWEST, tl.int32)
+    free = tl.zeros((), tl.int64)
+    if limits.top_k > 0:
+        order, free, total = cut_by_top_k(source, scale, limits.top_k, total, JOINT)
+    if limits.top_p < 1:
+        order, free = cut_by_top_p(
+            source, scale, limits.top_p, total, order, free, limits.top_k == 0
+        )
+    if limits.min_p > 0:
+        order, free = cut_by_min_p(scale, limits.min_p, order, free)
+    last, mass = kept_of(source, scale, order, free)
+    return order, last, mass

@@ -1,37 +1,33 @@
-"""Stage 3 of the soft step: from the first candidates of a row to its soft token."""
+"""Device functions from the first candidates of a row to its soft token."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from softgrpo_kernels.gpu.soft_token.keys import NOTHING, sorted_candidates, token_of, value_of
+from softgrpo_kernels.gpu.soft_token.keys import (
+    NOTHING,
+    key_of,
+    sorted_candidates,
+    token_of,
+    value_of,
+)
 from softgrpo_kernels.gpu.soft_token.perturb import perturb
 from softgrpo_kernels.gpu.soft_token.row import (
     EPS,
-    GREEDY,
     MIN_P,
     MODE,
-    REACH,
-    SKIP,
     SOFT,
-    TAU,
     TEMPERATURE,
     TOP_K,
     TOP_P,
-    Row,
     float_of,
     int_of,
-    is_listed,
 )
-from softgrpo_kernels.gpu.soft_token.row_rules import row_is_sound
 from softgrpo_kernels.gpu.soft_token.statistics import (
     BAD,
-    COLUMNS,
     MASS,
     MAXIMUM,
     WEIGHTED,
@@ -39,16 +35,34 @@ from softgrpo_kernels.gpu.soft_token.statistics import (
     load_chunks,
 )
 from softgrpo_kernels.gpu.softcap import scaled_and_capped
-from softgrpo_kernels.lm_head import LMHead
-from softgrpo_kernels.row_parameters import RowParameters
-from softgrpo_kernels.soft_token_tensors import SoftToken
-from softgrpo_kernels.tensors import int32, unit_stride
+
+
+class VocabularyRow(NamedTuple):
+    """The logits of a row, and what the statistics kernel says of them."""
+
+    logits: tl.tensor
+    vocabulary: tl.tensor
+    tile_max: tl.tensor
+    tiles: tl.tensor
+    chunk_sums: tl.tensor
+    chunks: tl.tensor
+
+
+class Sums(NamedTuple):
+    """Of a row over the vocabulary, a = z / T: its maximum, sum exp(d) and, where asked for, sum
+    exp(d) d with d = a - top, and whether a logit is NaN or +inf."""
+
+    top: tl.tensor
+    mass: tl.tensor
+    weighted: tl.tensor
+    bad: tl.tensor
 
 
 class Head(NamedTuple):
-    """The LM head, and the hidden state of the row."""
+    """The LM head, and where the hidden state of the row begins. hidden: None for no head."""
 
     hidden: tl.tensor
+    begin: tl.tensor
     weight: tl.tensor
     weight_stride: tl.tensor
     bias: tl.tensor
@@ -59,7 +73,7 @@ class Head(NamedTuple):
 
 @triton.jit
 def vocabulary_sums(chunk_sums, chunks, CHUNKS: tl.constexpr, ENTROPY: tl.constexpr):
-    """(maximum, mass, sum of exp(d) d, whether a logit is NaN or +inf) of the row."""
+    """The sums of the row whose chunks begin here."""
     # All loads before the first reduction: in another order ptxas spills for 64 slots.
     maxima = load_chunks(chunk_sums, chunks, MAXIMUM, -float("inf"), CHUNKS)
     masses = load_chunks(chunk_sums, chunks, MASS, 0.0, CHUNKS)
@@ -71,29 +85,53 @@ def vocabulary_sums(chunk_sums, chunks, CHUNKS: tl.constexpr, ENTROPY: tl.conste
     if ENTROPY:
         t = load_chunks(chunk_sums, chunks, WEIGHTED, 0.0, CHUNKS)
         weighted = tl.sum(factor * (t + masses * d), axis=0)
-    return top, mass, weighted, bad
+    return Sums(top, mass, weighted, bad)
+
+
+@triton.jit
+def top_candidates(row, K: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
+    """Keys of the first K tokens of a vocabulary row, descending; NOTHING where there are fewer.
+
+    A token among the first K lies in one of the first K tiles by (maximum, position): fewer than K
+    tiles have a token before it.
+    """
+    tile = tl.arange(0, TILES)
+    maxima = tl.load(row.tile_max + tile, mask=tile < row.tiles, other=-float("inf"))
+    tile_keys = tl.where(maxima > -float("inf"), key_of(maxima, tile), NOTHING)
+    if TILES > K:
+        tile_keys = tl.topk(tile_keys, K)
+        best = tl.where(tile_keys != NOTHING, token_of(tile_keys), row.tiles)
+    else:
+        best = tl.arange(0, K)
+    token = best[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    z = tl.load(row.logits + token, mask=token < row.vocabulary, other=-float("inf"))
+    z = z.to(tl.float32)
+    keys = tl.where(z > -float("inf"), key_of(z, token), NOTHING)
+    return tl.topk(tl.reshape(keys, [K * TILE]), K)
 
 
 @triton.jit
 def head_logits(
     token, live, head,
-    K: tl.constexpr, BLOCK_H: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    K: tl.constexpr, BLOCK_H: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """fp32 logits of the candidates from the last hidden state."""
     start = token.to(tl.int64) * head.weight_stride
-    total = tl.zeros([K], tl.float32)
+    # One reduction, behind the loop: each takes as long as a round of loads.
+    total = tl.zeros([K, BLOCK_H], tl.float32)
     for begin in range(0, head.width, BLOCK_H):
         h = begin + tl.arange(0, BLOCK_H)
-        x = tl.load(head.hidden + h, mask=h < head.width, other=0.0).to(tl.float32)
+        x = tl.load(head.hidden + head.begin + h, mask=h < head.width, other=0.0).to(tl.float32)
         w = tl.load(
             head.weight + start[:, None] + h[None, :],
             mask=live[:, None] & (h < head.width)[None, :],
             other=0.0,
         ).to(tl.float32)
-        total += tl.sum(w * x[None, :], axis=1)
-    if BIAS:
-        total += tl.load(head.bias + token, mask=live, other=0.0).to(tl.float32)
-    return scaled_and_capped(total, head.logit_scale, head.softcap, SOFTCAP)
+        total += w * x[None, :]
+    z = tl.sum(total, axis=1)
+    if head.bias is not None:
+        z += tl.load(head.bias + token, mask=live, other=0.0).to(tl.float32)
+    return scaled_and_capped(z, head.logit_scale, head.softcap, SOFTCAP)
 
 
 @triton.jit
@@ -153,6 +191,26 @@ def refined_mass(z, key, live, top, row):
 
 
 @triton.jit
+def draw_from_slots(
+    key, slot, row, head, sums,
+    K: tl.constexpr, BLOCK_H: tl.constexpr, SOFTCAP: tl.constexpr, JOINT: tl.constexpr,
+):  # fmt: skip
+    """(token, g', log p) of every slot of a listed row from the keys of its first candidates; and
+    the share of the row's mass that is kept."""
+    soft = int_of(row, MODE) == SOFT
+    live = (slot < int_of(row, TOP_K)) & (key != NOTHING)
+    z, whole = value_of(key), sums.mass
+    if head.hidden is not None:
+        z = head_logits(token_of(key), live, head, K, BLOCK_H, SOFTCAP)
+        whole += refined_mass(z, key, live, sums.top, row)
+    token, gprime, logp, first_a, kept = draw_listed(
+        z, token_of(key), live, slot, soft, sums.mass, row, JOINT
+    )
+    kept *= tl.exp(first_a - sums.top)
+    return token, gprime, logp, kept / tl.maximum(whole, kept)
+
+
+@triton.jit
 def is_terminal(token, terminal_ids, width, TERMINALS: tl.constexpr):
     """Whether the token is among the first TERMINALS of the row that begins here."""
     found = token < -1
@@ -170,121 +228,3 @@ def mixture_weights(gprime, token, tau, reach):
     below = tl.max(gprime, axis=0).to(tl.float64) - gprime.to(tl.float64)
     power = tl.where((token >= 0) & (below <= reach), power, 0.0)
     return (power / tl.sum(power, axis=0)).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["chunks", "batch", "terminal_width", "k_max"])
-def draw_kernel(
-    keys, chunk_sums, chunks, floats, ints, batch, terminal_ids, terminal_width, hidden,
-    hidden_stride, weight, weight_stride, bias, width, softcap, logit_scale, out_ids, out_gprime,
-    out_weights, out_logp, out_n, out_token, out_token_logp, out_kind, out_lse, out_entropy,
-    out_kept_mass, out_valid, k_max,
-    K: tl.constexpr, CHUNKS: tl.constexpr, TERMINALS: tl.constexpr, HEAD: tl.constexpr,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, JOINT: tl.constexpr, LSE: tl.constexpr,
-    ENTROPY: tl.constexpr, KEPT_MASS: tl.constexpr,
-):  # fmt: skip
-    """Program b: everything of row b that follows from its candidates. Rows of
-    `RowParameters.unlisted` are left as padding."""
-    index = tl.program_id(0).to(tl.int64)
-    row = Row(floats, ints, batch, index, k_max)
-    mode = int_of(row, MODE)
-    valid, soft = mode == SKIP, mode == SOFT
-    slot = tl.arange(0, K)
-    token, gprime = tl.full([K], -1, tl.int32), tl.full([K], -float("inf"), tl.float32)
-    logp, weights = gprime, tl.zeros([K], tl.float32)
-    lse, entropy, kept_mass = float("nan"), float("nan"), float("nan")
-    if mode != SKIP:
-        top, mass, weighted, bad = vocabulary_sums(
-            chunk_sums + index * chunks * COLUMNS, chunks, CHUNKS, ENTROPY
-        )
-        valid = (bad == 0) & (top > -float("inf")) & row_is_sound(row)
-        log_mass = tl.log(mass)
-        lse = tl.where(valid, top + log_mass, lse)
-        entropy = tl.where(valid, log_mass - weighted / mass, entropy)
-        if valid & (mode == GREEDY):
-            token = tl.where(slot == 0, token_of(tl.load(keys + index * K + slot)), -1)
-            logp = tl.where(slot == 0, 0.0 - log_mass, -float("inf"))
-            gprime = logp
-            kept_mass = 1.0
-        if valid & is_listed(row):
-            key = tl.load(keys + index * K + slot)
-            live = (slot < int_of(row, TOP_K)) & (key != NOTHING)
-            z = value_of(key)
-            if HEAD:
-                head = Head(
-                    hidden + index * hidden_stride, weight, weight_stride, bias, width, softcap,
-                    logit_scale,
-                )  # fmt: skip
-                z = head_logits(token_of(key), live, head, K, 64, BIAS, SOFTCAP)
-            token, gprime, logp, best, kept = draw_listed(
-                z, token_of(key), live, slot, soft, mass, row, JOINT
-            )
-            if KEPT_MASS:
-                whole = mass
-                if HEAD:
-                    whole += refined_mass(z, key, live, top, row)
-                kept *= tl.exp(best - top)
-                kept_mass = kept / tl.maximum(whole, kept)
-
-    n = tl.sum((token >= 0).to(tl.int32), axis=0)
-    first = tl.sum(tl.where(slot == 0, token, 0), axis=0)
-    soft = soft & (n > 0)
-    if TERMINALS > 0:
-        ends = terminal_ids + index * terminal_width
-        soft = soft & (is_terminal(first, ends, terminal_width, TERMINALS) == 0)
-    if soft:
-        weights = mixture_weights(gprime, token, float_of(row, TAU), float_of(row, REACH))
-    elif n > 0:
-        weights = tl.where(slot == 0, 1.0, 0.0)
-
-    at, inside = index * k_max + slot, slot < k_max
-    tl.store(out_ids + at, token, mask=inside)
-    tl.store(out_gprime + at, gprime, mask=inside)
-    tl.store(out_weights + at, weights, mask=inside)
-    tl.store(out_logp + at, logp, mask=inside)
-    tl.store(out_n + index, n)
-    tl.store(out_token + index, tl.where(n > 0, first, -1))
-    tl.store(out_token_logp + index, tl.max(tl.where(slot == 0, logp, -float("inf")), axis=0))
-    tl.store(out_kind + index, soft.to(tl.uint8))
-    tl.store(out_valid + index, valid.to(tl.uint8))
-    if LSE:
-        tl.store(out_lse + index, lse)
-    if ENTROPY:
-        tl.store(out_entropy + index, entropy)
-    if KEPT_MASS:
-        tl.store(out_kept_mass + index, tl.where(soft, float("nan"), kept_mass))
-
-
-def draw(
-    keys: Tensor,
-    chunk_sums: Tensor,
-    rows: RowParameters,
-    out: SoftToken,
-    terminal_ids: Tensor | None,
-    head: LMHead | None,
-    joint: bool,
-) -> None:
-    """Fills `out`, but for its embed.
-
-    keys: as `select` returns them; chunk_sums: as `vocabulary_statistics` does.
-    """
-    (batch, k), chunks = keys.shape, chunk_sums.shape[1]
-    ends = 0 if terminal_ids is None else terminal_ids.shape[1]
-    terminal_ids = None if terminal_ids is None else int32(terminal_ids)
-    hidden = weight = bias = None
-    if head is not None:
-        hidden, weight = unit_stride(head.hidden), unit_stride(head.weight)
-        bias = None if head.bias is None else head.bias.contiguous()
-    draw_kernel[(batch,)](
-        keys, chunk_sums, chunks, rows.floats, rows.ints, batch, terminal_ids, ends,
-        hidden, 0 if hidden is None else hidden.stride(0),
-        weight, 0 if weight is None else weight.stride(0), bias,
-        0 if weight is None else weight.shape[1],
-        float((head and head.softcap) or 0.0), float(head.logit_scale if head else 1.0),
-        out.ids, out.gprime, out.weights, out.logp, out.n, out.token, out.token_logp, out.kind,
-        out.lse, out.entropy, out.kept_mass, out.valid.view(torch.uint8), rows.k_max,
-        K=k, CHUNKS=triton.next_power_of_2(chunks), TERMINALS=ends, HEAD=head is not None,
-        BIAS=bias is not None, SOFTCAP=head is not None and head.softcap is not None, JOINT=joint,
-        LSE=out.lse is not None, ENTROPY=out.entropy is not None,
-        KEPT_MASS=out.kept_mass is not None,
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip

@@ -13,18 +13,21 @@ from torch import Tensor
 
 from softgrpo_kernels.gpu.rounding import INTERPRET, rounded
 from softgrpo_kernels.gpu.soft_token.row import GREEDY, MODE, TEMPERATURE
+from softgrpo_kernels.gpu.soft_token.rows import Rows
 from softgrpo_kernels.gpu.soft_token.statistics import (
     BAD,
     CHUNK,
     COLUMNS,
     MASS,
     MAXIMUM,
+    NO_LISTS,
     TILE,
     WEIGHTED,
+    Lists,
+    begin_list,
 )
 from softgrpo_kernels.gpu.softcap import scaled_and_capped
 from softgrpo_kernels.lm_head import LMHead
-from softgrpo_kernels.row_parameters import RowParameters
 from softgrpo_kernels.tensors import unit_stride
 
 # More rows than these and the product is bound by arithmetic: cuBLAS is better at that.
@@ -68,9 +71,12 @@ def lm_head_kernel(
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, t): TILE logits of ROWS rows, their maxima and the sums of a log-sum-exp."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tile = tl.program_id(1)
+    """Program t ceil(B / ROWS) + r: TILE logits of ROWS rows, their maxima and the sums of a
+    log-sum-exp. Blocks of rows that share a tile of the weight run side by side and find it in the
+    cache."""
+    row_blocks = tl.cdiv(batch, ROWS)
+    row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(0) // row_blocks
     token = tile * TILE + tl.arange(0, TILE)
     z = _product(
         weight, weight_stride, token, vocabulary, hidden, hidden_stride, row, batch, width, BLOCK_H
@@ -102,11 +108,13 @@ def lm_head_kernel(
 
 @triton.jit(do_not_specialize=["batch", "tiles", "chunks"])
 def combine_kernel(
-    chunk_sums, tile_max, tile_sums, floats, ints, batch, tiles, chunks,
+    chunk_sums, count, histogram, tile_max, tile_sums, floats, ints, batch, tiles, chunks,
     ENTROPY: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program (c, b): chunk c of row b from its TILES tiles."""
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Program b chunks + c: chunk c of row b from its TILES tiles."""
+    row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    if count is not None:
+        begin_list(count, histogram, row, chunk)
     t = _temperature(floats, ints, row, row < batch, batch)
     tile = row * tiles + chunk * TILES + tl.arange(0, TILES)
     plane = tl.cast(batch, tl.int64) * tiles
@@ -125,9 +133,10 @@ def combine_kernel(
 
 
 def lm_head_statistics(
-    head: LMHead, rows: RowParameters, *, need_entropy: bool
+    head: LMHead, rows: Rows, *, need_entropy: bool, lists: Lists = NO_LISTS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [B, V] in the hidden states' dtype, and what `vocabulary_statistics` says of them."""
+    """Logits [B, V] in the hidden states' dtype, and what `vocabulary_statistics` says of them.
+    rows: of the batch."""
     hidden, weight = unit_stride(head.hidden), unit_stride(head.weight)
     batch, (vocabulary, width), device = len(hidden), weight.shape, hidden.device
     chunks = triton.cdiv(vocabulary, CHUNK)
@@ -136,8 +145,7 @@ def lm_head_statistics(
     tile_max = torch.empty((batch, tiles), device=device)
     tile_sums = torch.empty((3, batch, tiles), device=device)
     chunk_sums = torch.empty((batch, chunks, COLUMNS.value), device=device)
-    # Blocks of rows that share a tile of the weight run side by side and find it in the cache.
-    lm_head_kernel[(triton.cdiv(batch, ROWS), tiles)](
+    lm_head_kernel[(triton.cdiv(batch, ROWS) * tiles,)](
         logits, tile_max, tile_sums, hidden, hidden.stride(0), weight, weight.stride(0),
         None if head.bias is None else head.bias.contiguous(), float(head.softcap or 0.0),
         float(head.logit_scale), rows.floats, rows.ints, batch, vocabulary, width, tiles,
@@ -145,8 +153,8 @@ def lm_head_statistics(
         ROWS=ROWS, TILE=TILE, BLOCK_H=BLOCK_BYTES // weight.element_size(),
         num_warps=8, num_stages=3,
     )  # fmt: skip
-    combine_kernel[(chunks, batch)](
-        chunk_sums, tile_max, tile_sums, rows.floats, rows.ints, batch, tiles, chunks,
+    combine_kernel[(batch * chunks,)](
+        chunk_sums, *lists, tile_max, tile_sums, rows.floats, rows.ints, batch, tiles, chunks,
         ENTROPY=need_entropy, TILES=CHUNK // TILE, num_warps=1,
     )  # fmt: skip
     return logits, tile_max, chunk_sums

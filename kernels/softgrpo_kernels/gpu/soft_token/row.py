@@ -32,24 +32,52 @@ MODE = tl.constexpr(INT_COLUMNS.index("mode"))
 NOISE = tl.constexpr(INT_COLUMNS.index("noise"))
 
 
+class Places(NamedTuple):
+    """Where the rows of a batch stand in the tables of a record: row and step int64 [B], and of
+    every row of the record whether it draws softly, uint8. All None: the tables are the batch's."""
+
+    row: tl.tensor
+    step: tl.tensor
+    soft: tl.tensor
+
+
 class Row(NamedTuple):
-    """One row of the tables: `index` of `batch`."""
+    """One row of the tables: column `index` of `columns`, its position `step` further on."""
 
     floats: tl.tensor
     ints: tl.tensor
-    batch: tl.tensor
+    columns: tl.tensor
     index: tl.tensor
+    step: tl.tensor
     k_max: tl.tensor
 
 
 @triton.jit
+def row_of(index, floats, ints, columns, k_max, places):
+    """Row `index` of the batch. A record has two columns for a row: as it draws discretely, and as
+    it draws softly."""
+    column, step = index, 0
+    if places.row is not None:
+        row = tl.load(places.row + index)
+        column = tl.load(places.soft + row).to(tl.int64) * (columns // 2) + row
+        step = tl.load(places.step + index)
+    return Row(floats, ints, columns, column, step, k_max)
+
+
+@triton.jit
 def float_of(row, COLUMN: tl.constexpr):
-    return tl.load(row.floats + row.batch * COLUMN + row.index)
+    return tl.load(row.floats + row.columns * COLUMN + row.index)
 
 
 @triton.jit
 def int_of(row, COLUMN: tl.constexpr):
-    return tl.load(row.ints + row.batch * COLUMN + row.index)
+    return tl.load(row.ints + row.columns * COLUMN + row.index)
+
+
+@triton.jit
+def position_of(row):
+    """The counter of the token that is drawn."""
+    return int_of(row, POSITION) + row.step
 
 
 @triton.jit
@@ -67,6 +95,12 @@ def is_listed(row):
 
 
 @triton.jit
+def is_unlisted(row):
+    """Discrete, and its set may be larger than the slots."""
+    return (int_of(row, MODE) == DISCRETE) & ~has_listed_size(row)
+
+
+@triton.jit
 def noise_key(row):
     """What the noise of the row depends on beside the token."""
-    return NoiseKey(int_of(row, SEED), int_of(row, POSITION), int_of(row, UID), int_of(row, STREAM))
+    return NoiseKey(int_of(row, SEED), position_of(row), int_of(row, UID), int_of(row, STREAM))

@@ -15,7 +15,6 @@ from softgrpo_kernels.gpu.soft_token.row import (
     MODE,
     NOISE,
     NOISE_SCALE,
-    POSITION,
     REACH,
     SKIP,
     SOFT,
@@ -27,6 +26,7 @@ from softgrpo_kernels.gpu.soft_token.row import (
     float_of,
     has_listed_size,
     int_of,
+    position_of,
 )
 from softgrpo_kernels.limits import (
     LARGEST,
@@ -75,7 +75,7 @@ def row_is_sound(row):
     """Whether a row that is not skipped keeps to all of them."""
     mode = int_of(row, MODE)
     good = _inside(mode, GREEDY, SKIP)
-    good = good & _inside(int_of(row, POSITION), 0, _LAST_WORD)
+    good = good & _inside(position_of(row), 0, _LAST_WORD)
     good = good & _inside(int_of(row, UID), 0, _LAST_WORD)
     good = good & _inside(int_of(row, STREAM), 0, _LAST_WORD)
     if (mode == DISCRETE) | (mode == SOFT):

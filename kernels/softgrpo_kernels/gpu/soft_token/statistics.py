@@ -11,8 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softgrpo_kernels.gpu.soft_token.row import GREEDY, MODE, SKIP, TEMPERATURE
-from softgrpo_kernels.row_parameters import RowParameters
+from softgrpo_kernels.gpu.soft_token.row import (
+    GREEDY,
+    MODE,
+    SKIP,
+    TEMPERATURE,
+    Places,
+    float_of,
+    int_of,
+    row_of,
+)
+from softgrpo_kernels.gpu.soft_token.rows import Rows
 
 TILE = 128
 CHUNK = 4096
@@ -21,27 +30,36 @@ _TILE, _CHUNK = tl.constexpr(TILE), tl.constexpr(CHUNK)
 # asked for, and 1 where a logit is NaN or +inf.
 MAXIMUM, MASS, WEIGHTED, BAD = (tl.constexpr(column) for column in range(4))
 COLUMNS = tl.constexpr(4)
+# Of the histogram of a row's mass: BINS bins of 1 / BINS_PER_NAT, downwards from its maximum.
+BINS, BINS_PER_NAT = tl.constexpr(1024), tl.constexpr(32)
+
+# (count int32 [B], histogram int64 [B, BINS]) of what `collect` will list, or no lists.
+Lists = tuple[Tensor, Tensor] | tuple[None, None]
+NO_LISTS: Lists = (None, None)
 
 
-@triton.jit(do_not_specialize=["chunks", "batch"])
+@triton.jit(do_not_specialize=["chunks", "columns"])
 def statistics_kernel(
-    tile_max, chunk_sums, logits, floats, ints, stride, vocabulary, chunks, batch,
+    tile_max, chunk_sums, count, histogram, logits, stride, vocabulary, chunks, floats, ints,
+    columns, at_row, at_step, phases,
     ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """Program (c, b): chunk c of row b."""
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    mode = tl.load(ints + batch * MODE + row)
+    """Program b chunks + c: chunk c of row b. (A second axis of the grid would end at 65,535.)"""
+    index, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    row = row_of(index, floats, ints, columns, 0, Places(at_row, at_step, phases))
+    if count is not None:
+        begin_list(count, histogram, index, chunk)
+    mode = int_of(row, MODE)
     if mode != SKIP:
-        temperature = tl.load(floats + batch * TEMPERATURE + row)
-        temperature = tl.where(mode == GREEDY, 1.0, temperature)
+        temperature = tl.where(mode == GREEDY, 1.0, float_of(row, TEMPERATURE))
         TILES: tl.constexpr = _CHUNK // _TILE
         tile = tl.arange(0, TILES)
         token = chunk * _CHUNK + tile[:, None] * _TILE + tl.arange(0, _TILE)[None, :]
-        z = tl.load(logits + row * stride + token, mask=token < vocabulary, other=-float("inf")).to(
-            tl.float32
-        )
+        z = tl.load(
+            logits + index * stride + token, mask=token < vocabulary, other=-float("inf")
+        ).to(tl.float32)
         best = tl.max(z, axis=1)
-        tl.store(tile_max + row * chunks * TILES + chunk * TILES + tile, best)
+        tl.store(tile_max + index * chunks * TILES + chunk * TILES + tile, best)
         bad = tl.max(tl.max(((z != z) | (z == float("inf"))).to(tl.int32), axis=1), axis=0)
 
         a = tl.div_rn(z, temperature)
@@ -50,13 +68,21 @@ def statistics_kernel(
         anchor = tl.where(top > -float("inf"), top, 0.0)
         d = a - anchor
         ratio = tl.exp(d)
-        place = chunk_sums + (row * chunks + chunk) * COLUMNS
+        place = chunk_sums + (index * chunks + chunk) * COLUMNS
         tl.store(place + MAXIMUM, top)
         tl.store(place + MASS, tl.sum(tl.sum(ratio, axis=1), axis=0))
         if ENTROPY:
             weighted = tl.where(ratio > 0.0, ratio * d, 0.0)
             tl.store(place + WEIGHTED, tl.sum(tl.sum(weighted, axis=1), axis=0))
         tl.store(place + BAD, bad.to(tl.float32))
+
+
+@triton.jit
+def begin_list(count, histogram, index, chunk):
+    """No tokens, of no mass, have been listed of a row; its first chunk says so."""
+    if chunk == 0:
+        tl.store(count + index, 0)
+        tl.store(histogram + index * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int64))
 
 
 @triton.jit
@@ -76,9 +102,9 @@ def below_top(maxima):
 
 
 def vocabulary_statistics(
-    logits: Tensor, rows: RowParameters, *, need_entropy: bool
+    logits: Tensor, rows: Rows, *, need_entropy: bool, lists: Lists = NO_LISTS
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of logits [B, V], unit stride in V.
+    """Statistics of logits [B, V], unit stride in V; empties the lists.
 
     Returns:
         tile_max: fp32 [B, tiles], maxima of 128 tokens, -inf past the end.
@@ -89,8 +115,8 @@ def vocabulary_statistics(
     chunks = triton.cdiv(vocabulary, CHUNK)
     tile_max = torch.empty((batch, chunks * (CHUNK // TILE)), device=logits.device)
     chunk_sums = torch.empty((batch, chunks, COLUMNS.value), device=logits.device)
-    statistics_kernel[(chunks, batch)](
-        tile_max, chunk_sums, logits, rows.floats, rows.ints, logits.stride(0), vocabulary,
-        chunks, batch, ENTROPY=need_entropy, num_warps=8,
+    statistics_kernel[(batch * chunks,)](
+        tile_max, chunk_sums, *lists, logits, logits.stride(0), vocabulary, chunks, rows.floats,
+        rows.ints, rows.columns, *rows.places, ENTROPY=need_entropy, num_warps=8,
     )  # fmt: skip
     return tile_max, chunk_sums

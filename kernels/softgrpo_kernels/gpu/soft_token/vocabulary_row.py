@@ -17,17 +17,16 @@ import triton.language as tl
 from softgrpo_kernels.gpu.soft_token import statistics
 from softgrpo_kernels.gpu.soft_token.keys import MAX_ID, number_of, order_of
 from softgrpo_kernels.gpu.soft_token.row import (
-    DISCRETE,
     MIN_P,
-    MODE,
     TEMPERATURE,
     TOP_K,
     TOP_P,
     float_of,
-    has_listed_size,
     int_of,
 )
 from softgrpo_kernels.gpu.soft_token.statistics import (
+    BINS,
+    BINS_PER_NAT,
     COLUMNS,
     MASS,
     MAXIMUM,
@@ -49,12 +48,16 @@ class Limits(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the tokens of a row are read: a list of `size` (a, id), or its `size` logits."""
+    """Where the tokens of a row are read: a list of `size` (a, id), or its `size` logits. length,
+    histogram: the addresses of the length of the list, and of the masses by bin of what belongs in
+    it, whether it fits or not."""
 
     logits: tl.tensor
     vocabulary: tl.tensor
     listed_a: tl.tensor
     listed_id: tl.tensor
+    length: tl.tensor
+    histogram: tl.tensor
     from_list: tl.tensor
     size: tl.tensor
     temperature: tl.tensor
@@ -66,13 +69,6 @@ class Scale(NamedTuple):
     top: tl.tensor
     unit: tl.tensor
     chunk_sums: tl.tensor
-
-
-@triton.jit
-def is_mine(row, valid):
-    """Discrete, valid, and its set may be larger than the slots."""
-    mine = (int_of(row, MODE) == DISCRETE) & ~has_listed_size(row)
-    return mine & (tl.load(valid + row.index) != 0)
 
 
 @triton.jit
@@ -105,15 +101,21 @@ def mass_of(a, top, unit):
 
 
 @triton.jit
+def bin_of(a, top):
+    """The bin of the histogram that a token belongs to; larger a never have a larger bin."""
+    return tl.minimum((top - a) * BINS_PER_NAT, BINS - 1).to(tl.int32)
+
+
+@triton.jit
 def mass_at(order, scale):
     """The mass of a token whose a has this order."""
     return mass_of(number_of(order), scale.top, scale.unit)
 
 
 @triton.jit
-def load_source(source, start, BLOCK: tl.constexpr):
+def load_source(source, start, SIZE: tl.constexpr):
     """a and token ids of one block of the source; -inf past the end."""
-    i = start + tl.arange(0, BLOCK)
+    i = start + tl.arange(0, SIZE)
     # (The interpreter cannot combine a block of truth values with a single one.)
     short = i < tl.where(source.from_list, source.size, 0)
     row = i < tl.where(source.from_list, 0, source.vocabulary)
