@@ -210,7 +210,7 @@ def _write(
         "settings": {**settings, "dtype": "bfloat16"},
         "absent": absent,
         "rows": [
-            {**row.to_dict(), "of_limit": round(row.tokens_per_second / limits[row.batch], 3)}
+            {**row.to_dict(), "of_limit": float(f"{row.tokens_per_second / limits[row.batch]:.3g}")}
             for row in rows
         ],
     }

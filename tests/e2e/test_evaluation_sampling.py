@@ -32,10 +32,14 @@ def test_training_does_not_see_the_evaluation(tiny_config, tiny_data, tmp_path, 
     drawn = []
 
     class Spy(Round):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.sampling = arguments[-1]
+
         def scored(self):
-            scored, rollout = super().scored(), self.rollout
+            scored, sampling = super().scored(), self.sampling
             lengths = [len(s.token_ids) for output in scored.outputs for s in output.samples]
-            drawn.append((rollout.temperature, rollout.soft.temperature, max(lengths)))
+            drawn.append((sampling.params.temperature, sampling.soft.temperature, max(lengths)))
             return scored
 
     monkeypatch.setattr(held_out, "Round", Spy)

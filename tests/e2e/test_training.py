@@ -179,7 +179,7 @@ def test_kl_to_the_reference_starts_at_zero_and_grows(tiny_config, tmp_path):
 BAD = {
     "misspelt key": (["rollout.soft.topk=3"], "rollout.soft.top_k"),
     "wrong type": (["optim.lr=fast"], "optim.lr"),
-    "wrong engine": (["rollout.engine=vlm"], "native"),
+    "wrong engine": (["rollout.engine=nativ"], "native"),
     "missing file": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
     "missing column": (["data.prompt_key=question"], "prompt, answer"),
     "prompt too long": (["data.max_prompt_tokens=3"], "data.max_prompt_tokens"),

@@ -20,6 +20,7 @@ from softgrpo.learner.lora import add_adapters, merged_tensors
 from softgrpo.rollout.batch import RolloutBatch
 from softgrpo_engine import LLM, SamplingParams, SoftParams
 from softgrpo_engine.model.weights import load_decoder
+from softgrpo_engine.ops.linear import has_bf16_products
 from softgrpo_kernels.methods import method_of
 
 MODELS = {"tied": True, "untied": False}
@@ -150,7 +151,11 @@ def test_each_of_two_processes_holds_its_part_and_one_tensor(model, folder, rank
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("model", MODELS)
 def test_two_processes_have_the_gradient_of_one(model, dtype, name, folder, ranks):
-    """Gathered in bfloat16, also embeddings and head, and summed in float32."""
+    """Gathered in bfloat16, also embeddings and head, and summed in float32.
+
+    On a CPU without bfloat16 products one process has the gradient of a layer in float32; what FSDP
+    gathers has it in its own dtype, rounded by each process.
+    """
     policy, reference = start(folder / model, World(), f"model.dtype={dtype}")
     batch, settings = torch.load(folder / "batches.pt", weights_only=False)[name]
     for rank, found in enumerate(ranks):
@@ -168,7 +173,9 @@ def test_two_processes_have_the_gradient_of_one(model, dtype, name, folder, rank
             expected = expected / 2  # FSDP takes the mean
             assert gradients[key].dtype == torch.float32
             error = (gradients[key] - expected).abs().max()
-            assert error <= 1e-5 * expected.abs().max(), key
+            rounded = dtype == "bfloat16" and not has_bf16_products()
+            bound = torch.finfo(torch.bfloat16).eps if rounded else 1e-5
+            assert error <= bound * expected.abs().max(), key
 
 
 @pytest.mark.parametrize("wrong", ["unknown", "shape", "missing"])
