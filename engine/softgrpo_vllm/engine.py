@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -14,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.requests.prompts import thinking_end_id
 from softgrpo_vllm import why_not
+from softgrpo_vllm.alive import asking, starting, watch
 from softgrpo_vllm.output import soft_record
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if find_spec("vllm") is None:
     raise ImportError("vLLM is not installed: pip install 'softgrpo[vllm]'")
 
 BLOCK_SIZE = 32  # positions of the KV cache that are taken at a time
+LEAST_TEMPERATURE = 0.01  # vLLM raises smaller ones to it
 FILE_BYTES = 2**30  # weights that lie in memory at a time on their way to vLLM
 # Fields of SoftParams that are keys by their name.
 _SAME = ("top_k", "top_p", "temperature", "tau", "weight_floor", "noise", "noise_scale", "eps")
@@ -68,7 +69,7 @@ class VLLMEngine:
         options: dict[str, Any] = {"max_model_len": max_model_len} if max_model_len else {}
         if kv_memory is None or math.isinf(kv_memory):
             kv_memory = kv_gibibytes(model, dtype, max_model_len, max_batch_size)
-        with _own_process_group(self.device):
+        with _own_process_group(self.device), starting():
             self.llm = LLM(
                 str(model),
                 dtype=dtype,
@@ -87,6 +88,7 @@ class VLLMEngine:
                 weight_transfer_config={"backend": "softgrpo_file"},
                 **options,
             )
+        watch(self.llm.llm_engine.engine_core)
         self.llm.init_weight_transfer_engine({"init_info": {}})
         self.max_model_len: int = self.llm.model_config.max_model_len
         self._vocabulary = self.llm.model_config.get_vocab_size()
@@ -97,6 +99,11 @@ class VLLMEngine:
         """Raises ValueError, naming the prompt, unless every prompt and its answer can fit."""
         if params.stop or params.prompt_logprobs is not None:
             raise ValueError("the engine 'vllm' knows no stop strings or prompt_logprobs here")
+        if 0 < params.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature={params.temperature:g}: vLLM takes it for {LEAST_TEMPERATURE}, and "
+                "the trainer would score other tokens: raise it, or take the engine 'native'"
+            )
         for index, prompt in enumerate(prompts):
             most = self.max_model_len - params.max_tokens
             if not 0 < len(prompt) <= most:
@@ -130,11 +137,14 @@ class VLLMEngine:
                         request_id = f"softgrpo-{next(self._ids)}"
                         running[request_id] = number, place
                         own = self._params(params, keys | {"soft_uid": uid})
-                        engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, own)
+                        with asking():
+                            engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, own)
                 if not running:
                     return
                 between_steps()
-                for output in engine.step():
+                with asking():
+                    finished = engine.step()
+                for output in finished:
                     if not output.finished:
                         continue
                     number, place = running.pop(output.request_id)
@@ -152,27 +162,34 @@ class VLLMEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces the weights (Hugging Face names, every parameter once), through files in memory.
         The engine may sleep."""
-        if self.device.type == "cuda" and self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up(tags=["weights"])
-        self.llm.start_weight_update()
-        for part in self._parts(named_tensors):
-            with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".safetensors") as file:
-                save_file(part, file.name)
-                self.llm.update_weights({"update_info": {"path": file.name}})
-        self.llm.finish_weight_update(str(version))
-        self.llm.reset_prefix_cache()
+        with asking():
+            if self.device.type == "cuda" and self.llm.llm_engine.is_sleeping():
+                self.llm.wake_up(tags=["weights"])
+            self.llm.start_weight_update()
+            for part in self._parts(named_tensors):
+                with _in_memory(save(part)) as path:
+                    self.llm.update_weights({"update_info": {"path": path}})
+            self.llm.finish_weight_update(str(version))
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError(
+                    "vLLM keeps blocks that were computed with the old weights: a request still "
+                    "runs; end all samples before an update"
+                )
         self.weight_version = version
 
     def sleep(self, weights: bool = True) -> None:
         """Frees the KV cache and, on the GPU, the weights; those that do not come by
         ``update_weights`` wait in the host's memory. On a CPU vLLM cannot."""
         if self.device.type == "cuda":
-            self.llm.sleep(level=2 if weights else 1)
+            with asking():
+                self.llm.sleep(level=2 if weights else 1)
 
     def wake(self) -> None:
         """Takes the memory again."""
-        if self.device.type == "cuda" and self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up()
+        if self.device.type == "cuda":
+            with asking():
+                if self.llm.llm_engine.is_sleeping():
+                    self.llm.wake_up()
 
     def _parts(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """The weights in the engine's dtype, so many bytes at a time."""
@@ -271,6 +288,16 @@ def _end_ids(model: str | Path) -> set[int]:
     if ends is None:
         ends = AutoConfig.from_pretrained(str(model)).eos_token_id
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+@contextmanager
+def _in_memory(data: bytes) -> Iterator[str]:
+    """A path to these bytes for other processes. A file without a name: nothing is left behind by
+    a process that is killed, and no mount bounds it (a container's /dev/shm often has 64 MiB)."""
+    with open(os.memfd_create("softgrpo-weights"), "wb") as file:
+        file.write(data)
+        file.flush()
+        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 @contextmanager

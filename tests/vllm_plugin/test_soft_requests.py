@@ -71,6 +71,9 @@ def test_the_record_replays_through_transformers(tau, vllm, hf, prompts):
 
 
 def test_in_bfloat16_candidates_have_logits_of_fp32(make, prompts, monkeypatch):
+    """Also beside a plain request whose logits vLLM divides by its temperature."""
+    from vllm import SamplingParams
+
     from softgrpo_vllm import sampler
 
     drawn, draw = [], sampler.soft_token_of_rows
@@ -81,7 +84,8 @@ def test_in_bfloat16_candidates_have_logits_of_fp32(make, prompts, monkeypatch):
 
     llm = make(dtype="bfloat16")
     monkeypatch.setattr(sampler, "soft_token_of_rows", kept)
-    generate(llm, prompts[:2], [asked(0), asked(1)])
+    plain = SamplingParams(temperature=0.5, max_tokens=4)
+    generate(llm, prompts[:3], [asked(0), asked(1), plain])
     for step, hidden, lm_head in drawn:
         logits = hidden.float() @ lm_head.float().T
         listed = logits.gather(1, step.ids.long().clamp(min=0)).masked_fill(
