@@ -43,8 +43,9 @@ _OF_TORCHRUN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "
 class VLLMEngine:
     """Rollouts by stock vLLM with the plug-in: the samples that `softgrpo_engine.LLM` draws.
 
-    model: a directory. kv_memory: GiB of the KV cache; math.inf or None: what max_batch_size
-    samples of max_model_len need. The others are those of `LLM`.
+    model: a directory. tensor_parallel: GPUs, from that of this process on. kv_memory: GiB of the
+    KV cache on each of them; math.inf or None: what max_batch_size samples of max_model_len need.
+    The others are those of `LLM`.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class VLLMEngine:
         kv_memory: float | None = None,
         max_batch_size: int = 256,
         max_batch_tokens: int = 8192,
+        tensor_parallel: int = 1,
     ) -> None:
         from vllm import LLM
 
@@ -68,8 +70,9 @@ class VLLMEngine:
         on_gpu = self.device.type == "cuda"
         options: dict[str, Any] = {"max_model_len": max_model_len} if max_model_len else {}
         if kv_memory is None or math.isinf(kv_memory):
-            kv_memory = kv_gibibytes(model, dtype, max_model_len, max_batch_size)
-        with _own_process_group(self.device), starting():
+            sizes = max_model_len, max_batch_size, tensor_parallel
+            kv_memory = kv_gibibytes(model, dtype, *sizes)
+        with _own_process_group(self.device, tensor_parallel), starting():
             self.llm = LLM(
                 str(model),
                 dtype=dtype,
@@ -79,6 +82,7 @@ class VLLMEngine:
                 # By itself vLLM would want most of a GPU to be free.
                 gpu_memory_utilization=0.01,
                 kv_cache_memory_bytes=max(1, int(kv_memory * 2**30)),
+                tensor_parallel_size=tensor_parallel,
                 max_logprobs=K_MAX,
                 enforce_eager=not on_gpu,
                 enable_sleep_mode=on_gpu,
@@ -164,6 +168,7 @@ class VLLMEngine:
         The engine may sleep."""
         with asking():
             if self.device.type == "cuda" and self.llm.llm_engine.is_sleeping():
+                torch.cuda.empty_cache()  # vLLM takes it in a process of its own
                 self.llm.wake_up(tags=["weights"])
             self.llm.start_weight_update()
             for part in self._parts(named_tensors):
@@ -189,6 +194,7 @@ class VLLMEngine:
         if self.device.type == "cuda":
             with asking():
                 if self.llm.llm_engine.is_sleeping():
+                    torch.cuda.empty_cache()
                     self.llm.wake_up()
 
     def _parts(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -263,17 +269,22 @@ class VLLMEngine:
 
 
 def kv_gibibytes(
-    model: str | Path, dtype: str, max_model_len: int | None, max_batch_size: int
+    model: str | Path,
+    dtype: str,
+    max_model_len: int | None,
+    max_batch_size: int,
+    tensor_parallel: int = 1,
 ) -> float:
-    """What the keys and values of so many samples at full length take."""
+    """What the keys and values of so many samples at full length take on each GPU."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(model))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    on_each = -(-heads // tensor_parallel)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     length = max_model_len or config.max_position_embeddings
     blocks = -(-length // BLOCK_SIZE) * max_batch_size + 1
-    position = 2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize
+    position = 2 * config.num_hidden_layers * on_each * width * getattr(torch, dtype).itemsize
     return blocks * BLOCK_SIZE * position / 2**30
 
 
@@ -301,14 +312,15 @@ def _in_memory(data: bytes) -> Iterator[str]:
 
 
 @contextmanager
-def _own_process_group(device: torch.device) -> Iterator[None]:
-    """vLLM's processes are fresh ones, of no group of ours, on the device of this one."""
+def _own_process_group(device: torch.device, gpus: int = 1) -> Iterator[None]:
+    """vLLM's processes are fresh ones, of no group of ours, on so many GPUs from that of this one
+    on."""
     changes: dict[str, str | None] = dict.fromkeys(_OF_TORCHRUN)
     changes["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if device.type == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        index = torch.cuda.current_device()
-        changes["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+        first, visible = torch.cuda.current_device(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        changes["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + gpus])
     before = {name: os.environ.get(name) for name in changes}
     _set(changes)
     try:
