@@ -88,6 +88,24 @@ def test_weights_leave_no_file_behind(engine, monkeypatch):
     assert not [name for name in seen if name.endswith(".safetensors")]
 
 
+def test_weights_that_did_not_come_are_told(monkeypatch, tmp_path):
+    from safetensors.torch import save_file
+
+    from softgrpo_vllm import weights
+
+    for name in ("initialize_layerwise_reload", "finalize_layerwise_reload"):
+        monkeypatch.setattr(weights, name, lambda *model: None)
+    model = torch.nn.Linear(2, 3)
+    model.load_weights = lambda tensors: {name for name, _ in tensors}
+    update = object.__new__(weights.FileWeightTransferEngine)
+    update.model = model
+    save_file({"weight": torch.zeros(3, 2)}, tmp_path / "part")
+    update.start_weight_update()
+    update.receive_weights(weights.FileUpdate(str(tmp_path / "part")))
+    with pytest.raises(ValueError, match="no new weights came for bias of vLLM's Linear"):
+        update.finish_weight_update()
+
+
 def test_its_processes_are_of_no_group_of_torchrun(monkeypatch):
     from softgrpo_vllm.engine import _own_process_group
 

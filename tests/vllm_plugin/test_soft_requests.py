@@ -151,6 +151,12 @@ def test_candidates_beyond_those_that_there_are_have_other_ids(vllm, prompts):
         assert len(position) >= 20  # as dicts, no id twice but the token's
 
 
+def test_a_record_without_all_candidates_is_none(vllm, prompts):
+    """Its mixtures would be others than those that were fed."""
+    with pytest.raises(ValueError, match=r"position has \d candidates, and 2 logprobs were asked"):
+        records(vllm, prompts[:1], [asked(0, {"logprobs": 2}, tau=1.0)])
+
+
 @pytest.mark.parametrize(
     ("changes", "extra", "message"),
     [
@@ -191,8 +197,8 @@ def test_logits_that_are_not_finite_are_reported(vllm, prompts, monkeypatch):
 
     processed = SoftSampler._processed
 
-    def broken(self, logits, batch):
-        return processed(self, torch.full_like(logits, torch.nan), batch)
+    def broken(self, logits, *batch):
+        return processed(self, torch.full_like(logits, torch.nan), *batch)
 
     monkeypatch.setattr(SoftSampler, "_processed", broken)
     with pytest.raises(FloatingPointError, match="not finite"):
