@@ -52,7 +52,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
     def finish_weight_update(self) -> None:
         if self._missing:
             raise ValueError(
-                f"no new weights came for {min(self._missing)} of vLLM's {type(self.model).__name__}"
+                f"no new weights came for {min(self._missing)} of {type(self.model).__name__}"
                 f" ({len(self._missing)} missing): the names are not those of its checkpoints"
             )
         finalize_layerwise_reload(self.model, self.model_config)
