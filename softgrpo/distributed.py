@@ -32,21 +32,29 @@ class LostProcess(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """rank: this process, of `size`. nodes: machines, which have equally many processes."""
+    """rank: this process, of `size`. nodes: machines, which have equally many processes.
+    tensor_parallel: processes in order whose GPUs one engine has, that of the first of them."""
 
     rank: int = 0
     size: int = 1
     nodes: int = 1
+    tensor_parallel: int = 1
     _queues: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @staticmethod
-    def join(timeout_s: float) -> World:
+    def join(timeout_s: float, tensor_parallel: int = 1) -> World:
         """Meets the other processes that torchrun started, if it started this one.
 
         timeout_s: after which a process that waits for another gives up. A GPU is chosen by local
-        rank; the back end is nccl with GPUs and gloo without.
+        rank; the back end is nccl with GPUs and gloo without. Raises ConfigError where an engine's
+        GPUs would be on two machines.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
+        if (local := int(os.environ.get("LOCAL_WORLD_SIZE", size))) % tensor_parallel:
+            raise ConfigError(
+                f"rollout.tensor_parallel={tensor_parallel} does not divide the {local} processes "
+                "of a machine: set it to a divisor, or start as many by torchrun --nproc-per-node"
+            )
         if size == 1:
             return World()
         if torch.cuda.is_available():
@@ -54,7 +62,7 @@ class World:
         if not dist.is_initialized():
             backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        return World(dist.get_rank(), size, size // int(os.environ["LOCAL_WORLD_SIZE"]))
+        return World(dist.get_rank(), size, size // local, tensor_parallel)
 
     def leave(self) -> None:
         """Parts from the others at the end of a run."""
@@ -65,6 +73,16 @@ class World:
     def is_first(self) -> bool:
         """Whether this process writes, prints and logs."""
         return self.rank == 0
+
+    @property
+    def engines(self) -> int:
+        """How many draw samples."""
+        return self.size // self.tensor_parallel
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether this process's does; else its GPU is that of an earlier process's engine."""
+        return self.rank % self.tensor_parallel == 0
 
     def check_shares(self, name: str, count: int) -> None:
         """Raises ConfigError unless there is work for everyone."""
@@ -79,9 +97,10 @@ class World:
         return list(items[self.rank * count // self.size : (self.rank + 1) * count // self.size])
 
     def queue(self, count: int) -> Iterator[int]:
-        """The numbers below `count` in order, each for the process that is the first to ask.
+        """The numbers below `count` in order, each for the engine that is the first to ask.
 
-        All processes make the same queues in the same order; any thread may read one.
+        All processes make the same queues in the same order; any thread may read one, of those
+        that have an engine.
         """
         if self.size == 1:
             return iter(range(count))
@@ -90,7 +109,7 @@ class World:
         def numbers() -> Iterator[int]:
             while (number := store.add(key, 1) - 1) < count:
                 yield number
-            if number == count + self.size - 1:  # the last to hear that there are no more
+            if number == count + self.engines - 1:  # the last to hear that there are no more
                 store.delete_key(key)
 
         return numbers()

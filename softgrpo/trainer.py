@@ -43,6 +43,7 @@ from softgrpo.run.journal import Journal
 from softgrpo.run.round import Round, sampled_beside
 from softgrpo.run.session import RunState, Session
 from softgrpo_engine import SamplingParams
+from softgrpo_engine.execution.memory import return_freed_memory
 from softgrpo_engine.model.source import resolve_model
 
 
@@ -65,7 +66,7 @@ class Trainer:
     ) -> None:
         check_device(config, device_type())
         self.config = config  # asked anew at every step: a dry run makes its steps smaller
-        self.world = World.join(config.run.timeout_s)
+        self.world = World.join(config.run.timeout_s, config.rollout.tensor_parallel)
         self.world.check_shares("rollout.prompts_per_step", config.rollout.prompts_per_step)
         self.journal = Journal(config, self.world)
         load_engine(config.rollout.engine)
@@ -76,9 +77,8 @@ class Trainer:
         prompts = self.data.prepare(tokenizer, self.world)
         check_budget(config, max(map(len, prompts)))
         longest = max(r.max_new_tokens for r in (config.rollout, evaluation_rollout(config)))
-        self.llm = make_engine(
-            config, model_path, tokenizer, max(map(len, prompts)) + longest, self._most_samples()
-        )
+        longest_text, samples = max(map(len, prompts)) + longest, self._most_samples()
+        self.llm = make_engine(config, model_path, tokenizer, longest_text, samples, self.world)
         self.llm.check_fits(prompts, SamplingParams(max_tokens=longest))
         self.policy, reference = load_policies(config, model_path, self.llm.device, self.world)
         optimizer = make_optimizer(self.policy.decoder, config.optim)
@@ -117,6 +117,7 @@ class Trainer:
         with self._sampling_ahead(step + 1, times), self._timed("train", times):
             if sleeps(config, self.llm.device):
                 self.llm.sleep(weights=config.rollout.sleep == "always")
+                self._hand_over_memory()
             chosen = drawn.choose(config.rollout.prompts_per_step)
             batch = self._batch(chosen)
             penalty_S = overlong_penalty(
@@ -130,6 +131,8 @@ class Trainer:
             # The memory of the gradients is for the KV cache until the next update.
             self.update.optimizer.zero_grad()
         with self._timed("sync", times):
+            if sleeps(config, self.llm.device):
+                self._hand_over_memory()
             if updates or config.rollout.sleep == "always":
                 version = self.llm.weight_version + updates
                 self.llm.update_weights(merged_tensors(self.policy.decoder), version=version)
@@ -152,6 +155,13 @@ class Trainer:
             "step_time": sum(times.values()),
             **times,
         }
+
+    def _hand_over_memory(self) -> None:
+        """Until all processes have given back what they had of their GPUs: with tensor parallelism
+        an engine takes memory of GPUs that are other processes' too."""
+        if self.world.tensor_parallel > 1:
+            return_freed_memory(self.llm.device, of_modules=False)
+            self.world.wait()
 
     def _sample(self, rollout: RolloutConfig, times: defaultdict[str, float]) -> ScoredRollout:
         """A round of prompts with rewards; further rounds while too few groups would teach."""
@@ -216,9 +226,9 @@ class Trainer:
 
     def _most_samples(self) -> int:
         """The most samples that this process draws at a time, in steps and in evaluations."""
-        rollout, size = self.config.rollout, self.world.size
-        drawn = math.ceil(rollout.prompts_per_step / size) * rollout.group_size
-        held_out = math.ceil(len(self.data.held_out) / size) * self.config.eval.samples
+        rollout, engines = self.config.rollout, self.world.engines
+        drawn = math.ceil(rollout.prompts_per_step / engines) * rollout.group_size
+        held_out = math.ceil(len(self.data.held_out) / engines) * self.config.eval.samples
         return max(drawn, held_out)
 
     def _batch(self, rollout: ScoredRollout) -> RolloutBatch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -14,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.requests.prompts import thinking_end_id
 from softgrpo_vllm import why_not
+from softgrpo_vllm.alive import asking, starting, watch
 from softgrpo_vllm.output import soft_record
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if find_spec("vllm") is None:
     raise ImportError("vLLM is not installed: pip install 'softgrpo[vllm]'")
 
 BLOCK_SIZE = 32  # positions of the KV cache that are taken at a time
+LEAST_TEMPERATURE = 0.01  # vLLM raises smaller ones to it
 FILE_BYTES = 2**30  # weights that lie in memory at a time on their way to vLLM
 # Fields of SoftParams that are keys by their name.
 _SAME = ("top_k", "top_p", "temperature", "tau", "weight_floor", "noise", "noise_scale", "eps")
@@ -42,8 +43,9 @@ _OF_TORCHRUN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "
 class VLLMEngine:
     """Rollouts by stock vLLM with the plug-in: the samples that `softgrpo_engine.LLM` draws.
 
-    model: a directory. kv_memory: GiB of the KV cache; math.inf or None: what max_batch_size
-    samples of max_model_len need. The others are those of `LLM`.
+    model: a directory. tensor_parallel: GPUs, from that of this process on. kv_memory: GiB of the
+    KV cache on each of them; math.inf or None: what max_batch_size samples of max_model_len need.
+    The others are those of `LLM`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class VLLMEngine:
         kv_memory: float | None = None,
         max_batch_size: int = 256,
         max_batch_tokens: int = 8192,
+        tensor_parallel: int = 1,
     ) -> None:
         from vllm import LLM
 
@@ -67,8 +70,9 @@ class VLLMEngine:
         on_gpu = self.device.type == "cuda"
         options: dict[str, Any] = {"max_model_len": max_model_len} if max_model_len else {}
         if kv_memory is None or math.isinf(kv_memory):
-            kv_memory = kv_gibibytes(model, dtype, max_model_len, max_batch_size)
-        with _own_process_group(self.device):
+            sizes = max_model_len, max_batch_size, tensor_parallel
+            kv_memory = kv_gibibytes(model, dtype, *sizes)
+        with _own_process_group(self.device, tensor_parallel), starting():
             self.llm = LLM(
                 str(model),
                 dtype=dtype,
@@ -78,6 +82,7 @@ class VLLMEngine:
                 # By itself vLLM would want most of a GPU to be free.
                 gpu_memory_utilization=0.01,
                 kv_cache_memory_bytes=max(1, int(kv_memory * 2**30)),
+                tensor_parallel_size=tensor_parallel,
                 max_logprobs=K_MAX,
                 enforce_eager=not on_gpu,
                 enable_sleep_mode=on_gpu,
@@ -87,6 +92,7 @@ class VLLMEngine:
                 weight_transfer_config={"backend": "softgrpo_file"},
                 **options,
             )
+        watch(self.llm.llm_engine.engine_core)
         self.llm.init_weight_transfer_engine({"init_info": {}})
         self.max_model_len: int = self.llm.model_config.max_model_len
         self._vocabulary = self.llm.model_config.get_vocab_size()
@@ -97,6 +103,11 @@ class VLLMEngine:
         """Raises ValueError, naming the prompt, unless every prompt and its answer can fit."""
         if params.stop or params.prompt_logprobs is not None:
             raise ValueError("the engine 'vllm' knows no stop strings or prompt_logprobs here")
+        if 0 < params.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature={params.temperature:g}: vLLM takes it for {LEAST_TEMPERATURE}, and "
+                "the trainer would score other tokens: raise it, or take the engine 'native'"
+            )
         for index, prompt in enumerate(prompts):
             most = self.max_model_len - params.max_tokens
             if not 0 < len(prompt) <= most:
@@ -130,11 +141,14 @@ class VLLMEngine:
                         request_id = f"softgrpo-{next(self._ids)}"
                         running[request_id] = number, place
                         own = self._params(params, keys | {"soft_uid": uid})
-                        engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, own)
+                        with asking():
+                            engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, own)
                 if not running:
                     return
                 between_steps()
-                for output in engine.step():
+                with asking():
+                    finished = engine.step()
+                for output in finished:
                     if not output.finished:
                         continue
                     number, place = running.pop(output.request_id)
@@ -152,27 +166,36 @@ class VLLMEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces the weights (Hugging Face names, every parameter once), through files in memory.
         The engine may sleep."""
-        if self.device.type == "cuda" and self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up(tags=["weights"])
-        self.llm.start_weight_update()
-        for part in self._parts(named_tensors):
-            with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".safetensors") as file:
-                save_file(part, file.name)
-                self.llm.update_weights({"update_info": {"path": file.name}})
-        self.llm.finish_weight_update(str(version))
-        self.llm.reset_prefix_cache()
+        with asking():
+            if self.device.type == "cuda" and self.llm.llm_engine.is_sleeping():
+                torch.cuda.empty_cache()  # vLLM takes it in a process of its own
+                self.llm.wake_up(tags=["weights"])
+            self.llm.start_weight_update()
+            for part in self._parts(named_tensors):
+                with _in_memory(save(part)) as path:
+                    self.llm.update_weights({"update_info": {"path": path}})
+            self.llm.finish_weight_update(str(version))
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError(
+                    "vLLM keeps blocks that were computed with the old weights: a request still "
+                    "runs; end all samples before an update"
+                )
         self.weight_version = version
 
     def sleep(self, weights: bool = True) -> None:
         """Frees the KV cache and, on the GPU, the weights; those that do not come by
         ``update_weights`` wait in the host's memory. On a CPU vLLM cannot."""
         if self.device.type == "cuda":
-            self.llm.sleep(level=2 if weights else 1)
+            with asking():
+                self.llm.sleep(level=2 if weights else 1)
 
     def wake(self) -> None:
         """Takes the memory again."""
-        if self.device.type == "cuda" and self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up()
+        if self.device.type == "cuda":
+            with asking():
+                if self.llm.llm_engine.is_sleeping():
+                    torch.cuda.empty_cache()
+                    self.llm.wake_up()
 
     def _parts(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """The weights in the engine's dtype, so many bytes at a time."""
@@ -246,17 +269,22 @@ class VLLMEngine:
 
 
 def kv_gibibytes(
-    model: str | Path, dtype: str, max_model_len: int | None, max_batch_size: int
+    model: str | Path,
+    dtype: str,
+    max_model_len: int | None,
+    max_batch_size: int,
+    tensor_parallel: int = 1,
 ) -> float:
-    """What the keys and values of so many samples at full length take."""
+    """What the keys and values of so many samples at full length take on each GPU."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(model))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    on_each = -(-heads // tensor_parallel)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     length = max_model_len or config.max_position_embeddings
     blocks = -(-length // BLOCK_SIZE) * max_batch_size + 1
-    position = 2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize
+    position = 2 * config.num_hidden_layers * on_each * width * getattr(torch, dtype).itemsize
     return blocks * BLOCK_SIZE * position / 2**30
 
 
@@ -274,14 +302,25 @@ def _end_ids(model: str | Path) -> set[int]:
 
 
 @contextmanager
-def _own_process_group(device: torch.device) -> Iterator[None]:
-    """vLLM's processes are fresh ones, of no group of ours, on the device of this one."""
+def _in_memory(data: bytes) -> Iterator[str]:
+    """A path to these bytes for other processes. A file without a name: nothing is left behind by
+    a process that is killed, and no mount bounds it (a container's /dev/shm often has 64 MiB)."""
+    with open(os.memfd_create("softgrpo-weights"), "wb") as file:
+        file.write(data)
+        file.flush()
+        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
+@contextmanager
+def _own_process_group(device: torch.device, gpus: int = 1) -> Iterator[None]:
+    """vLLM's processes are fresh ones, of no group of ours, on so many GPUs from that of this one
+    on."""
     changes: dict[str, str | None] = dict.fromkeys(_OF_TORCHRUN)
     changes["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if device.type == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        index = torch.cuda.current_device()
-        changes["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+        first, visible = torch.cuda.current_device(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        changes["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + gpus])
     before = {name: os.environ.get(name) for name in changes}
     _set(changes)
     try:

@@ -30,7 +30,8 @@ class SoftRecord:
 def soft_record(output: CompletionOutput) -> SoftRecord:
     """The record of ``RequestOutput.outputs[i]`` of a soft request with flat_logprobs=True.
 
-    Raises ValueError without them, FloatingPointError where logits were not finite.
+    Raises ValueError without them, or with fewer logprobs than a position has candidates;
+    FloatingPointError where logits were not finite.
     """
     flat: Any = output.logprobs
     length = len(output.token_ids)
@@ -50,6 +51,11 @@ def soft_record(output: CompletionOutput) -> SoftRecord:
         raise FloatingPointError("the logits of a sample are not finite: the weights are broken")
     # A candidate may have g' = -inf; columns after the last one hold other ids.
     counts = flags >> COUNT_SHIFT & COUNT_MASK
+    if length and (most := int(counts.max())) >= width:
+        raise ValueError(
+            f"a position has {most} candidates, and {width - 1} logprobs were asked for: ask with "
+            f"SamplingParams(logprobs={most})"
+        )
     candidates = np.where(np.arange(width - 1) < counts[:, None], ids[:, 1:], -1)
     soft = SoftTokens(
         ids=torch.from_numpy(candidates.astype(np.int32)),

@@ -73,7 +73,7 @@ class SoftSampler(Sampler):
         slots = batch.idx_mapping_np[rows].astype(np.int64)
         row_B, slot_B, index_B = to_device(np.stack([rows, slots, index]), logits.device)
         terminal_BE = record.terminal_ids[slot_B]
-        logits_BV, is_raw = self._processed(logits, batch)
+        logits_BV, is_raw = self._processed(logits, batch, slots)
         logits_BV = logits_BV[row_B]
         held = index < known.min_soft[slots]
         if held.any():
@@ -124,22 +124,22 @@ class SoftSampler(Sampler):
         """Logits in bfloat16 carry a rounding of up to 2^-9 |z|: with these, those of the
         candidates are computed again in fp32, as our engine and the trainer do.
 
-        Not for a head that is split over ranks, quantised or does more than a product.
+        Not for a head that is split over ranks, quantised, or does more than a product.
         """
-        hidden = self.model.sampled_hidden
-        weight = getattr(getattr(self.model, "lm_head", None), "weight", None)
-        after = getattr(self.model, "logits_processor", None)
-        plain = after is not None and after.soft_cap is None and after.scale == 1.0
-        if not plain or weight is None or get_tensor_model_parallel_world_size() > 1:
+        product = self.model.head_product
+        if product is None or get_tensor_model_parallel_world_size() > 1:
             return {}
-        if hidden.dtype == torch.float32 or weight.dtype != hidden.dtype:
+        hidden, weight = product.hidden, getattr(product.head, "weight", None)
+        if weight is None or hidden.dtype == torch.float32 or weight.dtype != hidden.dtype:
             return {}
-        return {"hidden": hidden[row_B], "lm_head": weight}
+        return {"hidden": hidden[row_B], "lm_head": weight, "bias": product.bias}
 
-    def _processed(self, logits: Tensor, batch: InputBatch) -> tuple[Tensor, bool]:
-        """Logits after bias, penalties and the like, before the temperature; whether they are as
-        the model gave them."""
-        if not np.any(self.needs_logits_processing[batch.idx_mapping_np]):
+    def _processed(
+        self, logits: Tensor, batch: InputBatch, slots: np.ndarray
+    ) -> tuple[Tensor, bool]:
+        """Logits after bias, penalties and the like, before the temperature; whether those of these
+        slots are as the model gave them, whatever other requests of the batch ask for."""
+        if not np.any(self.needs_logits_processing[slots]):
             return logits, True
         logits = logits.float().clone()
         context = LogitsContext(

@@ -38,13 +38,23 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
         pass
 
     def start_weight_update(self) -> None:
+        # vLLM's parameters that have not come yet. It would keep the old ones, with a warning.
+        self._missing = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileUpdate) -> None:
         with safe_open(update_info.path, "pt") as file:
-            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            names = file.keys()
+            loaded = self.model.load_weights((name, file.get_tensor(name)) for name in names)
+        # A few models do not say.
+        self._missing -= self._missing if loaded is None else set(loaded)
 
     def finish_weight_update(self) -> None:
+        if self._missing:
+            raise ValueError(
+                f"no new weights came for {min(self._missing)} of {type(self.model).__name__}"
+                f" ({len(self._missing)} missing): the names are not those of its checkpoints"
+            )
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type != "cpu":
             return

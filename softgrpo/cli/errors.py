@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from softgrpo.run.interrupt import Interrupted
 
 # Not the kernels: what those refuse is a mistake of their caller, not of the user.
-_PACKAGES = ("softgrpo", "softgrpo_engine")
+_PACKAGES = ("softgrpo", "softgrpo_engine", "softgrpo_vllm")
 
 
 @contextmanager

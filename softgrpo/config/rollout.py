@@ -105,6 +105,7 @@ class RolloutConfig:
     max_batch_size: samples decoded at a time
     max_batch_tokens: tokens of one forward pass over prompts
     kv_memory: GiB of the KV cache; null: what the fullest batch needs at full length
+    tensor_parallel: GPUs of one engine, of as many processes of a machine (engine `vllm`)
     sleep: the engine's memory during the update. `auto`: the KV cache is given back on a GPU;
         `always`: it and the weights are, on any device; `never`: all stays
     ahead: 1: the samples of the next step are drawn during the update, with the weights before it;
@@ -121,6 +122,7 @@ class RolloutConfig:
     max_batch_size: Size = 256
     max_batch_tokens: Size = 8192
     kv_memory: Positive | None = None
+    tensor_parallel: Size = 1
     sleep: Literal["auto", "always", "never"] = "auto"
     ahead: Annotated[int, Range(0, 1)] = 0
     soft: SoftConfig = field(default_factory=SoftConfig)

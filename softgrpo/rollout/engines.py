@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from softgrpo.config import Config, ConfigError
 from softgrpo.config.engines import find_engine
+from softgrpo.distributed import World
+from softgrpo.rollout.elsewhere import EngineElsewhere
 
 if TYPE_CHECKING:
     import torch
@@ -89,16 +92,33 @@ def sleeps(config: Config, device: torch.device) -> bool:
 
 
 def make_engine(
-    config: Config, model_path: Path, tokenizer: Any, max_model_len: int, max_samples: int
+    config: Config,
+    model_path: Path,
+    tokenizer: Any,
+    max_model_len: int,
+    max_samples: int,
+    world: World = World(),  # noqa: B008 - frozen
 ) -> RolloutEngine:
-    """The engine of a run with the model.
+    """The engine of a run with the model; one that draws nothing in a process whose GPU is part of
+    another's engine.
 
     max_model_len: the longest prompt with its response. max_samples: the most that this process
     asks for at a time. The KV cache, and with it the schedule, hangs on these and on the
-    configuration, never on how much memory happens to be free.
+    configuration, never on how much memory happens to be free. Raises ConfigError for tensor
+    parallelism with an engine that has none.
     """
-    kv_memory = config.rollout.kv_memory
-    return load_engine(config.rollout.engine)(
+    kv_memory, name = config.rollout.kv_memory, config.rollout.engine
+    make, options = load_engine(name), {}
+    if world.tensor_parallel > 1:
+        if "tensor_parallel" not in inspect.signature(make).parameters:
+            raise ConfigError(
+                f"rollout.tensor_parallel: the engine {name!r} runs on one GPU: take 'vllm', or "
+                "tensor_parallel=1"
+            )
+        options["tensor_parallel"] = world.tensor_parallel
+    if not world.has_engine:
+        return EngineElsewhere(tokenizer)
+    return make(
         model_path,
         tokenizer=tokenizer,
         dtype=config.model.dtype,
@@ -106,4 +126,5 @@ def make_engine(
         kv_memory=math.inf if kv_memory is None else kv_memory,
         max_batch_size=min(config.rollout.max_batch_size, max_samples),
         max_batch_tokens=config.rollout.max_batch_tokens,
+        **options,
     )

@@ -57,7 +57,7 @@ class Round:
             uids,
             sampling,
             queue=world.queue(len(prompts)),
-            at_once=-(-len(prompts) // world.size),
+            at_once=-(-len(prompts) // world.engines),
             between_steps=self._check,
         )
 

@@ -93,7 +93,7 @@ class SoftGRPOTrainer(GRPOTrainer):
         self.engine = self._make_engine(make_engine, whole)
         # TRL's correction for rollouts of another program: what remains of use_vllm in its methods.
         self.use_vllm = True
-        self._synced_at = -1  # the step whose weights the engine has
+        self._synced_at = -1  # the step whose weights the engine has, -1: it must get them
         # Of the pass at hand: a record a row, and which rows earned an advantage above 0.
         self._rows: list[Output] = []
         self._rewarded: Tensor | None = None
@@ -111,6 +111,17 @@ class SoftGRPOTrainer(GRPOTrainer):
             return LLM(decoder, **options)
         name = str(self._dtype).removeprefix("torch.")
         return make(base_model(model).name_or_path, dtype=name, **options)
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """A step number of another run says nothing of the weights."""
+        self._synced_at = -1
+        return super().train(*arguments, **options)
+
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        """The weights may be others than those of the last rollout at the same step: the best ones
+        that were loaded at the end, or what the caller put there."""
+        self._synced_at = -1
+        return super().evaluation_loop(*arguments, **options)
 
     def _generate_single_turn(
         self,

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softgrpo_engine.model.config import DecoderConfig
+
 # Beside LoRA on linear layers, what changes a layer otherwise than by adding to its weight.
 _NOT_ADDED = ("use_dora", "modules_to_save", "bias", "trainable_token_indices", "target_parameters")
 
 
 def check_trainable(model: Any) -> None:
-    """Raises ValueError, one line, for a model whose weights no engine reads: quantized ones, and
-    adapters other than plain LoRA on linear layers."""
+    """Raises ValueError, one line, for an architecture that our engine has none of, and for a model
+    whose weights no engine reads: quantized ones, and adapters other than plain LoRA on linear
+    layers."""
+    # Whoever draws: logits that others cap or scale would be scored without that.
+    DecoderConfig.from_hf(base_model(model).config)
     quantized = [n for n, p in model.named_parameters() if not p.dtype.is_floating_point]
     if quantized:
         raise ValueError(

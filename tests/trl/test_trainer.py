@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("trl.trainer", reason="TRL is not installed: make test-trl")
 
@@ -300,6 +301,31 @@ def test_a_run_trains_and_evaluates(bf16, off, model_path, tmp_path):
     assert trainer.engine.weight_version == 1
     trainer.save_model(str(tmp_path / "saved"))
     assert SoftParams.of_model(tmp_path / "saved").max_soft_tokens == 4
+
+
+def test_an_evaluation_draws_with_the_weights_of_its_model(model_path, tmp_path):
+    """Also with those that came by another way than a step, as the best ones at the end do."""
+    trainer = make_trainer(model_path, tmp_path)
+    trainer.eval_dataset = Dataset.from_list(ROWS[:2])
+    trainer.args.per_device_eval_batch_size = PROMPTS * SAMPLES
+    trainer.evaluate()
+    shift(trainer.model, 0.05, seed=1)
+    trainer.evaluate()
+    rows = trainer.state.log_history
+    first, second = (row["eval_sampling/sampling_logp_difference/max"] for row in rows)
+    assert max(first, second) < 1e-3
+
+
+def test_an_architecture_is_refused_whoever_draws(tokenizer, tmp_path):
+    """Its logits are capped, which the densities would leave out in silence."""
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    with pytest.raises(ValueError, match="architecture 'Gemma2ForCausalLM' is not supported"):
+        make_trainer(str(tmp_path / "gemma"), tmp_path, engine="hf")
 
 
 def test_weights_that_no_engine_reads_are_one_line(model_path, tmp_path):

@@ -62,6 +62,50 @@ def test_new_weights_are_those_that_it_draws_with(engine, prompts):
     assert replay_error(other, prompts[2], output.samples[0].soft, 5) < 1e-4
 
 
+def test_no_block_of_old_weights_is_kept(engine, prompts, monkeypatch):
+    """Where vLLM cannot drop them, later samples would silently be those of two policies."""
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RuntimeError, match="blocks that were computed with the old weights"):
+        engine.update_weights(random_model(seed=1).named_parameters(), version=8)
+    assert engine.weight_version == 7
+
+
+def test_a_temperature_that_vllm_would_raise_is_refused(engine):
+    with pytest.raises(ValueError, match=r"temperature=0\.002: vLLM takes it for"):
+        engine.check_fits([[5]], SamplingParams(temperature=0.002, max_tokens=10))
+
+
+def test_weights_leave_no_file_behind(engine, monkeypatch):
+    """Nor would a kill -9 in the middle of an update."""
+    seen, update = [], engine.llm.update_weights
+
+    def watched(request):
+        seen.extend(os.listdir("/dev/shm"))
+        return update(request)
+
+    monkeypatch.setattr(engine.llm, "update_weights", watched)
+    engine.update_weights(random_model(seed=1).named_parameters(), version=9)
+    assert not [name for name in seen if name.endswith(".safetensors")]
+
+
+def test_weights_that_did_not_come_are_told(monkeypatch, tmp_path):
+    from safetensors.torch import save_file
+
+    from softgrpo_vllm import weights
+
+    for name in ("initialize_layerwise_reload", "finalize_layerwise_reload"):
+        monkeypatch.setattr(weights, name, lambda *model: None)
+    model = torch.nn.Linear(2, 3)
+    model.load_weights = lambda tensors: {name for name, _ in tensors}
+    update = object.__new__(weights.FileWeightTransferEngine)
+    update.model = model
+    save_file({"weight": torch.zeros(3, 2)}, tmp_path / "part")
+    update.start_weight_update()
+    update.receive_weights(weights.FileUpdate(str(tmp_path / "part")))
+    with pytest.raises(ValueError, match="no new weights came for bias of Linear"):
+        update.finish_weight_update()
+
+
 def test_its_processes_are_of_no_group_of_torchrun(monkeypatch):
     from softgrpo_vllm.engine import _own_process_group
 
@@ -92,6 +136,16 @@ def test_what_does_not_go_with_it_is_refused(options, message, model):
 
     with pytest.raises(ValueError, match=message):
         EngineArgs(model=str(model), **(OPTIONS | options)).create_engine_config()
+
+
+def test_the_trainer_learns_of_it_in_one_line(model, tokenizer, monkeypatch):
+    from softgrpo.cli.errors import is_for_the_user
+    from softgrpo_vllm.engine import VLLMEngine
+
+    monkeypatch.setattr("vllm.config.VllmConfig.use_v2_model_runner", False)
+    with pytest.raises(ValueError, match=r"^softgrpo: no soft thinking with vLLM's V1.*$") as told:
+        VLLMEngine(model, tokenizer=tokenizer, dtype="float32", max_model_len=128)
+    assert is_for_the_user(told.value)
 
 
 def test_the_v1_runner_is_refused(model, monkeypatch):

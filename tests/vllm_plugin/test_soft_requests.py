@@ -71,6 +71,9 @@ def test_the_record_replays_through_transformers(tau, vllm, hf, prompts):
 
 
 def test_in_bfloat16_candidates_have_logits_of_fp32(make, prompts, monkeypatch):
+    """Also beside a plain request whose logits vLLM divides by its temperature."""
+    from vllm import SamplingParams
+
     from softgrpo_vllm import sampler
 
     drawn, draw = [], sampler.soft_token_of_rows
@@ -81,7 +84,8 @@ def test_in_bfloat16_candidates_have_logits_of_fp32(make, prompts, monkeypatch):
 
     llm = make(dtype="bfloat16")
     monkeypatch.setattr(sampler, "soft_token_of_rows", kept)
-    generate(llm, prompts[:2], [asked(0), asked(1)])
+    plain = SamplingParams(temperature=0.5, max_tokens=4)
+    generate(llm, prompts[:3], [asked(0), asked(1), plain])
     for step, hidden, lm_head in drawn:
         logits = hidden.float() @ lm_head.float().T
         listed = logits.gather(1, step.ids.long().clamp(min=0)).masked_fill(
@@ -147,6 +151,12 @@ def test_candidates_beyond_those_that_there_are_have_other_ids(vllm, prompts):
         assert len(position) >= 20  # as dicts, no id twice but the token's
 
 
+def test_a_record_without_all_candidates_is_none(vllm, prompts):
+    """Its mixtures would be others than those that were fed."""
+    with pytest.raises(ValueError, match=r"position has \d candidates, and 2 logprobs were asked"):
+        records(vllm, prompts[:1], [asked(0, {"logprobs": 2}, tau=1.0)])
+
+
 @pytest.mark.parametrize(
     ("changes", "extra", "message"),
     [
@@ -187,8 +197,8 @@ def test_logits_that_are_not_finite_are_reported(vllm, prompts, monkeypatch):
 
     processed = SoftSampler._processed
 
-    def broken(self, logits, batch):
-        return processed(self, torch.full_like(logits, torch.nan), batch)
+    def broken(self, logits, *batch):
+        return processed(self, torch.full_like(logits, torch.nan), *batch)
 
     monkeypatch.setattr(SoftSampler, "_processed", broken)
     with pytest.raises(FloatingPointError, match="not finite"):
