@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from gpu_cases import compare
 from logit_styles import logits_of
+from triton.runtime.interpreter import GridExecutor
 
 from softgrpo_kernels import gumbel_noise, soft_token
 from softgrpo_kernels.gpu.soft_token import cut
@@ -42,6 +43,37 @@ def test_bad_and_other_rows_are_left_alone(device):
     logits[1, 3] = torch.nan
     mode, top_k = torch.tensor([1, 1, 2, 0]), torch.tensor([-1, -1, 3, 0])
     compare(device, logits, torch.randn(500, 9), k_max=4, mode=mode, top_k=top_k)
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.5}, {"top_k": 2}, {"top_k": 40}], ids=str)
+def test_a_temperature_at_which_logits_overflow(device, limits):
+    """Nothing is drawn: it was an id past the vocabulary."""
+    logits = logits_of("plain", 3, 500)
+    logits[2] -= 100.0
+    temperature = torch.tensor([1.0, 1e-37, 1e-37])
+    out = compare(
+        device, logits, torch.randn(500, 9), k_max=4, mode=1, temperature=temperature, **limits
+    )
+    assert out.valid.tolist() == [True, False, False]
+    assert soft_token(logits, temperature=temperature, k_max=4, mode=1, **limits).valid.tolist() == [
+        True, False, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="seen in the interpreter")
+def test_as_many_warps_whatever_the_other_rows_draw_from(device, monkeypatch):
+    """The warps decide in which order sums are added, and so the bits of a row."""
+    warps, launch = [], GridExecutor.__call__
+
+    def seen(self, *arguments, **settings):
+        if self.fn.__name__ == "sample_kernel":
+            warps.append(settings["num_warps"])
+        return launch(self, *arguments, **settings)
+
+    monkeypatch.setattr(GridExecutor, "__call__", seen)
+    for top_k in (torch.tensor([4]), 4):
+        soft_token(torch.randn(1, 40), top_k=top_k, k_max=4, mode=1, backend="triton")
+    assert warps[0] == warps[1]
 
 
 def test_a_nucleus_that_overflows_the_list(device):

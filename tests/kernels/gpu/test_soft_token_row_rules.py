@@ -75,3 +75,26 @@ def test_the_cpu_refuses_what_a_device_marks():
                 one.check()
         else:
             one.check()
+
+
+def test_bad_rows_add_no_mass_outside_of_their_histogram(device, monkeypatch):
+    """Below a temperature of 0 a bin has a negative number, that of rows before this one."""
+    cases = [{"mode": 1, "top_k": -1, "temperature": t} for t in (1.0, -1.0)]
+    histograms = []
+
+    def seen(*arguments):
+        histograms.append(arguments[4])
+        return collect(*arguments)
+
+    collect = gpu.collect
+    monkeypatch.setattr(gpu, "collect", seen)
+    logits = 2.0 * torch.randn(1, 40, device=device).expand(2, 40)
+    for count in (1, 2):
+        chosen = cases[:count]
+        gpu.soft_token(
+            SoftTokenInputs(logits[:count], None), tables(device, chosen),
+            poisoned(logits[:count], 8, None),
+        )  # fmt: skip
+    alone, beside = histograms
+    assert torch.equal(alone[0], beside[0])
+    assert not beside[1].any()
