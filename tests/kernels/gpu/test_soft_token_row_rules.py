@@ -88,13 +88,11 @@ def test_bad_rows_add_no_mass_outside_of_their_histogram(device, monkeypatch):
 
     collect = gpu.collect
     monkeypatch.setattr(gpu, "collect", seen)
-    logits = 2.0 * torch.randn(1, 40, device=device).expand(2, 40)
+    embed = torch.randn(40, 4, device=device)
     for count in (1, 2):
-        chosen = cases[:count]
-        gpu.soft_token(
-            SoftTokenInputs(logits[:count], None), tables(device, chosen),
-            poisoned(logits[:count], 8, None),
-        )  # fmt: skip
+        logits = torch.linspace(-8.0, 8.0, 40, device=device).expand(count, 40)
+        inputs = SoftTokenInputs(logits, embed)
+        gpu.soft_token(inputs, tables(device, cases[:count]), poisoned(logits, 8, embed))
     alone, beside = histograms
     assert torch.equal(alone[0], beside[0])
     assert not beside[1].any()
