@@ -125,7 +125,7 @@ def sample(
         TERMINALS=ends, SOFTCAP=head is not None and head.softcap is not None, JOINT=joint,
         # Whatever is collected: sums are in the order that the number of warps gives them, and a row
         # must not depend on what the others draw from.
-        BLOCK_H=BLOCK_H, num_warps=4 if k <= 16 else 8,
+        BLOCK_H=BLOCK_H, num_warps=4 if k <= 16 else 16,
         enable_fp_fusion=False,
     )  # fmt: skip
 
