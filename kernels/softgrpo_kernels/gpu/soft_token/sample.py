@@ -123,7 +123,8 @@ def sample(
         *out,
         K=k, TILES=max(triton.next_power_of_2(tiles), k), CHUNKS=triton.next_power_of_2(chunks),
         # (Of every number of ids the compiler would make a kernel of its own.)
-        TERMINALS=triton.next_power_of_2(ends), SOFTCAP=head is not None and head.softcap is not None, JOINT=joint,
+        TERMINALS=triton.next_power_of_2(ends),
+        SOFTCAP=head is not None and head.softcap is not None, JOINT=joint,
         # Whatever is collected: the warps decide in which order sums are added, and the bits of a
         # row must not depend on what the others draw from.
         BLOCK_H=BLOCK_H, num_warps=4 if k <= 16 else 16,
