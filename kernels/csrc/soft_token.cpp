@@ -32,7 +32,8 @@ class RowSampler {
     scratch_.tiles.resize((args_.vocabulary + kTile - 1) / kTile);
     const bool good = SOFTGRPO_BEST(tile_maxima<T>)(scratch_.tiles.data(), z_, args_.vocabulary);
     best_tile_ = *std::min_element(scratch_.tiles.begin(), scratch_.tiles.end(), comes_before);
-    if (!good || best_tile_.value == -HUGE_VALF) {
+    const float best = row_.mode == kGreedy ? best_tile_.value : top();
+    if (!good || std::fabs(best) == HUGE_VALF) {
       args_.valid[b_] = false;
       return;
     }

@@ -161,10 +161,11 @@ class SoftToken:
             the vocabulary; with hidden and lm_head the candidates have their logits from there.
             1 in greedy rows; NaN where kind is 1, for it is not computed there, and in skipped and
             invalid rows. Or None.
-        valid: bool [B], False where the logits hold NaN or +inf or nothing finite, and, on a
-            device, where a parameter of the row is out of its range: to look at it on the host
-            would wait. (On the CPU such a row is a ValueError.) Such a row holds what a skipped one
-            holds, token -1: never a token that nobody asked for. Skipped rows are valid.
+        valid: bool [B], False where the logits hold NaN or +inf or nothing finite, where the
+            largest divided by the temperature is not finite, and, on a device, where a parameter of
+            the row is out of its range: to look at it on the host would wait. (On the CPU such a
+            row is a ValueError.) Such a row holds what a skipped one holds, token -1: never a token
+            that nobody asked for. Skipped rows are valid.
     """
 
     ids: Tensor

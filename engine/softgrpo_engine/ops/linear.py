@@ -19,7 +19,8 @@ def has_bf16_products() -> bool:
     """
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    onednn = torch.backends.mkldnn.is_available()  # without it there are no such operators
+    return bool(onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -55,13 +56,14 @@ class _WidenedLinear(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         d_out = d_out.float()
+        rows = d_out.reshape(-1, d_out.shape[-1])
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             d_x = (d_out @ _widened(weight, x.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            d_weight = (d_out.flatten(0, -2).T @ x.flatten(0, -2).float()).to(weight.dtype)
+            d_weight = (rows.T @ x.float().reshape(-1, x.shape[-1])).to(weight.dtype)
         if bias is not None and ctx.needs_input_grad[2]:
-            d_bias = d_out.flatten(0, -2).sum(0).to(bias.dtype)
+            d_bias = rows.sum(0).to(bias.dtype)
         return d_x, d_weight, d_bias
 
 

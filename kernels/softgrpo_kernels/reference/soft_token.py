@@ -10,7 +10,7 @@ from softgrpo_kernels.noise import gumbel_noise
 from softgrpo_kernels.reference.perturb import perturb
 from softgrpo_kernels.reference.soft_embedding import soft_embedding
 from softgrpo_kernels.row_parameters import RowParameters
-from softgrpo_kernels.row_rules import GREEDY, SKIP, SOFT
+from softgrpo_kernels.row_rules import DISCRETE, GREEDY, SKIP, SOFT
 from softgrpo_kernels.soft_token_tensors import SoftToken, SoftTokenInputs
 from softgrpo_kernels.soft_weights import weights_within
 from softgrpo_kernels.tensors import wide_dtype
@@ -23,6 +23,8 @@ def soft_token(inputs: SoftTokenInputs, rows: RowParameters, out: SoftToken) -> 
     z_BV = logits.to(wide_dtype(logits.dtype))
     skipped = rows.mode == SKIP
     finite = (z_BV < torch.inf).all(-1) & (z_BV > -torch.inf).any(-1)
+    drawn = (rows.mode == DISCRETE) | (rows.mode == SOFT)
+    finite &= ~drawn | (z_BV.amax(-1) / rows.temperature).isfinite()
     good = finite & rows.sound
     sampled = good & ~skipped
     z_BV = torch.where(sampled[:, None], z_BV, 0.0)

@@ -49,6 +49,14 @@ def test_what_needs_no_gradient_gets_none(has_products):
     assert x.grad is not None
 
 
+def test_one_row(has_products):
+    x = torch.randn(6).bfloat16().requires_grad_()
+    weight, bias = torch.randn(5, 6, requires_grad=True), torch.randn(5, requires_grad=True)
+    grads = torch.autograd.grad(linear(x, weight, bias).float().sum(), (weight, bias))
+    assert torch.equal(grads[0], x.float().expand(5, 6))
+    assert torch.equal(grads[1], torch.ones(5))
+
+
 def test_only_bfloat16_on_a_cpu_without_instructions_is_widened(has_products):
     wide = torch.bfloat16 if has_products else torch.float32
     assert product_dtype(torch.zeros(1).bfloat16()) == wide
@@ -62,3 +70,10 @@ def test_avx2_alone_has_none(monkeypatch):
     for supported in (False, True):
         monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda s=supported: s)
         assert has_bf16_products.__wrapped__() == supported
+
+
+def test_without_onednn_there_are_none(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    monkeypatch.setattr("torch.ops.mkldnn", None)
+    assert not has_bf16_products.__wrapped__()

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from gpu_cases import compare
 from logit_styles import logits_of
+from triton.runtime.interpreter import GridExecutor
 
 from softgrpo_kernels import gumbel_noise, soft_token
 from softgrpo_kernels.gpu.soft_token import cut
@@ -42,6 +43,39 @@ def test_bad_and_other_rows_are_left_alone(device):
     logits[1, 3] = torch.nan
     mode, top_k = torch.tensor([1, 1, 2, 0]), torch.tensor([-1, -1, 3, 0])
     compare(device, logits, torch.randn(500, 9), k_max=4, mode=mode, top_k=top_k)
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.5}, {"top_k": 2}, {"top_k": 40}], ids=str)
+def test_a_temperature_at_which_logits_overflow(device, limits):
+    """Nothing is drawn: it was an id past the vocabulary."""
+    logits = logits_of("plain", 3, 500)
+    logits[1:] += torch.tensor([[100.0], [-100.0]])
+    temperature = torch.tensor([1.0, 1e-37, 1e-37])
+    out = compare(
+        device, logits, torch.randn(500, 9), k_max=4, mode=1, temperature=temperature, **limits
+    )
+    on_cpu = soft_token(logits, k_max=4, mode=1, temperature=temperature, **limits)
+    assert out.valid.tolist() == on_cpu.valid.tolist() == [True, False, False]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="seen in the interpreter")
+def test_the_last_launch_is_of_few_kinds(device, monkeypatch):
+    """As many warps whatever the other rows draw from: they decide in which order sums are added,
+    and so the bits of a row. And no kernel of its own for every number of terminal ids."""
+    seen, launch = [], GridExecutor.__call__
+
+    def spy(self, *arguments, **settings):
+        if self.fn.__name__ == "sample_kernel":
+            seen.append((settings["num_warps"], settings["TERMINALS"]))
+        return launch(self, *arguments, **settings)
+
+    monkeypatch.setattr(GridExecutor, "__call__", spy)
+    for top_k, ends in ((4, 0), (torch.tensor([4]), 3), (4, 4)):
+        ids = torch.arange(ends)[None] if ends else None
+        soft_token(
+            torch.randn(1, 40), top_k=top_k, k_max=4, mode=1, terminal_ids=ids, backend="triton"
+        )
+    assert seen == [(4, 0), (4, 4), (4, 4)]
 
 
 def test_a_nucleus_that_overflows_the_list(device):

@@ -75,3 +75,25 @@ def test_the_cpu_refuses_what_a_device_marks():
                 one.check()
         else:
             one.check()
+
+
+def test_bad_rows_add_no_mass_outside_of_their_histogram(device, monkeypatch):
+    """Below a temperature of 0 a bin has a negative number, that of rows before this one."""
+    limits = {"mode": 1, "top_k": -1, "top_p": 1.0, "min_p": 0.5}
+    cases = [limits | {"temperature": t} for t in (1.0, -1.0)]
+    histograms = []
+
+    def seen(*arguments):
+        histograms.append(arguments[4])
+        return collect(*arguments)
+
+    collect = gpu.collect
+    monkeypatch.setattr(gpu, "collect", seen)
+    embed = torch.randn(4096, 4, device=device)
+    for count in (1, 2):
+        logits = torch.linspace(0.0, 2.0, 4096, device=device).expand(count, 4096)
+        inputs = SoftTokenInputs(logits, embed)
+        gpu.soft_token(inputs, tables(device, cases[:count]), poisoned(logits, 8, embed))
+    alone, beside = histograms
+    assert torch.equal(alone[0], beside[0])
+    assert not beside[1].any()

@@ -11,6 +11,7 @@ from softgrpo_kernels.gpu.soft_token import full_vocabulary as kernels
 from softgrpo_kernels.gpu.soft_token.statistics import BINS, BINS_PER_NAT, CHUNK
 from softgrpo_kernels.row_parameters import RowParameters
 
+from .draw import sound
 from .gumbel_noise import gumbel_noise
 from .kept_prefix import kept_prefix, mass_of, unit_of
 from .keys import LAST_ID, LOWEST, NOTHING, key_of, order_of, token_of
@@ -69,7 +70,7 @@ def collect_kernel(
     assert (chunks - 1) * CHUNK < vocabulary <= chunks * CHUNK
     assert chunks <= PADDED
     of_batch = parameters_at(batch, floats, ints, columns, k_max, at_row, at_step, phases)
-    index = of_batch.unlisted.nonzero()[:, 0]
+    index = (of_batch.unlisted & sound(of_batch)).nonzero()[:, 0]
     rows = _of(of_batch, index)
     top_k, cuts = _limits(rows, vocabulary)
     a_RV = rows_of(logits, batch, stride, vocabulary)[index].float() / rows.temperature[:, None]
@@ -87,7 +88,7 @@ def collect_kernel(
     top, total = _row_statistics(chunk_sums, chunks, batch, index)
     rare = torch.where(rows.top_p < 1, (1 - rows.top_p) * total.float() / vocabulary, 0.0)
     bound = (top + torch.log(torch.maximum(rare, rows.min_p)) - 1e-3)[:, None]
-    found = (a_RV >= bound) & (a_RV > -torch.inf)
+    found = (a_RV >= bound) & (a_RV > -torch.inf) & (top < torch.inf)[:, None]
     capacity = kernels.CAPACITY.value
     number = first(count, batch)
     place = number[index, None] + found.cumsum(-1) - 1

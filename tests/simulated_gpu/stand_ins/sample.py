@@ -83,7 +83,7 @@ def sample_kernel(
     skip, soft = rows.mode == SKIP, rows.mode == SOFT
     sums = first(chunk_sums, batch * chunks * 4).view(batch, chunks, 4)
     top, mass, weighted, bad = vocabulary_sums(sums, out_entropy is not None)
-    sampled = ~skip & ~bad & (top > -torch.inf) & sound(rows)
+    sampled = ~skip & ~bad & top.isfinite() & sound(rows)
     log_mass, listed = torch.log(mass), sampled & rows.listed
     greedy = sampled & (rows.mode == GREEDY)
 

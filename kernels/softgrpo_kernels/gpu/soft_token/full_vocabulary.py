@@ -24,6 +24,7 @@ from softgrpo_kernels.gpu.noise import gumbel
 from softgrpo_kernels.gpu.soft_token.cut import kept_prefix
 from softgrpo_kernels.gpu.soft_token.keys import LOWEST, NOTHING, key_of, order_of, token_of
 from softgrpo_kernels.gpu.soft_token.row import Places, is_unlisted, noise_key, row_of
+from softgrpo_kernels.gpu.soft_token.row_rules import row_is_sound
 from softgrpo_kernels.gpu.soft_token.rows import Rows
 from softgrpo_kernels.gpu.soft_token.statistics import BINS, COLUMNS, MAXIMUM
 from softgrpo_kernels.gpu.soft_token.vocabulary_row import (
@@ -86,6 +87,9 @@ def collect_kernel(
     row = row_of(index, floats, ints, columns, k_max, Places(at_row, at_step, phases))
     if not is_unlisted(row):
         return
+    # Below a temperature of 0 the bins would be negative: nothing may be added there.
+    if not row_is_sound(row):
+        return
     limits = limits_of(row, vocabulary)
     collected = Collected(best, listed_a, listed_id, count, histogram)
     source = source_of(index, logits + index * stride, vocabulary, collected, limits)
@@ -105,7 +109,8 @@ def _list(source, limits, index, chunk_sums, part, chunks, PADDED: tl.constexpr)
     rare = tl.where(limits.top_p < 1, rare, 0.0)
     # 0.1 %: the bound itself is rounded.
     bound = top + tl.log(tl.maximum(rare, limits.min_p)) - 1e-3
-    if tl.load(chunk_sums + part * COLUMNS + MAXIMUM) >= bound:
+    # A maximum of +inf has no bins: such a row is not valid.
+    if (tl.load(chunk_sums + part * COLUMNS + MAXIMUM) >= bound) & (top < float("inf")):
         i = part * CHUNK + tl.arange(0, CHUNK)
         z = tl.load(source.logits + i, mask=i < source.vocabulary, other=-float("inf"))
         a = tl.div_rn(z.to(tl.float32), limits.temperature)

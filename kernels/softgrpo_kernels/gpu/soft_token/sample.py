@@ -122,8 +122,12 @@ def sample(
         table, 0 if table is None else table.stride(0), 0 if table is None else table.shape[1],
         *out,
         K=k, TILES=max(triton.next_power_of_2(tiles), k), CHUNKS=triton.next_power_of_2(chunks),
-        TERMINALS=ends, SOFTCAP=head is not None and head.softcap is not None, JOINT=joint,
-        BLOCK_H=BLOCK_H, num_warps=16 if collected else 4 if k <= 16 else 8,
+        # (Of every number of ids the compiler would make a kernel of its own.)
+        TERMINALS=triton.next_power_of_2(ends),
+        SOFTCAP=head is not None and head.softcap is not None, JOINT=joint,
+        # Whatever is collected: the warps decide in which order sums are added, and the bits of a
+        # row must not depend on what the others draw from.
+        BLOCK_H=BLOCK_H, num_warps=4 if k <= 16 else 16,
         enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -162,7 +166,8 @@ def sample_kernel(
         key = top_candidates(vocabulary_row, K, TILES, _TILE)
     if mode != SKIP:
         sums = vocabulary_sums(chunk_sums, chunks, CHUNKS, out_entropy is not None)
-        valid = (sums.bad == 0) & (sums.top > -float("inf")) & row_is_sound(row)
+        # (A logit divided by the temperature may be +inf.)
+        valid = (sums.bad == 0) & (tl.abs(sums.top) < float("inf")) & row_is_sound(row)
         lse = tl.where(valid, sums.top + tl.log(sums.mass), lse)
         entropy = tl.where(valid, tl.log(sums.mass) - sums.weighted / sums.mass, entropy)
         if valid & (mode == GREEDY):
