@@ -230,9 +230,11 @@ class Runner:
         )
 
     def _addresses(self) -> tuple[int, ...]:
-        """Of every tensor that `_decode` finds by itself."""
+        """Of every tensor that `_decode` finds by itself, and the sizes of the record: grown, it may
+        lie where it once lay."""
         tensors = (*self.record.tensors, self.k_pages, self.v_pages)
-        return (*(tensor.data_ptr() for tensor in tensors), *self._weights)
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        return (*addresses, *self.record.drawn.ids.shape, *self._weights)
 
     def _prefill(self, chunks: Seq[Chunk]) -> Tensor:
         """Final hidden states [T, H] of chunks of any length, packed."""
