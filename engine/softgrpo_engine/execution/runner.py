@@ -230,8 +230,8 @@ class Runner:
         )
 
     def _addresses(self) -> tuple[int, ...]:
-        """Of every tensor that `_decode` finds by itself, and the sizes of the record: grown, it may
-        lie where it once lay."""
+        """Of every tensor that `_decode` finds by itself; and the sizes of the record, which may
+        have grown and lie where it once lay."""
         tensors = (*self.record.tensors, self.k_pages, self.v_pages)
         addresses = (tensor.data_ptr() for tensor in tensors)
         return (*addresses, *self.record.drawn.ids.shape, *self._weights)
