@@ -200,11 +200,13 @@ class VLLMEngine:
     def _parts(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """The weights in the engine's dtype, so many bytes at a time."""
         part: dict[str, Tensor] = {}
+        size = 0
         for name, tensor in named_tensors:
             part[name] = tensor.detach().to("cpu", self.dtype, copy=True).contiguous()
-            if sum(t.nbytes for t in part.values()) >= FILE_BYTES:
+            size += part[name].nbytes
+            if size >= FILE_BYTES:
                 yield part
-                part = {}
+                part, size = {}, 0
         if part:
             yield part
 

@@ -65,15 +65,15 @@ def draw_into_record(
         need_kept_mass=record.keeps_mass,
         backend=backend,
     )
-    places = row_B, step_B
-    record.ids[places] = result.ids
-    record.gprime[places] = result.gprime
-    record.kind[places] = result.kind
-    record.forced[places] = False
-    record.token[places] = result.token
-    record.logprob[places] = result.token_logp
+    tables, places = record.drawn, (row_B, step_B)
+    tables.ids[places] = result.ids
+    tables.gprime[places] = result.gprime
+    tables.kind[places] = result.kind
+    tables.forced[places] = False
+    tables.token[places] = result.token
+    tables.logprob[places] = result.token_logp
     if result.kept_mass is not None:
-        record.kept_mass[places] = result.kept_mass
+        tables.kept_mass[places] = result.kept_mass
     record.soft[row_B] = result.kind
     torch.stack([result.token.long(), result.kind.long(), result.valid.long()], out=drawn)
 
@@ -83,7 +83,7 @@ def record_parameters(record: RecordTables, row_B: Tensor, step_B: Tensor) -> Ro
     column_B = record.soft[row_B].long() * len(record.soft) + row_B
     draws = record.draws
     floats, ints = (x.index_select(1, column_B) for x in (draws.floats, draws.ints))
-    rows = RowParameters(floats, ints, record.ids.shape[2])
+    rows = RowParameters(floats, ints, record.drawn.ids.shape[2])
     rows.position.add_(step_B)
     return rows
 
@@ -108,5 +108,5 @@ def record_mixtures(
         return gpu.record_mixtures(record, row_T, step_T, embed, before)
     places, columns = (row_T, step_T - before), len(record.soft) + row_T
     tau, reach = (x.index_select(0, columns) for x in (record.draws.tau, record.draws.reach))
-    weights = weights_within(record.gprime[places], record.kind[places], tau, reach)
-    return soft_embedding(record.ids[places], weights, embed)
+    ids, gprime, kind = (table[places] for table in record.drawn[:3])
+    return soft_embedding(ids, weights_within(gprime, kind, tau, reach), embed)

@@ -167,8 +167,8 @@ def iter_samples(
             wanted = sampling.params.kept_mass
             if wanted and any(sample.kept_mass is None for sample in output.samples):
                 raise ValueError(
-                    "rollout.engine: this one records no kept_mass, without which the "
-                    "rollout's log p over the vocabulary is not known: set algorithm."
+                    f"rollout.engine: {type(engine).__name__} records no kept_mass, without which "
+                    "the rollout's log p over the vocabulary is not known: set algorithm."
                     "discrete_logprob=candidates and an objective that scores candidates, or "
                     "another engine"
                 )

@@ -9,7 +9,7 @@ from logit_styles import logits_of
 from softgrpo_kernels import RowParameters, soft_embedding, soft_token
 from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.record_step import draw_into_record, record_mixtures
-from softgrpo_kernels.record_tables import RecordTables
+from softgrpo_kernels.record_tables import Drawn, RecordTables
 from softgrpo_kernels.row_rules import DISCRETE, GREEDY, SKIP, SOFT
 
 ROWS, STEPS, SLOTS, VOCABULARY = 9, 4, 5, 300
@@ -44,18 +44,21 @@ def new_record(soft, *, keeps_mass=True):
         draws,
         torch.tensor(soft, dtype=torch.uint8),
         torch.full((ROWS, 2), -1, dtype=torch.int32),
-        torch.full((*shape, SLOTS), -7, dtype=torch.int32),
-        torch.full((*shape, SLOTS), -7.0),
-        torch.full(shape, 7, dtype=torch.uint8),
-        torch.ones(shape, dtype=torch.bool),
-        torch.full(shape, -7, dtype=torch.int32),
-        torch.full(shape, -7.0),
-        torch.full((ROWS, STEPS * keeps_mass), -7.0),
+        Drawn(
+            torch.full((*shape, SLOTS), -7, dtype=torch.int32),
+            torch.full((*shape, SLOTS), -7.0),
+            torch.full(shape, 7, dtype=torch.uint8),
+            torch.ones(shape, dtype=torch.bool),
+            torch.full(shape, -7, dtype=torch.int32),
+            torch.full(shape, -7.0),
+            torch.full((ROWS, STEPS * keeps_mass), -7.0),
+        ),
     )
 
 
 def copy_of(record):
-    return RecordTables(record.draws, *(table.clone() for table in record[1:]))
+    drawn = Drawn(*(table.clone() for table in record.drawn))
+    return RecordTables(record.draws, record.soft.clone(), record.terminal_ids.clone(), drawn)
 
 
 @pytest.fixture
@@ -91,20 +94,21 @@ def test_a_step_is_that_of_every_row_alone(step, backend):
     for b, (r, i) in enumerate(zip(row.tolist(), index.tolist(), strict=True)):
         alone = drawn_alone(before, r, i, logits[b], LMHead(head.hidden[b : b + 1], head.weight))
         assert drawn[:, b].tolist() == [int(alone.token), int(alone.kind), int(alone.valid)]
-        assert torch.equal(record.ids[r, i], alone.ids[0])
+        found = Drawn(*(table[r, i] for table in record.drawn))
+        assert torch.equal(found.ids, alone.ids[0])
         for ours, theirs in (
-            (record.gprime[r, i], alone.gprime[0]), (record.logprob[r, i], alone.token_logp[0]),
-            (record.kept_mass[r, i], alone.kept_mass[0]),
+            (found.gprime, alone.gprime[0]), (found.logprob, alone.token_logp[0]),
+            (found.kept_mass, alone.kept_mass[0]),
         ):  # fmt: skip
             torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=1e-5, equal_nan=True)
-        assert record.token[r, i] == alone.token
-        assert record.kind[r, i] == alone.kind == record.soft[r]
-        assert not record.forced[r, i]
+        assert found.token == alone.token
+        assert found.kind == alone.kind == record.soft[r]
+        assert not found.forced
     assert drawn[1].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]  # row 7 has ended
     # Nothing else has changed: not another position, nor a row that was not drawn.
     others = torch.ones(ROWS, STEPS, dtype=torch.bool)
     others[row, index] = False
-    for ours, theirs in zip(record[3:], before[3:], strict=True):
+    for ours, theirs in zip(record.drawn, before.drawn, strict=True):
         assert torch.equal(ours[others], theirs[others])
     assert record.soft[5] == 1
 
@@ -118,7 +122,8 @@ def test_a_record_without_masses_and_ends(step, backend):
     draw_into_record(expected, row, index, logits, drawn[0], backend="reference")
     draw_into_record(record, row, index, logits, drawn[1], backend=backend)
     assert torch.equal(*drawn)
-    for ours, theirs in zip(record[1:], expected[1:], strict=True):
+    assert torch.equal(record.soft, expected.soft)
+    for ours, theirs in zip(record.drawn, expected.drawn, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=1e-5)
 
 
@@ -146,11 +151,11 @@ def test_mixtures_have_the_bits_of_soft_token_and_soft_embedding(step, backend, 
     expected = []
     for b, (r, i) in enumerate(zip(row.tolist(), index.tolist(), strict=True)):
         alone = drawn_alone(record, r, i, logits[b], LMHead(head.hidden[b : b + 1], head.weight))
-        record.ids[r, i], record.gprime[r, i], record.kind[r, i] = (
+        record.drawn.ids[r, i], record.drawn.gprime[r, i], record.drawn.kind[r, i] = (
             x[0] for x in (alone.ids, alone.gprime, alone.kind)
         )
         expected.append(soft_embedding(alone.ids, alone.weights, table))
-    assert record.kind[row, index].sum() > 1
+    assert record.drawn.kind[row, index].sum() > 1
     for before in (0, 2):
         mixed = record_mixtures(record, row, index + before, table, before=before, backend=backend)
         assert torch.equal(mixed, torch.cat(expected))

@@ -30,7 +30,7 @@ from softgrpo_kernels.linear_logprob_slices import LogitMap, TokenGradients
 from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.noise import log_gamma_noise
 from softgrpo_kernels.record_step import draw_into_record, record_mixtures
-from softgrpo_kernels.record_tables import RecordTables
+from softgrpo_kernels.record_tables import Drawn, RecordTables
 from softgrpo_kernels.row_rules import DISCRETE, GREEDY, SKIP, SOFT, RowValues
 from softgrpo_kernels.soft_token_tensors import SoftTokenInputs
 
@@ -265,21 +265,19 @@ def test_rows_of_a_record(launches):
     }  # fmt: skip
     settings = SOUND | {name: torch.tensor(values) for name, values in columns.items()}
     draws = RowParameters.pack(8, torch.device("cpu"), slots, noise_clamp=None, **settings)
-    shape = (rows, capacity)
     record = RecordTables(
-        draws, torch.tensor([0, 1, 1, 0], dtype=torch.uint8),
-        torch.full((rows, 1), -1, dtype=torch.int32), torch.full((*shape, slots), -1).int(),
-        torch.full((*shape, slots), -torch.inf), torch.zeros(shape, dtype=torch.uint8),
-        torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int32),
-        torch.zeros(shape), torch.zeros(shape),
-    )  # fmt: skip
+        draws,
+        torch.tensor([0, 1, 1, 0], dtype=torch.uint8),
+        torch.full((rows, 1), -1, dtype=torch.int32),
+        Drawn.empty(rows, capacity, slots, torch.device("cpu"), kept_mass=True),
+    )
     row, step = torch.tensor([2, 0, 3, 1, 3]), torch.tensor([1, 0, 1, 2, 1])
     drawn = torch.empty(3, 5, dtype=torch.int64)
     head = LMHead(torch.randn(5, 20), torch.randn(vocabulary, 20))
     for _ in range(2):
         logits = logits_of("plain", 5, vocabulary)
         draw_into_record(record, row, step, logits, drawn, head=head, backend="triton")
-        record.terminal_ids[1] = record.token[1, 2]
+        record.terminal_ids[1] = record.drawn.token[1, 2]
     assert drawn[1].tolist() == [1, 0, 0, 1, 0]
     record_mixtures(record, row, step + 1, torch.randn(vocabulary, 9), before=1, backend="triton")
     record_mixtures(record, row, step * 0, torch.randn(vocabulary, 9), backend="triton")

@@ -173,7 +173,7 @@ def test_two_processes_have_the_gradient_of_one(model, dtype, name, folder, rank
             expected = expected / 2  # FSDP takes the mean
             assert gradients[key].dtype == torch.float32
             error = (gradients[key] - expected).abs().max()
-            rounded = dtype == "bfloat16" and not has_bf16_products()
+            rounded = ".layers." in key and dtype == "bfloat16" and not has_bf16_products()
             bound = torch.finfo(torch.bfloat16).eps if rounded else 1e-5
             assert error <= bound * expected.abs().max(), key
 

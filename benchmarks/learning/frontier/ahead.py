@@ -17,7 +17,7 @@ from typing import Any
 
 from arms import ARMS
 from evaluate import Evaluation
-from experiment import HERE, arm_config, best_rate, right_answer, start_model
+from experiment import CELLS, HERE, arm_config, best_rate, right_answer, start_model
 from toy import write_toy
 
 from softgrpo import Trainer
@@ -29,7 +29,7 @@ FILE = HERE / "ahead.json"
 
 
 def run(root: Path, name: str, seed: int, ahead: int) -> dict[str, Any]:
-    """A cell: training reward of every step, held-out accuracy before and after."""
+    """A cell: training reward and largest ratio of every step, held-out accuracy after them."""
     arm, rate = ARMS[name], best_rate(name)
     start = start_model(root, arm.start, 0)
     run_name = f"ahead-{ahead}-{name.replace(' ', '-')}-{seed}"
@@ -39,10 +39,7 @@ def run(root: Path, name: str, seed: int, ahead: int) -> dict[str, Any]:
     folder = Trainer(config, reward_funcs=[right_answer]).train()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward" in row]
-    accuracy = [
-        Evaluation(model).scores(config, ["own"])["own"]["mean"]["value"]
-        for model in (start, folder / "model")
-    ]
+    scores = Evaluation(folder / "model").scores(config, ["own"])
     return {
         "arm": name,
         "lr": rate,
@@ -50,8 +47,7 @@ def run(root: Path, name: str, seed: int, ahead: int) -> dict[str, Any]:
         "ahead": ahead,
         "reward": [row["reward"] for row in steps],
         "ratio": [row["sampling/importance_sampling_ratio/max"] for row in steps],
-        "before": accuracy[0],
-        "after": accuracy[1],
+        "after": scores["own"]["mean"]["value"],
     }
 
 
@@ -62,7 +58,8 @@ def print_table(cells: list[dict[str, Any]]) -> None:
         sides = [[c for c in cells if (c["arm"], c["ahead"]) == (name, a)] for a in (0, 1)]
         if not all(sides):
             continue
-        columns = [f"{sides[0][0]['before']:.3f}"]
+        start = json.loads((CELLS / f"start-{ARMS[name].start}-0.json").read_text())
+        columns = [f"{start['scores'][name]['own']['mean']['value']:.3f}"]
         for side in sides:
             after = [cell["after"] for cell in side]
             columns.append(f"{mean(after):.3f} ({', '.join(f'{value:.3f}' for value in after)})")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from softgrpo_kernels import RowParameters
 from softgrpo_kernels.lm_head import LMHead
 from softgrpo_kernels.methods import method_of
 from softgrpo_kernels.record_step import draw_into_record, record_mixtures
-from softgrpo_kernels.record_tables import RecordTables
+from softgrpo_kernels.record_tables import Drawn, RecordTables
 from softgrpo_kernels.row_rules import (
     DISCRETE,
     FLOAT_COLUMNS,
@@ -27,36 +26,6 @@ from softgrpo_kernels.row_rules import (
     RowValues,
 )
 from softgrpo_kernels.soft_weights import weight_reach
-
-
-class Drawn(NamedTuple):
-    """What was drawn at the positions of the rows: [rows, capacity], ids and gprime [rows,
-    capacity, candidates], as in SoftTokens; logprob: float32, log p of the token; kept_mass:
-    float32, as in Sample, or [rows, 0] where nobody has asked for it."""
-
-    ids: Tensor
-    gprime: Tensor
-    kind: Tensor
-    forced: Tensor
-    token: Tensor
-    logprob: Tensor
-    kept_mass: Tensor
-
-    @staticmethod
-    def empty(
-        rows: int, capacity: int, candidates: int, device: torch.device, kept_mass: bool = False
-    ) -> Drawn:
-        """Room in which nothing is drawn yet."""
-        shape = (rows, capacity)
-        return Drawn(
-            ids=torch.full((*shape, candidates), -1, dtype=torch.int32, device=device),
-            gprime=torch.full((*shape, candidates), -torch.inf, device=device),
-            kind=torch.zeros(shape, dtype=torch.uint8, device=device),
-            forced=torch.zeros(shape, dtype=torch.bool, device=device),
-            token=torch.zeros(shape, dtype=torch.int32, device=device),
-            logprob=torch.zeros(shape, device=device),
-            kept_mass=torch.full((rows, capacity * kept_mass), torch.nan, device=device),
-        )
 
 
 class Record:
@@ -147,7 +116,7 @@ class Record:
     @property
     def tables(self) -> RecordTables:
         """What the kernels read and write."""
-        return RecordTables(self.draws, self.soft, self.terminal_ids, *self.drawn)
+        return RecordTables(self.draws, self.soft, self.terminal_ids, self.drawn)
 
     def draw(
         self,

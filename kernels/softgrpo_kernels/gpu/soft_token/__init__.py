@@ -52,7 +52,7 @@ def draw_into_record(
     rows = Rows.of_record(record, row_B, step_B, unlisted)
     statistics = _statistics(inputs.logits, inputs.head, rows, need_entropy=False)
     sample(
-        statistics, rows, Outputs.of_record(record, drawn), capacity=record.ids.shape[1],
+        statistics, rows, Outputs.of_record(record, drawn), capacity=record.drawn.ids.shape[1],
         terminal_ids=record.terminal_ids, head=inputs.head, embed=None, joint=inputs.joint,
     )  # fmt: skip
 

@@ -70,10 +70,11 @@ def record_mixtures(
     out = torch.empty((len(row_T), width), dtype=embed.dtype, device=embed.device)
     if not out.numel():
         return out
-    _, capacity, k_max = record.ids.shape
+    ids, gprime, kind, *_ = record.drawn
+    _, capacity, k_max = ids.shape
     floats = record.draws.floats
     record_mixture_kernel[(len(row_T), triton.cdiv(width, BLOCK_H))](
-        out, record.ids, record.gprime, record.kind, floats, floats.shape[1], row_T, step_T,
+        out, ids, gprime, kind, floats, floats.shape[1], row_T, step_T,
         before, capacity, k_max, table, table.stride(0), width,
         K=triton.next_power_of_2(max(k_max, 2)), BLOCK_H=BLOCK_H, enable_fp_fusion=False,
     )  # fmt: skip

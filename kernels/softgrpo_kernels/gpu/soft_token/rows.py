@@ -38,4 +38,4 @@ class Rows(NamedTuple):
         """Rows of a record, int64 [B], at these generated positions, int64 [B]."""
         draws = record.draws
         places = (row_B, step_B, record.soft)
-        return Rows(draws.floats, draws.ints, record.ids.shape[2], places, unlisted)
+        return Rows(draws.floats, draws.ints, record.drawn.ids.shape[2], places, unlisted)

@@ -88,10 +88,10 @@ class Outputs(NamedTuple):
     @staticmethod
     def of_record(record: RecordTables, drawn: Tensor) -> Outputs:
         """The tables of a record, and `drawn`."""
-        kept_mass = record.kept_mass if record.keeps_mass else None
+        ids, gprime, kind, forced, token, logprob, kept_mass = record.drawn
         return Outputs(
-            record.ids, record.gprime, record.kind, record.token, record.logprob, kept_mass,
-            record.forced.view(torch.uint8), drawn,
+            ids, gprime, kind, token, logprob, kept_mass if record.keeps_mass else None,
+            forced.view(torch.uint8), drawn,
         )  # fmt: skip
 
 
