@@ -240,6 +240,9 @@ def test_a_second_run_does_not_overwrite_the_first(tiny_config, tmp_path, capsys
     other_lr = refused(capsys, tiny_config, "run.resume=auto", "optim.lr=1e-4")
     assert "optim.lr was 0.003" in other_lr
     assert (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_bytes() == before
+    # What changes no bit may change, here what an update leaves of the engine's memory.
+    train(tiny_config, "run.resume=auto", "run.max_steps=2", "rollout.sleep=always")
+    assert [row["step"] for row in rows_of(tmp_path / "runs" / "tiny")] == [1, 2]
 
 
 def test_a_branch_needs_a_name_of_its_own(tiny_config, tmp_path, capsys):
