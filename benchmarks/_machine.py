@@ -68,19 +68,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "commit": _commit()}
 
 
-def gemm_gflops(device: torch.device, size: int = 2048) -> float:
+def gemm_gflops(device: torch.device, size: int | None = None) -> float:
     """[size, size] @ [size, size].T, as a linear layer multiplies bf16 in training (as float32 on a
     CPU without bf16 instructions), the best of ten."""
+    size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     a, b = (x.to(product_dtype(x)) for x in (a, b))
     seconds = min(seconds_of(lambda: a @ b.T, device) for _ in range(10))
     return 2 * size**3 / seconds / 1e9
 
 
-def memory_gb_per_s(device: torch.device, bytes_: int = 2**28) -> float:
-    """Copy of 256 MiB, bytes read plus bytes written, the best of ten."""
+def memory_gb_per_s(device: torch.device) -> float:
+    """Copy of 256 MiB (of a GPU 2 GiB), bytes read plus bytes written, the best of ten."""
+    bytes_ = 2**31 if device.type == "cuda" else 2**28
     source = torch.zeros(bytes_, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    target.copy_(source)
     seconds = min(seconds_of(lambda: target.copy_(source), device) for _ in range(10))
     return 2 * bytes_ / seconds / 1e9
 

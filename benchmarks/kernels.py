@@ -4,7 +4,9 @@
 
 The floor of an op is the time to move its bytes at the copy bandwidth, or to do its operations at
 the bf16 GEMM rate, both measured here. Runs of one case are interleaved, so that a slow moment of
-the machine hits all of them; a figure is the median of the repeats.
+the machine hits all of them; a figure is the median of the repeats. On a GPU the turns of a
+measurement are replayed as a graph, as a decode step is: without the host's launches. What waits
+for the GPU cannot be captured; its row says so, and has the launches in its time.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,9 +61,10 @@ def measure(
     """One row for each way to do it; the first is ours."""
     seconds: dict[str, list[float]] = {name: [] for name in case.runs}
     turns = {name: _turns(run, device) for name, run in case.runs.items()}
+    repeated = {name: _repeated(run, turns[name], device) for name, run in case.runs.items()}
     for _ in range(repeats):
-        for name, run in case.runs.items():
-            seconds[name].append(_seconds(run, turns[name], device))
+        for name, (all_turns, _) in repeated.items():
+            seconds[name].append(seconds_of(all_turns, device) / turns[name])
     floor = max(
         case.bytes / machine["memory_gb_per_s"] / 1e9,
         case.flops / machine["bf16_gemm_gflops"] / 1e9,
@@ -73,6 +77,7 @@ def measure(
             "implementation": name,
             "microseconds": round(median(times) * 1e6, 1),
             "spread": round(spread(times), 3),
+            "graph": repeated[name][1],
             "ratio_to_softgrpo": round(median(times) / ours, 2),
             "bytes": case.bytes,
             "floor_microseconds": round(floor * 1e6, 2),
@@ -89,12 +94,24 @@ def _turns(run: Run, device: torch.device) -> int:
     return max(1, round(SHORTEST / max(1e-7, seconds_of(lambda: run(1), device))))
 
 
-def _seconds(run: Run, turns: int, device: torch.device) -> float:
+def _repeated(run: Run, turns: int, device: torch.device) -> tuple[Callable[[], None], bool]:
+    """All turns as one call, and whether that replays a graph."""
+
     def all_turns() -> None:
         for i in range(turns):
             run(i)
 
-    return seconds_of(all_turns, device) / turns
+    if device.type != "cuda":
+        return all_turns, False
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            all_turns()
+    except RuntimeError:  # it waits
+        torch.cuda.synchronize()
+        return all_turns, False
+    graph.replay()
+    return graph.replay, True
 
 
 def _peak_bytes(run: Run, device: torch.device) -> int | None:

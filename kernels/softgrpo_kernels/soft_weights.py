@@ -74,6 +74,8 @@ def weights_within(
         tau = tau.to(gprime.dtype).unsqueeze(-1)
     else:
         check_divisor("tau", tau)
+        # As a tensor: by a number CUDA divides as it multiplies by the reciprocal.
+        tau = torch.full((), tau, dtype=gprime.dtype, device=gprime.device)
     # g'/tau rounds to fp32; exp and sum run in fp64, so that after the final rounding neither the
     # order of the sum nor the width K nor the library's exp shows.
     powers = torch.where(counted_slots(gprime, reach), (gprime / tau).double(), -torch.inf)

@@ -58,13 +58,14 @@ class TrainingData:
         )
         wanted = range(len(self.train)) if data.drop_long_prompts else self._indices_of_run()
         parts = world.gather(self._check(data.train, self.train, world.share(wanted)))
-        if data.drop_long_prompts:
-            self._drop([length for part in parts for length in part.lengths])
+        lengths = [length for part in parts for length in part.lengths]
         if self.held_out:
             parts.append(self._check(data.eval, self.held_out, range(len(self.held_out))))
         for part in parts:
             if part.error is not None:
                 raise DataError(part.error)
+        if data.drop_long_prompts:
+            self._drop(lengths)
         return [ids for part in parts for ids in part.largest]
 
     def prompts_of_round(self, number: int, count: int) -> list[Prompt]:

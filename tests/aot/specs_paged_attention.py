@@ -9,26 +9,27 @@ def attention(dtype, dim, group, kind, name=""):
     pages = {"k_pages": f"*{dtype}", "v_pages": f"*{dtype}", "block_table": "*i32"}
     common = {"out": f"*{dtype}", "q": f"*{dtype}", **pages, "seq_lens": "*i32", "scale": "fp32"}
     common |= dict.fromkeys(("table_width", "num_kv_heads"), "i32")
+    narrow = dtype == "bf16"
     sizes = {"GROUP": group, "PAGE": 16, "DIM": dim, "BLOCK_D": dim}
-    sizes["KEYS"] = 64 if dtype == "bf16" else 32
     absent = {}
     if kind == "prefill":
         common |= {"query_starts": "*i32", "sequences": "i32"}
-        sizes["ROWS"] = 64 if dtype == "bf16" else 32
+        sizes |= {"ROWS": 64, "KEYS": 64} if narrow else {"ROWS": 32, "KEYS": 32}
     else:
         absent = dict.fromkeys(("sums", "statistics")) if kind == "one split" else {}
         common |= {"sums": "*fp32", "statistics": "*fp32", "splits": "i32"}
         sizes |= {"ROWS": 16, "SPLIT": 512, "ONE_SPLIT": kind == "one split"}
+        sizes["KEYS"] = 128 if narrow else 32
     return Spec(
         f"attention {kind} {dtype} {dim} {name}".rstrip(),
         f"{GPU}:{'prefill' if kind == 'prefill' else 'decode'}_kernel",
         {name: kind for name, kind in common.items() if name not in absent},
         sizes | absent,
-        num_warps=8 if dim == 128 else 4,
+        num_warps=8 if dim == 128 and (kind == "prefill" or not narrow) else 4,
         num_stages=2,
         fp_fusion=True,
         wide_loads=2,
-        dot=dtype == "bf16",
+        dot=narrow,
     )
 
 

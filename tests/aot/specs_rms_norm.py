@@ -13,6 +13,7 @@ def rms_norm(dtype, residual, width=1536):
         {"RESIDUAL": residual, "BLOCK_H": 1 << (width - 1).bit_length(), **absent},
         divisible=("width",) if width % 16 == 0 else (),
         wide_loads=0 if width % 16 else 3 if residual else 2,
+        num_warps=8,
         no_fma=True,
     )
 

@@ -75,7 +75,7 @@ def sample(k, *, record=True, unlisted=False, every=False, tiles=2048):
             "stride", "vocabulary", "weight_stride", "hidden_stride", "width", "table_stride",
             "table_width",
         ),
-        num_warps=4 if k <= 16 else 16,
+        num_warps=8 if k <= 16 else 16,
         wide_loads=1 if k > 8 else 0,
         narrow_loads=3,  # the phase, and of a token drawn from the vocabulary its logit
         # The assembler takes a minute for a network that sorts many keys: one GPU of each maker.

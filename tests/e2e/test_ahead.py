@@ -39,8 +39,9 @@ def threads():
     return [t.name for t in threading.enumerate() if t.name.startswith("softgrpo-rollout")]
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("soft", ["true", "false"], ids=["soft", "discrete"])
-def test_it_is_what_rollouts_of_the_weights_before_give(soft, tiny_config):
+def test_it_is_what_rollouts_of_the_weights_before_give(soft, tiny_config, rounding):
     settings = (f"rollout.soft.enabled={soft}", "run.max_steps=4")
     rows = rows_of(Trainer(load(tiny_config, *settings)).train())
     oracle = Trainer(load(tiny_config, *settings, "rollout.ahead=0", "run.name=oracle"))
@@ -56,11 +57,12 @@ def test_it_is_what_rollouts_of_the_weights_before_give(soft, tiny_config):
     for row, other in zip(rows, expected, strict=True):
         assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
     ratios = [row["sampling/importance_sampling_ratio/max"] for row in rows]
-    assert ratios[0] < 1.001
+    assert ratios[0] < 1 + 10 * rounding
     assert min(ratios[1:]) > 1.001
     assert not threads()
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_ended(tiny_config, tmp_path):
     settings = ["checkpoint.every=2", "algorithm.dynamic_sampling_rounds=1", "rollout.top_k=0"]
     settings += ["algorithm.kl_coef=0.1", "optim.tokens_per_microbatch=45"]
@@ -83,12 +85,13 @@ def test_nothing_is_left_of_it_when_the_update_fails(tiny_config):
     assert trainer.rewards._workers[0]._process.poll() is not None
 
 
-def test_an_engine_that_does_not_number_its_device(tiny_config):
+def test_an_engine_that_does_not_number_its_device(tiny_config, rounding):
     settings = ("run.max_steps=2", "rollout.engine=hf")
     rows = rows_of(Trainer(load(tiny_config, *settings)).train())
     native = rows_of(Trainer(load(tiny_config, "run.max_steps=2", "run.name=native")).train())
     for row, other in zip(rows, native, strict=True):
-        assert row["reward"] == pytest.approx(other["reward"], abs=1e-6)
+        # Where rounding decides between tokens, the samples part.
+        assert row["reward"] == pytest.approx(other["reward"], abs=min(0.1, rounding))
 
 
 def test_all_steps_sample_on_one_stream(gpu, monkeypatch):
@@ -99,7 +102,14 @@ def test_all_steps_sample_on_one_stream(gpu, monkeypatch):
             streams.append(torch.cuda.current_stream())
 
     made, streams, new = [], [], torch.cuda.Stream
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *where: made.append(new(*where)) or made[-1])
+
+    def stream(*where, **which):
+        if which:  # one that is there already
+            return new(*where, **which)
+        made.append(new(*where))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
     _stream_beside.cache_clear()
     for _ in range(3):
         with sampled_beside(Drawn(), gpu):

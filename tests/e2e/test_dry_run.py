@@ -1,6 +1,7 @@
 """softgrpo-train --dry-run: tries everything, leaves nothing."""
 
 import pytest
+import torch
 
 from softgrpo import Config, Trainer
 from softgrpo.cli.train import main
@@ -8,11 +9,12 @@ from softgrpo.tools.dry_run import _training_bytes
 
 
 def test_it_says_what_would_be_run_and_leaves_nothing(tiny_config, tiny_reward, tmp_path, capsys):
+    dtype = Config.load(tiny_config).model.dtype
     assert main(["--dry-run", "--config", str(tiny_config), "algorithm.kl_coef=0.01"]) == 0
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) < 24
     for text in (
-        "9,824 parameters, float32",
+        f"9,824 parameters, {dtype}",
         "16 examples",
         f"{tiny_reward}:early_letters",
         "3 prompts x 4 samples: 30 prompt tokens, at most 120 new ones",
@@ -35,7 +37,8 @@ def test_frozen_weights_have_neither_gradients_nor_moments(rank, tiny_config):
     frozen = sum(p.numel() for p in parameters) - trained
     steps = 4 * sum(p.requires_grad for p in parameters)  # Adam counts them for each parameter
     assert bool(frozen) == bool(rank)
-    assert _training_bytes(trainer) == 16 * trained + 4 * frozen + steps
+    itemsize = getattr(torch, trainer.config.model.dtype).itemsize
+    assert _training_bytes(trainer) == 16 * trained + itemsize * frozen + steps
 
 
 @pytest.mark.parametrize(

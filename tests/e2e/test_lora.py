@@ -8,6 +8,7 @@ from checkpoints import weights_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from softgrpo import Config
 from softgrpo.cli.train import main
 
 peft = pytest.importorskip("peft")
@@ -19,6 +20,7 @@ def train(config, *overrides):
     assert main(["--config", str(config), *keys, *overrides]) == 0
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_adapters_are_trained_exported_merged_and_resumed(
     tiny_config, tiny_model, tmp_path, rounding
 ):
@@ -30,16 +32,20 @@ def test_adapters_are_trained_exported_merged_and_resumed(
     for name, tensor in weights_of(halves / "checkpoints" / "step_000006").items():
         assert torch.equal(tensor, weights[name]), name
 
+    # A weight that is not trained is kept in the dtype of the computation.
+    dtype = getattr(torch, Config.load(tiny_config).model.dtype)
     start = load_file(tiny_model / "model.safetensors")
     for name, tensor in weights.items():
         if "lora_B" in name:
             assert tensor.abs().max() > 0, name
         elif "lora_A" not in name:
-            assert torch.equal(tensor, start[name.replace(".base_layer", "")]), name
+            frozen = start[name.replace(".base_layer", "")].to(dtype)
+            assert torch.equal(tensor.to(dtype), frozen), name
 
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     kl = [row["kl"] for row in rows if "kl" in row]
-    assert abs(kl[0]) < 1e-6 < 1e-3 < kl[-1]
+    assert abs(kl[0]) < min(1e-6 if dtype == torch.float32 else 1e-3, kl[-1])
+    assert kl[-1] > 1e-3
     # The engine drew from the merged weights.
     differences = [row.get("sampling/sampling_logp_difference/max", 0.0) for row in rows]
     assert 0 < max(differences) < rounding

@@ -51,14 +51,14 @@ def first_choice(monkeypatch):
     enter(monkeypatch, FirstChoice())
 
 
-def test_it_trains(tiny_config, first_choice):
+def test_it_trains(tiny_config, first_choice, rounding):
     overrides = ["algorithm.objective=first_choice", "run.max_steps=2", "checkpoint.every=0"]
     trainer = Trainer(Config.load(tiny_config, overrides))
     folder = trainer.train()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["grad_norm"] > 0 for row in rows)
     # The rollout clipped its noise as the method says, and took it off again.
-    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < rounding
     assert json.loads((folder / "model" / "softgrpo.json").read_text())["soft"]["noise_clip"] == [
         -3.0,
         5.0,

@@ -65,3 +65,12 @@ def test_weights_do_not_depend_on_the_padding_or_the_batch():
     together = soft_weights(padded, kind, tau)
     assert torch.equal(together[:, :5], alone)
     assert not together[:, 5:].any()
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.7])
+def test_the_weights_of_a_gpu_are_those_of_the_cpu(gpu, tau):
+    """To the bit: CUDA divides by a number as it multiplies by the reciprocal, which is not."""
+    gprime = torch.randn(200, 8).sort(-1, descending=True).values
+    kind = torch.ones(200, dtype=torch.uint8)
+    ours = soft_weights(gprime.to(gpu), kind.to(gpu), tau)
+    assert torch.equal(ours.cpu(), soft_weights(gprime, kind, tau))

@@ -51,6 +51,18 @@ def test_results_may_change_their_size(x):
     assert out.tolist() == [1, 2, 3, 4]
 
 
+def test_it_divides_by_a_number_as_cuda_does(x):
+    """By its reciprocal, in place too; a divisor on the device divides."""
+    y = torch.linspace(0.1, 9.0, 1000)
+    by_number = y.cuda() / 0.1
+    assert torch.equal(by_number.cpu(), y * (1 / torch.tensor(0.1)))
+    assert not torch.equal(by_number.cpu(), y / 0.1)
+    assert torch.equal(y.cuda().div_(torch.tensor(0.1)).cpu(), by_number.cpu())
+    assert torch.equal((y.cuda() / cuda(0.1)).cpu(), y / 0.1)
+    assert (x // 2).tolist() == [0, 0, 1, 1]
+    assert torch.equal((2 / y.cuda()).cpu(), 2 / y)
+
+
 def test_copies_keep_the_device(x):
     assert copy.deepcopy(x).device == x.device
     assert copy.deepcopy(nn.Linear(2, 2).to("cuda")).weight.is_cuda

@@ -105,7 +105,7 @@ def test_draws_follow_the_nucleus(device):
     p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
     logits = p.log().expand(12, 5).to(device)
     out = soft_token(
-        logits, mode=1, top_p=0.7, k_max=1, position=torch.arange(12, device=device),
+        logits, mode=1, top_p=0.6, k_max=1, position=torch.arange(12, device=device),
         backend="triton",
     )  # fmt: skip
     assert set(out.token.tolist()) == {0, 1}

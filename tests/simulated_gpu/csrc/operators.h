@@ -72,9 +72,23 @@ inline void note_wait(const std::string& name, c10::ArrayRef<c10::IValue> argume
   wait(known->second);
 }
 
-inline void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+// CUDA divides by a number, or a CPU tensor of no dimension, as it multiplies by its reciprocal,
+// which may differ in the last bit.
+inline c10::OperatorHandle as_cuda_divides(const c10::OperatorHandle& op, c10::IValue* arguments) {
+  // What all its forms without a rounding mode end in.
+  if (op.schema().name() != "aten::div" || op.schema().overload_name() != "out") return op;
+  auto x = arguments[0].toTensor(), divisor = arguments[1].toTensor();
+  if (!x.is_cuda() || !divisor.is_cpu() || divisor.is_complex()) return op;
+  double value = divisor.item().toDouble();
+  double inverse = x.scalar_type() == at::kDouble ? 1.0 / value : 1.0f / (float)value;
+  arguments[1] = at::native::wrapped_scalar_tensor(inverse);
+  return c10::Dispatcher::singleton().findSchemaOrThrow("aten::mul", "out");
+}
+
+inline void fallback(const c10::OperatorHandle& called, c10::DispatchKeySet, Stack* stack) {
+  size_t count = called.schema().arguments().size(), begin = stack->size() - count;
+  const auto op = as_cuda_divides(called, stack->data() + begin);
   const auto& schema = op.schema();
-  size_t count = schema.arguments().size(), begin = stack->size() - count;
   c10::ArrayRef<c10::IValue> arguments(stack->data() + begin, count);
   const auto& overload = schema.overload_name();
   std::string full_name = overload.empty() ? schema.name() : schema.name() + "." + overload;

@@ -202,15 +202,17 @@ def paged_attention(
     # Registers and shared memory: fp32 is computed without tensor cores.
     narrow, warps = q.element_size() == 2, 8 if block >= 128 else 4
     sizes = {"GROUP": group, "PAGE": page, "DIM": dim, "BLOCK_D": block}
-    sizes["KEYS"] = 64 if narrow else 32
     if query_starts is not None:
         tile_rows = max(64 if narrow else 32, triton.next_power_of_2(group))
         tiles = rows // (tile_rows // group) + sequences
         prefill_kernel[(tiles, num_kv_heads)](
             out, q, k_pages, v_pages, block_table, table_width, seq_lens, query_starts, sequences,
-            scale, num_kv_heads, ROWS=tile_rows, **sizes, num_warps=warps, num_stages=2,
+            scale, num_kv_heads, ROWS=tile_rows, KEYS=64 if narrow else 32, **sizes,
+            num_warps=warps, num_stages=2,
         )  # fmt: skip
         return out
+    # Few rounds of large loads: measured on an H200. 128 keys of 256 numbers exceed shared memory.
+    keys = (128 if block <= 128 else 64) if narrow else 32
     splits = triton.cdiv(table_width * page, SPLIT)
     sums = statistics = None
     if splits > 1:
@@ -219,8 +221,9 @@ def paged_attention(
         statistics = torch.empty((*parts, 2), dtype=torch.float32, device=q.device)
     decode_kernel[(rows, num_kv_heads, splits)](
         out, sums, statistics, q, k_pages, v_pages, block_table, table_width, seq_lens, scale,
-        num_kv_heads, splits, ROWS=max(DECODE_ROWS, triton.next_power_of_2(group)), **sizes,
-        SPLIT=SPLIT, ONE_SPLIT=splits == 1, num_warps=warps, num_stages=2,
+        num_kv_heads, splits, ROWS=max(DECODE_ROWS, triton.next_power_of_2(group)), KEYS=keys,
+        **sizes, SPLIT=SPLIT, ONE_SPLIT=splits == 1, num_warps=4 if narrow else warps,
+        num_stages=2,
     )  # fmt: skip
     if splits > 1:
         join_kernel[(rows, num_heads)](

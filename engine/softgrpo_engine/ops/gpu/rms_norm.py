@@ -45,7 +45,7 @@ def rms_norm(
         rms_norm_kernel[(rows,)](
             out, total, x, None if residual is None else residual.contiguous(),
             weight.contiguous(), width, eps, RESIDUAL=residual is not None,
-            BLOCK_H=triton.next_power_of_2(width), num_warps=4 if width <= 4096 else 8,
+            BLOCK_H=triton.next_power_of_2(width), num_warps=8,
             enable_fp_fusion=False,
         )  # fmt: skip
     return out if total is None else (out, total)

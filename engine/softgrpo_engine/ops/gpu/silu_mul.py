@@ -11,7 +11,8 @@ from torch import Tensor
 
 from softgrpo_kernels.gpu.rounding import rounded
 
-BLOCK_I = 2048
+# Four numbers a thread: a row of a decode step is a few KB, and many programs read it sooner.
+BLOCK_I = 512
 
 
 @triton.jit

@@ -127,7 +127,7 @@ def sample(
         SOFTCAP=head is not None and head.softcap is not None, JOINT=joint,
         # Whatever is collected: the warps decide in which order sums are added, and the bits of a
         # row must not depend on what the others draw from.
-        BLOCK_H=BLOCK_H, num_warps=4 if k <= 16 else 16,
+        BLOCK_H=BLOCK_H, num_warps=8 if k <= 16 else 16,
         enable_fp_fusion=False,
     )  # fmt: skip
 
