@@ -65,15 +65,15 @@ def test_norm_activation_and_rope(launches, dtype):
 
 @reaches("paged_attention.decode_kernel", "paged_attention.join_kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("split", [64, 512])
+@pytest.mark.parametrize("split", [128, 512])
 def test_decode_attention(launches, monkeypatch, dtype, split):
-    """Groups of 3; with a split of 64 up to three of them, and rows with one."""
+    """Groups of 3; with a split of 128 up to three of them, and rows with one."""
     monkeypatch.setattr(attention, "SPLIT", split)
-    args, kwargs = make_case([150, 64, 1, 65], [1] * 4, (6, 2), 24, 16, dtype)
+    args, kwargs = make_case([300, 128, 1, 129], [1] * 4, (6, 2), 24, 16, dtype)
     args[4][2] = 0 if split == 512 else 1  # a row that nobody reads
     ops.paged_attention(*args, scale=kwargs["scale"])
     assert set(launches) <= CASES.reached["test_decode_attention"]
-    assert len(launches) == (2 if split == 64 else 1)
+    assert len(launches) == (2 if split == 128 else 1)
 
 
 @reaches("paged_attention.prefill_kernel")

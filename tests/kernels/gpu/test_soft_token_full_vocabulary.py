@@ -75,7 +75,7 @@ def test_the_last_launch_is_of_few_kinds(device, monkeypatch):
         soft_token(
             torch.randn(1, 40), top_k=top_k, k_max=4, mode=1, terminal_ids=ids, backend="triton"
         )
-    assert seen == [(4, 0), (4, 4), (4, 4)]
+    assert seen == [(8, 0), (8, 4), (8, 4)]
 
 
 def test_a_nucleus_that_overflows_the_list(device):
