@@ -20,7 +20,7 @@ from softgrpo.config.rollout import RolloutConfig
 from softgrpo.config.schedule import soft_at
 from softgrpo.data.training import TrainingData
 from softgrpo.distributed import World, patience
-from softgrpo.learner.device import check_device, device_type
+from softgrpo.learner.device import check_device, device_type, make_deterministic
 from softgrpo.learner.load import load_policies
 from softgrpo.learner.lora import merged_tensors
 from softgrpo.learner.microbatches import check_budget
@@ -65,6 +65,8 @@ class Trainer:
         reward_weights: Sequence[float] | None = None,
     ) -> None:
         check_device(config, device_type())
+        if config.run.deterministic:
+            make_deterministic()
         self.config = config  # asked anew at every step: a dry run makes its steps smaller
         self.world = World.join(config.run.timeout_s, config.rollout.tensor_parallel)
         self.world.check_shares("rollout.prompts_per_step", config.rollout.prompts_per_step)

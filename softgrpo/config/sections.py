@@ -20,6 +20,8 @@ class RunConfig:
     name: the folder of the run is `<output_dir>/<name>`
     output_dir: where the folders of runs are
     seed: of the noise and the order of the data
+    deterministic: on a GPU: sums in one order, so that a run gives the same bits again; attention's
+        backward pass is slower. On a CPU this is so in any case
     max_steps: training steps
     resume: `none`, `auto` (the newest checkpoint, if there is one) or the path of a checkpoint from
         which a new run begins
@@ -28,6 +30,7 @@ class RunConfig:
     name: str = "run"
     output_dir: str = "runs"
     seed: Seed = 0
+    deterministic: bool = False
     max_steps: Size = 100
     resume: str = "none"
 

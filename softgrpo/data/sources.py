@@ -91,8 +91,10 @@ def reasoning_gym_dataset(spec: str) -> Any:
     """The dataset of `reasoning_gym:NAME?key=value&...`, with seed 0 unless the spec gives one."""
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
-    except ImportError:
-        raise DataError(f"{spec}: needs reasoning-gym: pip install 'softgrpo[demo]'") from None
+    except ImportError as error:
+        # It is there, perhaps, and what is missing is a package that it needs.
+        why = "" if (error.name or "").startswith("reasoning_gym") else f" ({error})"
+        raise DataError(f"{spec}: needs reasoning-gym: pip install 'softgrpo[demo]'{why}") from None
     name, _, query = spec.removeprefix("reasoning_gym:").partition("?")
     if name not in DATASETS:
         raise DataError(f"{spec}: no task {name!r}{did_you_mean(name, sorted(DATASETS))}")

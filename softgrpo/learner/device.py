@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+import torch.utils.deterministic
 
 from softgrpo.config import ConfigError, ConfigFile
 from softgrpo_engine.training import group_attention
@@ -25,3 +28,15 @@ def check_device(config: ConfigFile, device: str) -> None:
             "bfloat16 alone: set model.dtype=bfloat16, or hide the GPUs (CUDA_VISIBLE_DEVICES=-1) "
             "to train on the CPU"
         )
+
+
+def make_deterministic() -> None:
+    """Has this process add up in one order on a GPU: the same run gives the same bits again.
+
+    It holds for all that the process computes from now on. An operator that cannot do so raises.
+    """
+    # Read when cuBLAS is first used: a workspace of its own for each stream.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # What nobody has written nobody reads: to fill it would be a launch for each tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False

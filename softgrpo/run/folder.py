@@ -148,6 +148,7 @@ _FREE_TO_CHANGE = (
     "run.resume",
     "run.output_dir",
     "run.timeout_s",
+    "run.deterministic",
     "rollout.sleep",
     "checkpoint.",
     "log.",

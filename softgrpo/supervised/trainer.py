@@ -16,7 +16,7 @@ from softgrpo.config import ConfigError, SupervisedConfig
 from softgrpo.data.sources import read_rows
 from softgrpo.data.training import round_indices
 from softgrpo.distributed import World
-from softgrpo.learner.device import check_device, device_type
+from softgrpo.learner.device import check_device, device_type, make_deterministic
 from softgrpo.learner.microbatches import balanced
 from softgrpo.learner.optimizer import make_optimizer
 from softgrpo.learner.update import learning_rate
@@ -43,6 +43,8 @@ class SupervisedTrainer:
 
     def __init__(self, config: SupervisedConfig) -> None:
         check_device(config, device_type())
+        if config.run.deterministic:
+            make_deterministic()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("softgrpo-sft runs in one process: start it without torchrun")
         self.config = config

@@ -92,7 +92,7 @@ def tiny_config(tmp_path, tiny_model, tiny_data, tiny_reward, device, request):
     path = tmp_path / "tiny.yaml"
     path.write_text(
         f"""
-run: {{name: tiny, output_dir: {tmp_path}/runs, max_steps: 6, seed: 3}}
+run: {{name: tiny, output_dir: {tmp_path}/runs, max_steps: 6, seed: 3, deterministic: true}}
 model: {{path: {tiny_model}, dtype: {dtype}}}
 data: {{train: {tiny_data}, eval: null, max_prompt_tokens: 64}}
 rollout:
@@ -111,7 +111,8 @@ eval: {{samples: 2, k: [1, 2]}}
 log: {{samples_every: 2}}
 """
     )
-    return path
+    yield path
+    torch.use_deterministic_algorithms(False)  # which the run had for the whole process
 
 
 @pytest.fixture(scope="session")

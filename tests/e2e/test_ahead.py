@@ -39,7 +39,6 @@ def threads():
     return [t.name for t in threading.enumerate() if t.name.startswith("softgrpo-rollout")]
 
 
-@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("soft", ["true", "false"], ids=["soft", "discrete"])
 def test_it_is_what_rollouts_of_the_weights_before_give(soft, tiny_config, rounding):
     settings = (f"rollout.soft.enabled={soft}", "run.max_steps=4")
@@ -62,7 +61,6 @@ def test_it_is_what_rollouts_of_the_weights_before_give(soft, tiny_config, round
     assert not threads()
 
 
-@pytest.mark.usefixtures("deterministic")
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_ended(tiny_config, tmp_path):
     settings = ["checkpoint.every=2", "algorithm.dynamic_sampling_rounds=1", "rollout.top_k=0"]
     settings += ["algorithm.kl_coef=0.1", "optim.tokens_per_microbatch=45"]

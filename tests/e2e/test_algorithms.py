@@ -233,7 +233,6 @@ SCHEDULE = [
 ]
 
 
-@pytest.mark.usefixtures("deterministic")
 def test_a_schedule_reaches_rollouts_and_densities_and_resumes_exactly(tiny_config, rounding):
     def letters(prompts, completions, **columns):
         return [sum(x in "abcdefgh" for x in text(c)) for c in completions]

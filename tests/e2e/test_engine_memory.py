@@ -68,7 +68,6 @@ def assert_same(batches, expected):
         assert torch.equal(batch.logprobs, other.logprobs)
 
 
-@pytest.mark.usefixtures("deterministic")
 def test_the_update_has_the_memory_that_the_engine_gives_back(run_as, device):
     expected, freed, llm = run_as("never", sleep="never")
     cache = llm.runner.k_pages.nbytes + llm.runner.v_pages.nbytes

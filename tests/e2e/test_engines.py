@@ -19,7 +19,6 @@ def rewards_of(config, tmp_path, name, engine):
     return [json.loads(row)["reward"] for row in rows]
 
 
-@pytest.mark.usefixtures("deterministic")
 def test_training_is_the_same_with_any_engine(tiny_config, tmp_path, monkeypatch, rounding):
     """The oracle, and an engine that an installed package brings."""
     monkeypatch.setattr(engines, "entry_points", lambda group: [_installed(group)])

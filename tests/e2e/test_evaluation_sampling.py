@@ -28,7 +28,6 @@ def test_what_is_null_is_that_of_the_rollout(tiny_config):
     assert dataclasses.replace(config.rollout, top_k=5) == changed
 
 
-@pytest.mark.usefixtures("deterministic")
 def test_training_does_not_see_the_evaluation(tiny_config, tiny_data, tmp_path, monkeypatch):
     drawn = []
 

@@ -20,7 +20,6 @@ def train(config, *overrides):
     assert main(["--config", str(config), *keys, *overrides]) == 0
 
 
-@pytest.mark.usefixtures("deterministic")
 def test_adapters_are_trained_exported_merged_and_resumed(
     tiny_config, tiny_model, tmp_path, rounding
 ):

@@ -6,7 +6,6 @@ it is the real one, and the test carries the mark `gpu`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -38,18 +37,6 @@ def gpu(request: pytest.FixtureRequest) -> torch.device:
     if not REAL:
         request.getfixturevalue("simulated_gpu")
     return torch.device(request.param)
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """Sums in one order: a real GPU's atomics, in the backward pass of attention and where rows are
-    added to others, take any."""
-    if REAL:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -231,6 +231,14 @@ def test_reasoning_gym_not_installed(monkeypatch):
 
 
 @pytest.mark.demo
+def test_what_reasoning_gym_needs_is_not_installed(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "reasoning_gym"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "zss", None)
+    assert "softgrpo[demo]' (import of zss halted" in failure(CHAIN_SUM)
+
+
+@pytest.mark.demo
 def test_the_demo_data_is_held_out_and_without_the_worked_example():
     data = TrainingData(Config.load("demo"))
     held_out = {example.text for example in data.held_out}
@@ -271,6 +279,15 @@ def test_long_training_prompts_can_be_left_out(tmp_path):
     none_left = TrainingData(config(path, *overrides, "data.max_prompt_tokens=2"))
     with pytest.raises(DataError, match=r"every prompt is longer than data\.max_prompt_tokens"):
         none_left.prepare(ChatTokenizer())
+
+
+def test_a_prompt_that_cannot_be_encoded_is_named_where_long_ones_are_left_out(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    overrides = ["data.eval=null", "data.few_shot=[]", "data.drop_long_prompts=true"]
+    tokenizer = ChatTokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"a\.jsonl, example 0: the tokenizer has no chat templ"):
+        TrainingData(config(path, *overrides)).prepare(tokenizer)
 
 
 def test_processes_check_their_share_and_keep_what_one_keeps(tmp_path):

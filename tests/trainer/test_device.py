@@ -1,11 +1,14 @@
 """What the device cannot do is said before anything is loaded, by every command that would."""
 
+import os
+
 import pytest
 import torch
+import torch.utils.deterministic
 
 from softgrpo.cli import parity, train
 from softgrpo.config import Config, ConfigError
-from softgrpo.learner.device import check_device, device_type
+from softgrpo.learner.device import check_device, device_type, make_deterministic
 
 NO_MODEL = "model.path=./nowhere"  # looking for it would be another error
 
@@ -23,6 +26,20 @@ def test_float32_is_for_the_cpu():
     with pytest.raises(ConfigError, match=r"^model.dtype: .*set model.dtype=bfloat16") as error:
         check_device(configs["float32"], "cuda")
     assert "\n" not in str(error.value)
+
+
+def test_deterministic_sums_leave_memory_as_it_is(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    make_deterministic()
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 def test_the_device_is_the_gpu_where_there_is_one(gpu):
