@@ -5,9 +5,7 @@
 
 Lengths of responses are drawn from a lognormal that is cut at the length limit and has the mean and
 the share of cut responses that the authors' runs logged; half of the variance of the logarithm is
-that of prompts, so that the samples of a group are long together. Rates are those of `--plan`: a
-decode step reads the weights and the cache or does its products, whichever takes longer, and costs
-`LAUNCH` besides. Nothing is measured on a GPU.
+that of prompts, so that the samples of a group are long together. Rates are those of `--plan`.
 
 - synchronous: every GPU has its prompts from the start.
 - queued: a GPU takes its next prompt when it has room for a group of samples.
@@ -33,13 +31,12 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from softgrpo.config import Config
 from softgrpo.tools.plan.depth import peaks_and_flops
 from softgrpo.tools.plan.model import model_config
-from softgrpo.tools.plan.seconds import Hardware, Size, kv_cache, seconds
+from softgrpo.tools.plan.seconds import Hardware, Size, decode_step, kv_cache, seconds
 from softgrpo.tools.plan.walk import GPUS_OF_A_NODE, OLD, REFERENCE, SYNC, UPDATE, Share
 from softgrpo_engine.model.config import DecoderConfig
 
 GPUS = (1, 8, 64, 512)
 BETWEEN = 0.5  # of the variance of log length: of prompts; the rest is of a prompt's samples
-LAUNCH = 0.5e-3  # seconds of a decode step that no byte explains
 STEPS = 8  # simulated, for the mean
 PROMPT = 150  # tokens
 
@@ -81,19 +78,15 @@ def _mean_cut(mu: float, sigma: float, limit: float) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one GPU and one recipe. kv_bytes: of a token; products: FLOPs of a token in a decode step;
-    room: samples that are decoded at a time."""
+    """Of one GPU and one recipe. room: samples that are decoded at a time."""
 
-    weight_bytes: float
-    kv_bytes: float
-    products: float
-    room: int
+    size: Size
     hardware: Hardware
+    room: int
 
     def step(self, batch: int, cached: float) -> float:
         """Seconds of a decode step over so many samples, with so many tokens in the cache."""
-        read = (self.weight_bytes + cached * self.kv_bytes) / self.hardware.bandwidth
-        return LAUNCH + max(read, batch * self.products / self.hardware.decoding)
+        return decode_step(self.size, self.hardware, batch, cached)
 
 
 class Gpu:
@@ -208,7 +201,7 @@ def simulate(config: Config, mean: float, cut: float, hardware: Hardware) -> lis
         ("32 prompts a GPU, room for 64 samples", 64, lambda gpus: 32 * gpus),
     )
     for batch, room, prompts_of in batches:
-        rates = Rates(2.0 * size.parameters, size.kv_bytes, 2.0 * size.products, room, hardware)
+        rates = Rates(size, hardware, room)
         rng = np.random.default_rng(0)
         for gpus in GPUS:
             shape = prompts_of(gpus), config.rollout.group_size

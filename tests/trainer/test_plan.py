@@ -17,7 +17,7 @@ from softgrpo.tools.plan.depth import peaks_and_flops
 from softgrpo.tools.plan.device import DEVICE, FakeGPU
 from softgrpo.tools.plan.model import model_config, write_empty_model
 from softgrpo.tools.plan.plan import GIB, changes
-from softgrpo.tools.plan.seconds import Hardware, Size, kv_cache
+from softgrpo.tools.plan.seconds import Hardware, Size, decode_step, kv_cache
 from softgrpo.tools.plan.walk import PHASES, walk
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.model.weights import empty_decoder
@@ -162,6 +162,15 @@ def test_the_command_says_what_to_change_and_exits_1(tmp_path, capsys, monkeypat
     monkeypatch.setattr("softgrpo.tools.plan.plan.Hardware", lambda: tiny)
     assert main([*command, "optim.gradient_checkpointing=false"]) == 1
     assert "set optim.gradient_checkpointing=true" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "context", "seconds"), [(64, 384, 2.24e-3), (64, 1800, 2.94e-3), (32, 4900, 3.15e-3)]
+)
+def test_a_decode_step_takes_what_it_took_on_an_h200(rows, context, seconds):
+    size = Size.of(DecoderConfig.from_hf(model_config(Config.load("paper-1.5b").model.path), ()))
+    measured = Hardware(bandwidth=4.2e12)  # of a copy there
+    assert decode_step(size, measured, rows, rows * context) == pytest.approx(seconds, rel=0.04)
 
 
 def test_the_cache_takes_what_is_left():

@@ -80,9 +80,10 @@ class Plan:
             title=f"{config.run.name}: {config.model.path}, {self.parameters / 1e9:.2f} B "
             "parameters; peak GiB on each GPU, and seconds of a step",
             caption=f"{hardware.name}, {hardware.usable / GIB:.1f} GiB of it for tensors; "
-            f"{hardware.training / 1e12:.0f} TFLOP/s in training, {hardware.bandwidth / 1e12:.1f} "
-            f"TB/s of memory and {hardware.links / 1e9:.0f} GB/s of links reached; every response "
-            f"of full length. FSDP within a node of {GPUS_OF_A_NODE}, replicas over nodes.",
+            f"{hardware.training / 1e12:.0f} TFLOP/s in training, {hardware.attention / 1e12:.0f} "
+            f"in its attention, {hardware.bandwidth / 1e12:.1f} TB/s of memory and "
+            f"{hardware.links / 1e9:.0f} GB/s of links reached; every response of full length. "
+            f"FSDP within a node of {GPUS_OF_A_NODE}, replicas over nodes.",
         )
         table.add_column("phase")
         for column in self.columns:

@@ -26,17 +26,21 @@ class Hardware:
     """One GPU, at the rates that are reached rather than those of its data sheet.
 
     memory: bytes; reserved: what CUDA, NCCL and gaps between tensors take of them. training,
-    decoding: bf16 FLOP/s of a training pass and of decode steps. bandwidth: of its memory, links:
-    of a GPU to the others of its node, bytes/s.
+    attention, decoding: bf16 FLOP/s of a training pass, of its attention (FlashAttention 2) and of
+    decode steps. bandwidth: of its memory, links: of a GPU to the others of its node, bytes/s.
+    layer: seconds of a decode step that a layer takes beside its bytes: ten small kernels, and the
+    gaps between them. All but the links are shares and seconds that an H200 had (docs/gpu.md).
     """
 
     name: str = "H100 80 GB"
     memory: float = 80e9
     reserved: float = 3e9
     training: float = 0.4 * 989e12
+    attention: float = 0.27 * 989e12
     decoding: float = 0.6 * 989e12
-    bandwidth: float = 0.75 * 3.35e12
+    bandwidth: float = 0.88 * 3.35e12
     links: float = 0.5 * 450e9
+    layer: float = 49e-6
 
     @property
     def usable(self) -> float:
@@ -91,9 +95,10 @@ def seconds(
     traffic = {OLD: gathered, REFERENCE: gathered, UPDATE: 4 * gathered}  # and gradients, float32
     for phase, counted in flops.items():
         if phase in weight:
-            work = counted * share.tokens / share.walked_tokens + weight[phase] * attention
+            work = counted * share.tokens / share.walked_tokens / hardware.training
+            work += weight[phase] * attention / hardware.attention
             moved = passes * traffic[phase] / hardware.links
-            times[phase] = max(work / hardware.training, moved)
+            times[phase] = max(work, moved)
     rate = hardware.links if gpus > 1 else hardware.bandwidth
     return times | {SYNC: 4.0 * size.parameters / rate}
 
@@ -109,12 +114,16 @@ def kv_cache(config: Config, size: Size, gpus: int) -> float:
 def _rollout(size: Size, share: Share, hardware: Hardware, cache: float) -> float:
     length = share.prompt + share.response
     at_a_time = max(1.0, cache // (length * size.kv_bytes))
-    context = share.prompt + share.response / 2
-    products = 2.0 * size.products
-    decode_step = max(
-        (products + at_a_time * context * size.kv_bytes) / hardware.bandwidth,
-        at_a_time * products / hardware.decoding,
-    )
+    cached = at_a_time * (share.prompt + share.response / 2)
     prompts = share.samples / share.group_size * share.prompt
-    prefill = prompts * products / hardware.training
-    return prefill + ceil(share.samples / at_a_time) * share.response * decode_step
+    prefill = prompts * 2.0 * size.products / hardware.training
+    steps = ceil(share.samples / at_a_time) * share.response
+    return prefill + steps * decode_step(size, hardware, at_a_time, cached)
+
+
+def decode_step(size: Size, hardware: Hardware, rows: float, cached: float) -> float:
+    """Seconds of a step of so many rows with so many tokens in the cache: weights (in bfloat16) and
+    cache are read, or their products are done, whichever takes longer."""
+    read = (2.0 * size.products + cached * size.kv_bytes) / hardware.bandwidth
+    multiplied = rows * 2.0 * size.products / hardware.decoding
+    return size.config.num_layers * hardware.layer + max(read, multiplied)
