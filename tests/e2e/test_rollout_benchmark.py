@@ -1,4 +1,5 @@
-"""benchmarks/rollout_throughput.py runs, writes what it promises, and says which peer is absent."""
+"""benchmarks/rollout_throughput.py and recipe_step.py run and write what they promise; the first
+says which peer is absent."""
 
 import json
 import sys
@@ -22,3 +23,19 @@ def test_rows_and_absent_peers(run_benchmark, tiny_model, tmp_path):
         assert row["tokens_per_second"] > 0
         assert row["of_limit"] > 0
     assert sys.executable not in path.read_text()
+
+
+def test_a_step_of_a_recipe_beside_its_plan(run_benchmark, tiny_model, tmp_path, capsys):
+    path = tmp_path / "step.json"
+    overrides = [f"model.path={tiny_model}", "rollout.prompts_per_step=2", "rollout.group_size=2"]
+    overrides += ["optim.minibatch_prompts=1", "rollout.max_new_tokens=8", "rollout.kv_memory=0.01"]
+    overrides += ["data.max_prompt_tokens=64"]
+    options = ["--steps", "1", "--prompt-tokens", "20", "--json", path]
+    run_benchmark("recipe_step.py", "paper-1.5b", *overrides, *options)
+    rows = {row["phase"]: row for row in json.loads(path.read_text())["rows"]}
+    assert set(rows) == {"start", "rollout", "update"}
+    for phase in ("rollout", "update"):
+        assert rows[phase]["seconds"] > 0
+        assert 0 < rows[phase]["planned_peak_gib"] < 1
+        assert rows[phase]["peak_gib"] is None  # a CPU does not tell
+    assert "random weights" in capsys.readouterr().out
