@@ -1,15 +1,26 @@
-"""The activation of SwiGLU."""
+"""The activation of SwiGLU, and its backward pass."""
 
 from aot import Spec
+
+TENSORS = dict.fromkeys(("gate", "up"), "*bf16") | {"stride": "i32", "width": "i32"}
 
 SPECS = [
     Spec(
         "silu mul",
         "softgrpo_engine.ops.gpu.silu_mul:silu_mul_kernel",
-        {"out": "*bf16", "gate_up": "*bf16", "width": "i32"},
+        {"out": "*bf16", **TENSORS},
         {"BLOCK_I": 512},
-        divisible=("width",),
+        divisible=("stride", "width"),
         wide_loads=2,
         no_fma=True,
+    ),
+    Spec(
+        "silu mul backward",
+        "softgrpo_engine.ops.gpu.silu_mul:silu_mul_backward_kernel",
+        {"d_gate_up": "*bf16", "d_out": "*bf16", **TENSORS},
+        {"BLOCK_I": 512},
+        divisible=("stride", "width"),
+        wide_loads=3,
+        fp_fusion=True,
     ),
 ]

@@ -25,6 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 # Kernels whose numbers are promised to the bit.
 EXACT = {
     "rope_store_kv.rope_store_kv_kernel",
+    "rotate_heads.rotate_heads_kernel",
     "gumbel_noise.gumbel_noise_kernel",
     "soft_embedding.soft_embedding_kernel",
     "mixture.record_mixture_kernel",

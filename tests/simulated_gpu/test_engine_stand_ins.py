@@ -23,8 +23,9 @@ from attention_cases import make_case
 
 __all__ = ["launches", "poison"]  # fixtures
 
-# Not the function that the package has under this name.
+# Not the functions that the package has under these names.
 attention = importlib.import_module("softgrpo_engine.ops.gpu.paged_attention")
+norm = importlib.import_module("softgrpo_engine.ops.gpu.rms_norm")
 
 # numpy's, of the kernels: infinities and NaN are part of the cases.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -61,6 +62,34 @@ def test_norm_activation_and_rope(launches, dtype):
     slots = torch.tensor([17, 0, 9, 5])
     ops.rope_store_kv(qkv, cos, sin, k_pages, v_pages, slots, heads, kv_heads)
     assert_reached(test_norm_activation_and_rope, launches)
+
+
+@reaches(
+    "rms_norm.rms_norm_kernel", "rms_norm.rms_norm_backward_kernel",
+    "silu_mul.silu_mul_backward_kernel", "rotate_heads.rotate_heads_kernel",
+    "rotate_heads.rotate_heads_backward_kernel",
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_in_training(launches, monkeypatch, dtype):
+    """More rows than programs; master weights; gate and up in one tensor and in two; two blocks of
+    heads, a prompt's tokens with three copies."""
+    monkeypatch.setattr(norm, "PROGRAMS", 2)
+    total, grad, other = torch.randn(3, 5, 48).to(dtype)
+    weight = torch.randn(48)
+    ops.rms_norm(total, weight, 1e-5)
+    ops.rms_norm_backward(grad, other, total, weight, 1e-5, need_weight=True)
+    ops.rms_norm_backward(grad, None, total, weight.to(dtype), 1e-5, need_weight=False)
+    gate, up, grad = (4 * torch.randn(3, 3, 600)).to(dtype)
+    ops.silu_mul_backward(grad, gate, up)
+    ops.silu_mul_backward(grad, torch.cat((gate, up), dim=1))
+    heads, kv_heads, dim = 7, 2, 6
+    qkv = torch.randn(4, (heads + 2 * kv_heads) * dim).to(dtype)
+    cos, sin = torch.randn(2, 4, dim)
+    starts, copies = torch.tensor([0, 3, 4, 4, 6]).int(), torch.tensor([5, 0, 2, 1, 3, 4]).int()
+    q, k, v = ops.rotate_heads(qkv, cos, sin, starts, copies, heads, kv_heads)
+    grads = (torch.randn_like(x) for x in (q, k, v))
+    ops.rotate_heads_backward(*grads, cos, sin, starts, copies)
+    assert_reached(test_layers_in_training, launches)
 
 
 @reaches("paged_attention.decode_kernel", "paged_attention.join_kernel")

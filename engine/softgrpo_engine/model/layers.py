@@ -1,5 +1,6 @@
-"""The layers of the decoder, in plain autograd PyTorch: what they compute, and how they train.
+"""The layers of the decoder: what they compute, in plain PyTorch, and how they train.
 
+On a GPU norms, activations and projections of one input train by fused ops of the same roundings.
 Their inference is `softgrpo_engine.model.packed_decoder`.
 """
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from softgrpo_engine.model.attention import Attention, Rope
 from softgrpo_engine.model.config import DecoderConfig
+from softgrpo_engine.ops import differentiable
 from softgrpo_engine.ops.linear import linear
 
 
@@ -24,6 +26,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns ``(norm(residual + x), residual + x)``; without a residual, x is the residual."""
+        if differentiable.is_fused(x_TH):
+            return differentiable.rms_norm(x_TH, residual_TH, self.weight, self.eps)
         residual_TH = x_TH if residual_TH is None else residual_TH + x_TH
         return self.normalise(residual_TH), residual_TH
 
@@ -46,6 +50,16 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def _joined(x: Tensor, *projections: nn.Module) -> Tensor | None:
+    """Their outputs side by side, by one product; None on a CPU, and where one is not `Linear`: an
+    adapter has products of its own."""
+    plain = [p for p in projections if isinstance(p, Linear)]
+    if not differentiable.is_fused(x) or len(plain) < len(projections):
+        return None
+    biases = [p.bias for p in plain if p.bias is not None]
+    return differentiable.joined_linear(x, [p.weight for p in plain], biases)
+
+
 class SelfAttention(nn.Module):
     """Projections around an attention that the caller supplies (paged, or packed for training)."""
 
@@ -63,9 +77,11 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_TH: Tensor, rope: Rope, attention: Attention) -> Tensor:
-        projected = [self.q_proj(x_TH), self.k_proj(x_TH), self.v_proj(x_TH)]
-        qkv_TE = self.normalise_heads(torch.cat(projected, dim=-1))
-        return self.o_proj(attention(self.layer, qkv_TE, rope))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        qkv_TE = _joined(x_TH, *projections)
+        if qkv_TE is None:
+            qkv_TE = torch.cat([project(x_TH) for project in projections], dim=-1)
+        return self.o_proj(attention(self.layer, self.normalise_heads(qkv_TE), rope))
 
     def normalise_heads(self, qkv_TE: Tensor) -> Tensor:
         """The heads of q and of k normalised, in a model that does so."""
@@ -89,7 +105,13 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH))
+        gate_up = _joined(x_TH, self.gate_proj, self.up_proj)
+        if gate_up is not None:
+            return self.down_proj(differentiable.silu_mul(gate_up))
+        gate, up = self.gate_proj(x_TH), self.up_proj(x_TH)
+        if differentiable.is_fused(gate):
+            return self.down_proj(differentiable.silu_mul(gate, up))
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from softgrpo_engine.model.attention import Rope
+from softgrpo_engine.ops.differentiable import rotate_heads
 from softgrpo_engine.ops.linear import product_dtype
 from softgrpo_engine.transfer import to_device
 
@@ -43,20 +44,27 @@ class GroupAttention:
         num_kv_heads: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        layout = _Layout.from_lens(prompt_lens, response_lens)
-        self._attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+        layout, heads = _Layout.from_lens(prompt_lens, response_lens), (num_heads, num_kv_heads)
+        self._attend: Callable[[Tensor, Rope], Tensor]
         if torch.device(device).type == "cpu":
-            self._attend = lambda q, k, v: _PrefixAttention.apply(q, k, v, layout)
+            self._attend = lambda qkv, rope: _PrefixAttention.apply(
+                *_rotated_heads(qkv, rope, *heads), layout
+            )
         else:
-            self._attend = _VarlenAttention(layout, torch.device(device))
+            self._attend = _VarlenAttention(layout, *heads, torch.device(device))
 
     def __call__(self, layer: int, qkv_TE: Tensor, rope: Rope) -> Tensor:
-        head_dim = qkv_TE.shape[-1] // (self.num_heads + 2 * self.num_kv_heads)
-        heads = qkv_TE.view(qkv_TE.shape[0], -1, head_dim)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        cos, sin = (part.to(qkv_TE.dtype)[:, None] for part in rope)
-        return self._attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v).flatten(1)
+        return self._attend(qkv_TE, rope).flatten(1)
+
+
+def _rotated_heads(
+    qkv_TE: Tensor, rope: Rope, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [T, heads, D], rotated, and v."""
+    heads = qkv_TE.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    cos, sin = (part.to(qkv_TE.dtype)[:, None] for part in rope)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
 
 def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -249,27 +257,34 @@ class _VarlenAttention:
     """The same by the packed flash attention of PyTorch, whose causal mask ends with the last key:
     a query span is a response, its keys are prompt and response."""
 
-    def __init__(self, layout: _Layout, device: torch.device) -> None:
+    def __init__(
+        self, layout: _Layout, num_heads: int, num_kv_heads: int, device: torch.device
+    ) -> None:
+        self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
         keys = [
             torch.cat([torch.arange(p, p + m), torch.arange(start, start + length)])
             for (start, length), (p, m) in zip(layout.spans, layout.prefixes, strict=True)
         ]
         query_lens = [length for _, length in layout.spans]
         key_lens = [len(k) for k in keys]
-        self._keys = to_device(torch.cat(keys), device)
+        rows = torch.cat(keys)  # the packed row of every key
+        copies = rows.argsort(stable=True).int()
+        counts = rows.bincount(minlength=sum(query_lens))
+        self._copies = to_device(_starts(counts.tolist()), device), to_device(copies, device)
         self._query_starts = to_device(_starts(query_lens), device)
         self._key_starts = to_device(_starts(key_lens), device)
         self._longest = max(query_lens), max(key_lens)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, qkv_TE: Tensor, rope: Rope) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        if q.dtype not in FLASH_DTYPES:
-            raise ValueError(f"training on a GPU needs model.dtype=bfloat16, not {q.dtype}")
+        if qkv_TE.dtype not in FLASH_DTYPES:
+            raise ValueError(f"training on a GPU needs model.dtype=bfloat16, not {qkv_TE.dtype}")
+        q, k, v = rotate_heads(qkv_TE, *rope, *self._copies, self._num_heads, self._num_kv_heads)
         out = varlen_attn(
             q,
-            k.index_select(0, self._keys),
-            v.index_select(0, self._keys),
+            k,
+            v,
             self._query_starts,
             self._key_starts,
             *self._longest,

@@ -20,6 +20,7 @@ from . import (
     paged_attention,
     rms_norm,
     rope_store_kv,
+    rotate_heads,
     row_parameters,
     sample,
     silu_mul,
@@ -29,8 +30,8 @@ from . import (
 
 MODULES: tuple[ModuleType, ...] = (
     full_vocabulary, gumbel_noise, indexed_dot, linear_logprob, lm_head, mixture,
-    paged_attention, rms_norm, rope_store_kv, row_parameters, sample,
-    silu_mul, soft_embedding, statistics,
+    paged_attention, rms_norm, rope_store_kv, rotate_heads, row_parameters,
+    sample, silu_mul, soft_embedding, statistics,
 )  # fmt: skip
 
 STAND_INS: dict[str, Callable[..., None]] = {

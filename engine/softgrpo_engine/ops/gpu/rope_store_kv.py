@@ -22,33 +22,46 @@ def _rotated(x, other, cos, sin, SIGN: tl.constexpr, dtype: tl.constexpr):
     return rounded(rounded(x * cos, dtype).to(tl.float32) + turned, dtype)
 
 
+@triton.jit
+def rope_of(cos, sin, row, d, DIM: tl.constexpr, dtype: tl.constexpr):
+    """Cosines of the lower and the upper half of a token's heads, and sines, each [1, D / 2]:
+    rounded to the dtype of the computation, as fp32."""
+    HALF: tl.constexpr = DIM // 2
+    at, inside = row * DIM + d, d < HALF
+    cos_low = rounded(tl.load(cos + at, mask=inside, other=0.0), dtype).to(tl.float32)
+    cos_high = rounded(tl.load(cos + at + HALF, mask=inside, other=0.0), dtype).to(tl.float32)
+    sin_low = rounded(tl.load(sin + at, mask=inside, other=0.0), dtype).to(tl.float32)
+    sin_high = rounded(tl.load(sin + at + HALF, mask=inside, other=0.0), dtype).to(tl.float32)
+    return cos_low[None, :], cos_high[None, :], sin_low[None, :], sin_high[None, :]
+
+
+@triton.jit
+def rotated_heads(qkv, cos, sin, row, head, heads, d, inside, DIM: tl.constexpr):
+    """Halves of some heads of a token as they are, and rotated: (low, high, new low, new high)."""
+    dtype = qkv.dtype.element_ty
+    source = qkv + (row * heads + head)[:, None] * DIM + d[None, :]
+    low = tl.load(source, mask=inside, other=0.0)
+    high = tl.load(source + DIM // 2, mask=inside, other=0.0)
+    cos_low, cos_high, sin_low, sin_high = rope_of(cos, sin, row, d, DIM, dtype)
+    x, y = low.to(tl.float32), high.to(tl.float32)
+    new_low = _rotated(x, y, cos_low, sin_low, -1.0, dtype)
+    new_high = _rotated(y, x, cos_high, sin_high, 1.0, dtype)
+    return low, high, new_low, new_high
+
+
 @triton.jit(do_not_specialize=["num_heads", "num_kv_heads"])
 def rope_store_kv_kernel(
     q_out, k_pages, v_pages, qkv, cos, sin, slot_mapping, num_heads, num_kv_heads,
     PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (t, g): the g-th block of the heads of token t, those of q, then of k, then of v."""
-    dtype = qkv.dtype.element_ty
     HALF: tl.constexpr = DIM // 2
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     heads = num_heads + 2 * num_kv_heads
     d = tl.arange(0, BLOCK_D)
     inside = (head < heads)[:, None] & (d < HALF)[None, :]
-    source = qkv + (row * heads + head)[:, None] * DIM + d[None, :]
-    low = tl.load(source, mask=inside, other=0.0)
-    high = tl.load(source + HALF, mask=inside, other=0.0)
-
-    angle = row * DIM + d
-    cos_low = rounded(tl.load(cos + angle, mask=d < HALF, other=0.0), dtype).to(tl.float32)
-    sin_low = rounded(tl.load(sin + angle, mask=d < HALF, other=0.0), dtype).to(tl.float32)
-    cos_high = rounded(tl.load(cos + angle + HALF, mask=d < HALF, other=0.0), dtype)
-    sin_high = rounded(tl.load(sin + angle + HALF, mask=d < HALF, other=0.0), dtype)
-    x, y = low.to(tl.float32), high.to(tl.float32)
-    new_low = _rotated(x, y, cos_low[None, :], sin_low[None, :], -1.0, dtype)
-    new_high = _rotated(
-        y, x, cos_high.to(tl.float32)[None, :], sin_high.to(tl.float32)[None, :], 1.0, dtype
-    )
+    low, high, new_low, new_high = rotated_heads(qkv, cos, sin, row, head, heads, d, inside, DIM)
 
     is_q = inside & (head < num_heads)[:, None]
     target = q_out + (row * num_heads + head)[:, None] * DIM + d[None, :]

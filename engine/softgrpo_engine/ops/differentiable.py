@@ -1,0 +1,182 @@
+"""The ops of a layer in training on a GPU: Triton forward and backward.
+
+They have the roundings of `softgrpo_engine.model.layers`, and keep for the backward pass their
+inputs alone, the norm the sum that the next layer keeps anyway. Differentiable once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether these ops take x; otherwise the layers compute by PyTorch's."""
+    return x.is_cuda and x.dtype in DTYPES
+
+
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(norm(residual + x), residual + x)``, [T, H] each; without a residual, x is the sum.
+
+    weight: [H] in any dtype, a master's for instance; its gradient has its own.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    if weight.shape != x.shape[1:]:
+        raise ValueError(f"rms_norm: weight must be {list(x.shape[1:])}, not {list(weight.shape)}")
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError("rms_norm: residual must have the shape and dtype of x")
+    if residual is None:
+        return _RMSNorm.apply(x, None, weight, eps)[0], x
+    return _RMSNorm.apply(x, residual, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        from softgrpo_engine.ops import gpu
+
+        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+        if residual is None:
+            total = x.contiguous()
+            results = (gpu.rms_norm(total, weight, eps),)
+        else:
+            results = gpu.rms_norm(x, weight, eps, residual)
+            total = results[1]
+        ctx.save_for_backward(total, weight)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_out: Tensor | None, d_sum: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        from softgrpo_engine.ops import gpu
+
+        need_x, need_residual, need_weight, _ = ctx.needs_input_grad
+        d_total, d_weight = d_sum, None
+        if d_out is not None:
+            d_total, d_weight = gpu.rms_norm_backward(
+                d_out, d_sum, *ctx.saved_tensors, ctx.eps, need_weight=need_weight
+            )
+        return d_total if need_x else None, d_total if need_residual else None, d_weight, None
+
+
+def silu_mul(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up`` [T, I] of two tensors [T, I], or of one [T, 2I], gate its first half.
+
+    Raises:
+        ValueError: two tensors of other shapes or dtypes.
+    """
+    if up is not None and (up.shape, up.dtype) != (gate.shape, gate.dtype):
+        raise ValueError("silu_mul: up must have the shape and dtype of gate")
+    return _SiluMul.apply(gate, up)
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None) -> Tensor:
+        from softgrpo_engine.ops import gpu
+
+        ctx.save_for_backward(gate, up)
+        return gpu.silu_mul(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        from softgrpo_engine.ops import gpu
+
+        gate, up = ctx.saved_tensors
+        d_gate_up = gpu.silu_mul_backward(d_out, gate, up)
+        if up is None:
+            return d_gate_up, None
+        d_gate, d_up = d_gate_up.chunk(2, dim=1)
+        need_gate, need_up = ctx.needs_input_grad
+        return d_gate if need_gate else None, d_up if need_up else None
+
+
+def rotate_heads(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    copy_starts: Tensor,
+    copies: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `softgrpo_engine.ops.gpu.rotate_heads`; differentiable in qkv."""
+    return _RotateHeads.apply(qkv, cos, sin, copy_starts, copies, num_heads, num_kv_heads)
+
+
+class _RotateHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from softgrpo_engine.ops import gpu
+
+        ctx.save_for_backward(*arguments[:4])
+        return gpu.rotate_heads(qkv, *arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from softgrpo_engine.ops import gpu
+
+        return gpu.rotate_heads_backward(*grads, *ctx.saved_tensors), *[None] * 6
+
+
+def joined_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """The outputs of several linear layers of x side by side, as one product in x's dtype.
+
+    x: [T, K]. weights: [N_i, K] and biases [N_i] (or none of them) in any dtype, masters for
+    instance; they are rounded to that of x here, and their gradients have their own. Only they are
+    kept, not what is joined: under FSDP that would be every layer's weights at once.
+    """
+    return _JoinedLinear.apply(x, len(weights), *weights, *biases)
+
+
+class _JoinedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        ctx.count = count
+        weights, biases = parameters[:count], parameters[count:]
+        bias = _joined(biases, x.dtype) if biases else None
+        return torch.nn.functional.linear(x, _joined(weights, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        weights, needs = parameters[: ctx.count], ctx.needs_input_grad[2:]
+        sizes = [len(weight) for weight in weights]
+        d_x = d_out @ _joined(weights, x.dtype) if ctx.needs_input_grad[0] else None
+        grads: list[Tensor | None] = [None] * len(needs)
+        if any(needs[: ctx.count]):
+            grads[: ctx.count] = (d_out.T @ x).split(sizes)
+        if any(needs[ctx.count :]):
+            grads[ctx.count :] = d_out.sum(0, dtype=torch.float32).split(sizes)
+        kept = (
+            grad.to(parameter.dtype) if need and grad is not None else None
+            for grad, parameter, need in zip(grads, parameters, needs, strict=True)
+        )  # fmt: skip
+        return d_x, None, *kept
+
+
+def _joined(parts: Any, dtype: torch.dtype) -> Tensor:
+    """Along the first dimension, each rounded to the dtype in one pass."""
+    sizes = [len(part) for part in parts]
+    joined = parts[0].new_empty((sum(sizes), *parts[0].shape[1:]), dtype=dtype)
+    for target, part in zip(joined.split(sizes), parts, strict=True):
+        target.copy_(part)
+    return joined
