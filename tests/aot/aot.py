@@ -61,8 +61,8 @@ class Spec:
         constexprs: the constants, and None for pointers that are absent.
         divisible: integer arguments known to be multiples of 16 at the launch.
         fp_fusion: may a * b + c become one operation.
-        wide_loads: at least so many 128-bit loads, and none of 8 or 16 bits, but for narrow_loads
-            of single numbers.
+        wide_loads: at least so many 128-bit loads (64 bits on AMD), and none of 8 or 16 bits, but
+            for narrow_loads of single numbers.
         no_fma: neither Triton nor the assembler fused anything (noise: the same bits everywhere).
             Where the kernel divides, the assembler's own expansion of that is not held against it.
         dot: tensor cores are used (on sm_90: HGMMA).
@@ -225,7 +225,8 @@ def _read_hip(asm: dict[str, Any]) -> Facts:
         "stack": number("private_segment_fixed_size"),
         # Scalar registers spill into lanes of vector registers, not into memory: the stack tells.
         "spills": number("vgpr_spill_count"),
-        "wide_loads": count(r"(global|buffer|flat)_load_(dwordx4|b128)"),
+        # Of 64 bits too: the warp is twice as wide.
+        "wide_loads": count(r"(global|buffer|flat)_load_(dwordx[24]|b64|b128)"),
         "narrow_loads": count(
             r"(global|buffer|flat)_load_([us]byte|[us]short|short|[ui](8|16)|d16)"
         ),

@@ -9,16 +9,15 @@ SPECS = [
         "silu mul",
         "softgrpo_engine.ops.gpu.silu_mul:silu_mul_kernel",
         {"out": "*bf16", **TENSORS},
-        {"BLOCK_I": 512},
+        {"BLOCK_I": 512},  # four numbers a thread: loads of 64 bits
         divisible=("stride", "width"),
-        wide_loads=2,
         no_fma=True,
     ),
     Spec(
         "silu mul backward",
         "softgrpo_engine.ops.gpu.silu_mul:silu_mul_backward_kernel",
         {"d_gate_up": "*bf16", "d_out": "*bf16", **TENSORS},
-        {"BLOCK_I": 512},
+        {"BLOCK_I": 1024},
         divisible=("stride", "width"),
         wide_loads=3,
         fp_fusion=True,

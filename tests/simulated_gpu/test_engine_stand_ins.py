@@ -79,7 +79,7 @@ def test_layers_in_training(launches, monkeypatch, dtype):
     ops.rms_norm(total, weight, 1e-5)
     ops.rms_norm_backward(grad, other, total, weight, 1e-5, need_weight=True)
     ops.rms_norm_backward(grad, None, total, weight.to(dtype), 1e-5, need_weight=False)
-    gate, up, grad = (4 * torch.randn(3, 3, 600)).to(dtype)
+    gate, up, grad = (4 * torch.randn(3, 3, 1100)).to(dtype)
     ops.silu_mul_backward(grad, gate, up)
     ops.silu_mul_backward(grad, torch.cat((gate, up), dim=1))
     heads, kv_heads, dim = 7, 2, 6

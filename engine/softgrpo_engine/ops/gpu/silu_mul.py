@@ -13,6 +13,8 @@ from softgrpo_kernels.gpu.rounding import rounded
 
 # Four numbers a thread: a row of a decode step is a few KB, and many programs read it sooner.
 BLOCK_I = 512
+# In training rows are many.
+BACKWARD_BLOCK_I = 1024
 
 
 @triton.jit
@@ -67,8 +69,8 @@ def silu_mul_backward(d_out: Tensor, gate: Tensor, up: Tensor | None = None) -> 
     rows, width = gate.shape
     d_gate_up = gate.new_empty(rows, 2 * width)
     if d_gate_up.numel():
-        silu_mul_backward_kernel[(rows, triton.cdiv(width, BLOCK_I))](
-            d_gate_up, d_out.contiguous(), gate, up, gate.stride(0), width, BLOCK_I=BLOCK_I
+        silu_mul_backward_kernel[(rows, triton.cdiv(width, BACKWARD_BLOCK_I))](
+            d_gate_up, d_out.contiguous(), gate, up, gate.stride(0), width, BLOCK_I=BACKWARD_BLOCK_I
         )
     return d_gate_up
 
