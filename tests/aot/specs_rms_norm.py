@@ -3,11 +3,13 @@
 from aot import Spec
 
 
-def rms_norm(dtype, residual, width=1536):
-    signature = dict.fromkeys(("out", "total", "x", "residual", "weight"), f"*{dtype}")
+def rms_norm(dtype, residual, width=1536, weight=None):
+    signature = dict.fromkeys(("out", "total", "x", "residual"), f"*{dtype}")
+    signature["weight"] = f"*{weight or dtype}"
     absent = {} if residual else dict.fromkeys(("total", "residual"))
     return Spec(
-        f"rms norm {dtype}{' residual' if residual else ''}{'' if width > 1 else ' of one'}",
+        f"rms norm {dtype}{' residual' if residual else ''}{'' if width > 1 else ' of one'}"
+        f"{' master' if weight else ''}",
         "softgrpo_engine.ops.gpu.rms_norm:rms_norm_kernel",
         {n: k for n, k in signature.items() if n not in absent} | {"width": "i32", "eps": "fp32"},
         {"RESIDUAL": residual, "BLOCK_H": 1 << (width - 1).bit_length(), **absent},
@@ -41,6 +43,7 @@ SPECS = [
     rms_norm("bf16", True),
     rms_norm("fp32", False),
     rms_norm("bf16", True, width=1),
+    rms_norm("bf16", True, weight="fp32"),
     backward("bf16", "fp32", trained=True),
     backward("bf16", "bf16", trained=False),
     backward("bf16", "fp32", trained=True, width=8192),

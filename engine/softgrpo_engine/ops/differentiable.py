@@ -6,9 +6,11 @@ inputs alone, the norm the sum that the next layer keeps anyway. Differentiable 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -35,7 +37,8 @@ def rms_norm(
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError("rms_norm: residual must have the shape and dtype of x")
     if residual is None:
-        return _RMSNorm.apply(x, None, weight, eps)[0], x
+        (out,) = _RMSNorm.apply(x, None, weight, eps)
+        return out, x
     return _RMSNorm.apply(x, residual, weight, eps)
 
 
@@ -49,13 +52,11 @@ class _RMSNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.eps = eps
         if residual is None:
-            total = x.contiguous()
-            results = (gpu.rms_norm(total, weight, eps),)
-        else:
-            results = gpu.rms_norm(x, weight, eps, residual)
-            total = results[1]
+            ctx.save_for_backward(x, weight)
+            return (gpu.rms_norm(x, weight, eps),)
+        out, total = gpu.rms_norm(x, weight, eps, residual)
         ctx.save_for_backward(total, weight)
-        return results
+        return out, total
 
     @staticmethod
     @once_differentiable
@@ -65,10 +66,11 @@ class _RMSNorm(torch.autograd.Function):
         from softgrpo_engine.ops import gpu
 
         need_x, need_residual, need_weight, _ = ctx.needs_input_grad
+        total, weight = ctx.saved_tensors
         d_total, d_weight = d_sum, None
         if d_out is not None:
             d_total, d_weight = gpu.rms_norm_backward(
-                d_out, d_sum, *ctx.saved_tensors, ctx.eps, need_weight=need_weight
+                d_out, d_sum, total, weight, ctx.eps, need_weight=need_weight
             )
         return d_total if need_x else None, d_total if need_residual else None, d_weight, None
 
@@ -135,7 +137,7 @@ class _RotateHeads(torch.autograd.Function):
         return gpu.rotate_heads_backward(*grads, *ctx.saved_tensors), *[None] * 6
 
 
-def joined_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+def joined_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """The outputs of several linear layers of x side by side, as one product in x's dtype.
 
     x: [T, K]. weights: [N_i, K] and biases [N_i] (or none of them) in any dtype, masters for
@@ -152,7 +154,7 @@ class _JoinedLinear(torch.autograd.Function):
         ctx.count = count
         weights, biases = parameters[:count], parameters[count:]
         bias = _joined(biases, x.dtype) if biases else None
-        return torch.nn.functional.linear(x, _joined(weights, x.dtype), bias)
+        return F.linear(x, _joined(weights, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -173,7 +175,7 @@ class _JoinedLinear(torch.autograd.Function):
         return d_x, None, *kept
 
 
-def _joined(parts: Any, dtype: torch.dtype) -> Tensor:
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Along the first dimension, each rounded to the dtype in one pass."""
     sizes = [len(part) for part in parts]
     joined = parts[0].new_empty((sum(sizes), *parts[0].shape[1:]), dtype=dtype)

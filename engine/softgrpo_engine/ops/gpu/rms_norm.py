@@ -5,6 +5,8 @@ shapes, so that nothing waits for the device and a CUDA graph can hold it."""
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 import triton
 import triton.language as tl
@@ -75,6 +77,10 @@ def rms_norm_backward_kernel(
         tl.store(d_weights + tl.program_id(0) * width + h, sum_H, mask=inside)
 
 
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -107,6 +113,7 @@ def rms_norm_backward(
     d_sum: [T, H], the gradient that total has from elsewhere, or None. The weight's is summed in
     fp32, always in the same order.
     """
+    total = total.contiguous()
     rows, width = total.shape
     d_total, programs = torch.empty_like(total), min(rows, PROGRAMS)
     d_weights = None
