@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import math
 import os
-import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
@@ -139,7 +138,8 @@ def serve(descriptor: int) -> None:
 
     connection = Connection(descriptor)
     functions: list[tuple[str, RewardFunc]] = []
-    with suppress(EOFError):
+    # A runner that was killed is an end of file, or a reset where it had not read an answer.
+    with suppress(EOFError, ConnectionError):
         paths = connection.recv()
         try:
             functions = [(function_name(path), load_function(path)) for path in paths]
@@ -195,5 +195,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _exit_with_runner() -> None:
-    sys.stdin.buffer.read()
+    # Not by sys.stdin: whoever waits in its lock while the interpreter ends makes it abort.
+    while os.read(0, 1024):
+        pass
     os._exit(0)

@@ -23,6 +23,7 @@ from softgrpo_engine.execution import attention_backends
 from softgrpo_engine.execution.attention_backends import HostBatch, attention_backend
 from softgrpo_engine.model.attention import PagedAttention
 from softgrpo_engine.scheduling.kv_cache import PAGE_SIZE
+from softgrpo_engine.training import group_attention
 from softgrpo_engine.training.group_attention import GroupAttention
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -180,7 +181,12 @@ def varlen_calls(monkeypatch):
         calls.append(Call("varlen_attn", args, options))
         return torch.zeros_like(args[0])
 
+    def without_kernels(qkv, cos, sin, starts, copies, *heads):
+        sizes = zip((len(qkv), len(copies), len(copies)), (*heads, heads[1]), strict=True)
+        return [qkv.new_empty(*size, HEAD_DIM) for size in sizes]
+
     monkeypatch.setattr(varlen, "varlen_attn", record)
+    monkeypatch.setattr(group_attention, "rotate_heads", without_kernels)
     attention = GroupAttention([3], [[2, 4]], HEADS, KV_HEADS, device="meta")
     rope = (torch.zeros(9, HEAD_DIM, device="meta"),) * 2
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM

@@ -3,9 +3,11 @@
 import asyncio
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from softgrpo.rewards import (
     RewardRunner,
     apply_require_eos,
 )
+from softgrpo.rewards.runner import _WORKER_PROGRAM
 from softgrpo.rewards.worker import RewardCall
 
 FUNCTIONS = """
@@ -370,3 +373,18 @@ def test_require_eos_takes_what_a_cut_response_earned_and_keeps_penalties():
     rewards = torch.tensor([1.0, 1.0, -1.0, 1.0])
     ended = apply_require_eos(rewards, ["stop", "length", "length", "abort"])
     assert ended.tolist() == [1.0, 0.0, -1.0, 0.0]
+
+
+def test_a_worker_whose_runner_was_killed_says_nothing():
+    """What was not read when a runner dies resets the connection: no end of file comes."""
+    ours, theirs = socket.socketpair()
+    program = [sys.executable, "-c", _WORKER_PROGRAM, str(theirs.fileno())]
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    worker = subprocess.Popen(program, pass_fds=[theirs.fileno()], **pipes)
+    theirs.close()
+    connection = Connection(ours.detach())
+    connection.send(["softgrpo.rewards.math_reward"])
+    assert connection.poll(60)  # its answer is there
+    connection.close()
+    _, errors = worker.communicate(timeout=60)
+    assert (worker.returncode, errors) == (0, b"")
