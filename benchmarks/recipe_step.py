@@ -15,7 +15,6 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +24,7 @@ from _machine import hardware, versions
 from _random_model import write_questions, write_random_model
 from rich.console import Console
 from rich.table import Table
+from train_step import alternating
 
 from softgrpo import Config, Trainer
 from softgrpo.tools.plan import make_plan
@@ -34,11 +34,6 @@ from softgrpo.tools.plan.seconds import Hardware
 GIB = 2**30
 # Phases of the plan that are one part here: the passes and the optimizer take turns.
 PARTS = {"rollout": ("rollout",), "update": ("old densities", "reference", "update")}
-
-
-def alternating(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """A reward that gives every group a spread, whatever was said."""
-    return [float(i % 2) for i in range(len(completions))]
 
 
 class Watch:

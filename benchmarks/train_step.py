@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.table import Table
 
 from softgrpo import Config, Trainer
-from softgrpo.tools.plan import Shape, training_flops
 from softgrpo_engine import Output, SamplingParams
 from softgrpo_engine.model.source import resolve_model
 
@@ -67,6 +66,17 @@ def make_trainer(arguments: argparse.Namespace, soft: bool, folder: str) -> Trai
     return trainer
 
 
+def training_flops(trainer: Trainer, tokens: float, context: float) -> float:
+    """Of the passes over so many tokens that attend to `context` others on average, without the
+    head: a position needs the products of its few candidates."""
+    decoder, config = trainer.policy.decoder, trainer.config
+    shape = decoder.config
+    weights = sum(p.numel() for p in decoder.model.layers.parameters())
+    attention = 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * context
+    passes = 3 + config.optim.gradient_checkpointing + (config.algorithm.kl_coef > 0)
+    return tokens * passes * (2.0 * weights + attention)
+
+
 def ours(arguments: argparse.Namespace, peak_flops: float) -> list[dict[str, Any]]:
     """Both modes, their steps in turn."""
     with tempfile.TemporaryDirectory() as folder:
@@ -84,9 +94,7 @@ def ours(arguments: argparse.Namespace, peak_flops: float) -> list[dict[str, Any
             prompts = [len(prompt.token_ids) for prompt in drawn]
             responses = arguments.prompts * arguments.group_size * arguments.new_tokens
             context = sum(prompts) / len(prompts) + arguments.new_tokens / 2
-            shape = Shape.of(trainer.policy.decoder.config)
-            config = trainer.config
-            flops = training_flops(config, shape, sum(prompts) + responses, context)
+            flops = training_flops(trainer, sum(prompts) + responses, context)
             update = median(row["time/train"] for row in taken)
             seconds = [sum(row[part] for part in PARTS) for row in taken]
             rows.append(

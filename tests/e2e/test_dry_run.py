@@ -30,6 +30,7 @@ def test_frozen_weights_have_neither_gradients_nor_moments(rank, tiny_config):
     if rank:
         pytest.importorskip("peft")
     trainer = Trainer(Config.load(tiny_config, [f"lora.rank={rank}"]))
+    assert torch.are_deterministic_algorithms_enabled()  # as run.deterministic asks
     trainer.step(1)
     trainer.rewards.close()
     parameters = list(trainer.policy.decoder.parameters())

@@ -29,7 +29,8 @@ class Hardware:
     attention, decoding: bf16 FLOP/s of a training pass, of its attention (FlashAttention 2) and of
     decode steps. bandwidth: of its memory, links: of a GPU to the others of its node, bytes/s.
     layer: seconds of a decode step that a layer takes beside its bytes: ten small kernels, and the
-    gaps between them. All but the links are shares and seconds that an H200 had (docs/gpu.md).
+    gaps between them. Of the rates, training, attention, bandwidth and layer are what an H200
+    reached (docs/gpu.md), the first three as shares of its data sheet's; the others are assumed.
     """
 
     name: str = "H100 80 GB"
