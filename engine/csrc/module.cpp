@@ -10,6 +10,7 @@
 #include "paged_attention.h"
 #include "rms_norm.h"
 #include "rope_store_kv.h"
+#include "rotate_heads.h"
 #include "shared/isa.h"
 #include "shared/pointer.h"
 #include "silu_mul.h"
@@ -23,8 +24,34 @@ void bind_rms_norm(uintptr_t out, uintptr_t total, uintptr_t x, uintptr_t residu
            pointer<void>(weight), rows, hidden, eps, bf16);
 }
 
-void bind_silu_mul(uintptr_t out, uintptr_t gate_up, int64_t rows, int64_t width, bool bf16) {
-  silu_mul(pointer<void>(out), pointer<void>(gate_up), rows, width, bf16);
+void bind_rms_norm_backward(uintptr_t d_total, uintptr_t d_weights, uintptr_t d_out,
+                            uintptr_t d_sum, uintptr_t total, uintptr_t weight, int64_t rows,
+                            int64_t hidden, int64_t parts, float eps, bool bf16) {
+  rms_norm_backward(pointer<void>(d_total), pointer<float>(d_weights), pointer<void>(d_out),
+                    pointer<void>(d_sum), pointer<void>(total), pointer<void>(weight), rows, hidden,
+                    parts, eps, bf16);
+}
+
+void bind_silu_mul(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t stride, int64_t rows,
+                   int64_t width, bool bf16) {
+  silu_mul(pointer<void>(out), pointer<void>(gate), pointer<void>(up), stride, rows, width, bf16);
+}
+
+void bind_silu_mul_backward(uintptr_t d_gate_up, uintptr_t d_out, uintptr_t gate, uintptr_t up,
+                            int64_t stride, int64_t rows, int64_t width, bool bf16) {
+  silu_mul_backward(pointer<void>(d_gate_up), pointer<void>(d_out), pointer<void>(gate),
+                    pointer<void>(up), stride, rows, width, bf16);
+}
+
+void bind_rotate_heads(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t qkv, uintptr_t cos,
+                       uintptr_t sin, uintptr_t copy_starts, uintptr_t copies, int64_t rows,
+                       int64_t count, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                       bool backward, bool bf16) {
+  const RotateHeads args{pointer<void>(q),           pointer<void>(k),   pointer<void>(v),
+                         pointer<void>(qkv),         pointer<float>(cos), pointer<float>(sin),
+                         pointer<int32_t>(copy_starts), pointer<int32_t>(copies), rows, count,
+                         num_heads, num_kv_heads, head_dim};
+  backward ? rotate_heads_backward(args, bf16) : rotate_heads(args, bf16);
 }
 
 void bind_rope_store_kv(uintptr_t q, uintptr_t k_pages, uintptr_t v_pages, uintptr_t qkv,
@@ -108,7 +135,10 @@ PYBIND11_MODULE(_cpu, m) {
         "For tests: 0 portable, 1 AVX2, 2 AVX-512.");
   m.def("isa", [] { return best_isa(); }, "What runs: 0 portable, 1 AVX2, 2 AVX-512.");
   m.def("rms_norm", &bind_rms_norm);
+  m.def("rms_norm_backward", &bind_rms_norm_backward);
   m.def("silu_mul", &bind_silu_mul);
+  m.def("silu_mul_backward", &bind_silu_mul_backward);
+  m.def("rotate_heads", &bind_rotate_heads);
   m.def("rope_store_kv", &bind_rope_store_kv);
   m.def("paged_attention", &bind_paged_attention);
   m.def("pack_linear", &bind_pack_linear);

@@ -1,6 +1,7 @@
 """The layers of the decoder: what they compute, in plain PyTorch, and how they train.
 
-On a GPU norms, activations and projections of one input train by fused ops of the same roundings.
+Norms, activations and projections of one input train by fused ops of the same roundings, where a
+device has them (`softgrpo_engine.ops.differentiable`).
 Their inference is `softgrpo_engine.model.packed_decoder`.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from softgrpo_engine.model.attention import Attention, Rope
 from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.ops import differentiable
-from softgrpo_engine.ops.linear import linear
+from softgrpo_engine.ops.linear import joined_linear, linear
 
 
 class RMSNorm(nn.Module):
@@ -51,13 +52,13 @@ class Linear(nn.Linear):
 
 
 def _joined(x: Tensor, *projections: nn.Module) -> Tensor | None:
-    """Their outputs side by side, by one product; None on a CPU, and where one is not `Linear`: an
-    adapter has products of its own."""
+    """Their outputs side by side, by one product; None where there are no fused ops, and where
+    one is not `Linear`: an adapter has products of its own."""
     plain = [p for p in projections if isinstance(p, Linear)]
     if not differentiable.is_fused(x) or len(plain) < len(projections):
         return None
     biases = [p.bias for p in plain if p.bias is not None]
-    return differentiable.joined_linear(x, [p.weight for p in plain], biases)
+    return joined_linear(x, [p.weight for p in plain], biases)
 
 
 class SelfAttention(nn.Module):

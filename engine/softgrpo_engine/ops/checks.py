@@ -23,7 +23,11 @@ def kernels_of(x: Tensor) -> ModuleType | None:
         from softgrpo_engine.ops import gpu
 
         return gpu
-    return cpu_extension() if x.is_cpu else None
+    if not x.is_cpu or cpu_extension() is None:
+        return None
+    from softgrpo_engine.ops import cpu
+
+    return cpu
 
 
 def check_ranks(x: Tensor, /, **tensors: tuple[Tensor, int]) -> None:

@@ -1,4 +1,4 @@
-"""The ops of a layer in training on a GPU: Triton forward and backward.
+"""The ops of a layer in training: forward and backward in Triton, or on a CPU in C++.
 
 They have the roundings of `softgrpo_engine.model.layers`, and keep for the backward pass their
 inputs alone, the norm the sum that the next layer keeps anyway. Differentiable once.
@@ -6,20 +6,32 @@ inputs alone, the norm the sum that the next layer keeps anyway. Differentiable 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from softgrpo_engine.ops.extension import cpu_extension
 
 
 def is_fused(x: Tensor) -> bool:
     """Whether these ops take x; otherwise the layers compute by PyTorch's."""
-    return x.is_cuda and x.dtype in DTYPES
+    if x.is_cuda:
+        return x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    narrow = x.dtype in (torch.bfloat16, torch.float32)
+    return x.is_cpu and narrow and cpu_extension() is not None
+
+
+def _kernels(x: Tensor) -> ModuleType:
+    if x.is_cuda:
+        from softgrpo_engine.ops import gpu
+
+        return gpu
+    from softgrpo_engine.ops import cpu
+
+    return cpu
 
 
 def rms_norm(
@@ -47,14 +59,12 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, ...]:
-        from softgrpo_engine.ops import gpu
-
         ctx.set_materialize_grads(False)
         ctx.eps = eps
         if residual is None:
             ctx.save_for_backward(x, weight)
-            return (gpu.rms_norm(x, weight, eps),)
-        out, total = gpu.rms_norm(x, weight, eps, residual)
+            return (_kernels(x).rms_norm(x, weight, eps),)
+        out, total = _kernels(x).rms_norm(x, weight, eps, residual)
         ctx.save_for_backward(total, weight)
         return out, total
 
@@ -63,13 +73,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(
         ctx: Any, d_out: Tensor | None, d_sum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from softgrpo_engine.ops import gpu
-
         need_x, need_residual, need_weight, _ = ctx.needs_input_grad
         total, weight = ctx.saved_tensors
         d_total, d_weight = d_sum, None
         if d_out is not None:
-            d_total, d_weight = gpu.rms_norm_backward(
+            d_total, d_weight = _kernels(total).rms_norm_backward(
                 d_out, d_sum, total, weight, ctx.eps, need_weight=need_weight
             )
         return d_total if need_x else None, d_total if need_residual else None, d_weight, None
@@ -89,18 +97,14 @@ def silu_mul(gate: Tensor, up: Tensor | None = None) -> Tensor:
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor | None) -> Tensor:
-        from softgrpo_engine.ops import gpu
-
         ctx.save_for_backward(gate, up)
-        return gpu.silu_mul(gate, up)
+        return _kernels(gate).silu_mul(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        from softgrpo_engine.ops import gpu
-
         gate, up = ctx.saved_tensors
-        d_gate_up = gpu.silu_mul_backward(d_out, gate, up)
+        d_gate_up = _kernels(gate).silu_mul_backward(d_out, gate, up)
         if up is None:
             return d_gate_up, None
         d_gate, d_up = d_gate_up.chunk(2, dim=1)
@@ -124,61 +128,10 @@ def rotate_heads(
 class _RotateHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        from softgrpo_engine.ops import gpu
-
         ctx.save_for_backward(*arguments[:4])
-        return gpu.rotate_heads(qkv, *arguments)
+        return _kernels(qkv).rotate_heads(qkv, *arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from softgrpo_engine.ops import gpu
-
-        return gpu.rotate_heads_backward(*grads, *ctx.saved_tensors), *[None] * 6
-
-
-def joined_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """The outputs of several linear layers of x side by side, as one product in x's dtype.
-
-    x: [T, K]. weights: [N_i, K] and biases [N_i] (or none of them) in any dtype, masters for
-    instance; they are rounded to that of x here, and their gradients have their own. Only they are
-    kept, not what is joined: under FSDP that would be every layer's weights at once.
-    """
-    return _JoinedLinear.apply(x, len(weights), *weights, *biases)
-
-
-class _JoinedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *parameters)
-        ctx.count = count
-        weights, biases = parameters[:count], parameters[count:]
-        bias = _joined(biases, x.dtype) if biases else None
-        return F.linear(x, _joined(weights, x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        weights, needs = parameters[: ctx.count], ctx.needs_input_grad[2:]
-        sizes = [len(weight) for weight in weights]
-        d_x = d_out @ _joined(weights, x.dtype) if ctx.needs_input_grad[0] else None
-        grads: list[Tensor | None] = [None] * len(needs)
-        if any(needs[: ctx.count]):
-            grads[: ctx.count] = (d_out.T @ x).split(sizes)
-        if any(needs[ctx.count :]):
-            grads[ctx.count :] = d_out.sum(0, dtype=torch.float32).split(sizes)
-        kept = (
-            grad.to(parameter.dtype) if need and grad is not None else None
-            for grad, parameter, need in zip(grads, parameters, needs, strict=True)
-        )  # fmt: skip
-        return d_x, None, *kept
-
-
-def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Along the first dimension, each rounded to the dtype in one pass."""
-    sizes = [len(part) for part in parts]
-    joined = parts[0].new_empty((sum(sizes), *parts[0].shape[1:]), dtype=dtype)
-    for target, part in zip(joined.split(sizes), parts, strict=True):
-        target.copy_(part)
-    return joined
+        return _kernels(grads[0]).rotate_heads_backward(*grads, *ctx.saved_tensors), *[None] * 6

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @functools.cache
@@ -37,36 +39,58 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     are rounded to that of x here, and the gradient has their own.
     """
     if product_dtype(x) != x.dtype:
-        return _WidenedLinear.apply(x, weight, bias)
+        return joined_linear(x, [weight], [] if bias is None else [bias])
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-class _WidenedLinear(torch.autograd.Function):
-    """bfloat16 operands as float32 for each product: exact, and every result is rounded once. What
-    is kept for the backward pass stays bfloat16; the gradient of master weights is not rounded."""
+def joined_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """The outputs of several linear layers of x side by side, as one product.
+
+    x: [..., K]. weights: [N_i, K] and biases [N_i] (or none of them), otherwise as for `linear`.
+    Only these are kept for the backward pass, not what is rounded and joined: under FSDP that would
+    be every layer's weights at once. In `product_dtype` operands are widened, which is exact: every
+    result is rounded once, the gradient of a master not at all.
+    """
+    return _JoinedLinear.apply(x, len(weights), *weights, *biases)
+
+
+class _JoinedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        ctx.count = count
+        weights, biases = parameters[:count], parameters[count:]
+        bias = _joined(biases, x) if biases else None
+        return F.linear(x.to(product_dtype(x)), _joined(weights, x), bias).to(x.dtype)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        rounded = None if bias is None else _widened(bias, x.dtype)
-        return F.linear(x.float(), _widened(weight, x.dtype), rounded).to(x.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        d_out = d_out.float()
-        rows = d_out.reshape(-1, d_out.shape[-1])
-        d_x = d_weight = d_bias = None
+        x, *parameters = ctx.saved_tensors
+        weights, needs = parameters[: ctx.count], ctx.needs_input_grad[2:]
+        sizes = [len(weight) for weight in weights]
+        d_x, d_out = None, d_out.to(product_dtype(x))
         if ctx.needs_input_grad[0]:
-            d_x = (d_out @ _widened(weight, x.dtype)).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            d_weight = (rows.T @ x.float().reshape(-1, x.shape[-1])).to(weight.dtype)
-        if bias is not None and ctx.needs_input_grad[2]:
-            d_bias = rows.sum(0).to(bias.dtype)
-        return d_x, d_weight, d_bias
+            d_x = (d_out @ _joined(weights, x)).to(x.dtype)
+        grads: list[Tensor | None] = [None] * len(needs)
+        d_rows = d_out.reshape(-1, d_out.shape[-1])
+        if any(needs[: ctx.count]):
+            x_rows = x.to(d_out.dtype).reshape(-1, x.shape[-1])
+            grads[: ctx.count] = (d_rows.T @ x_rows).split(sizes)
+        if any(needs[ctx.count :]):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            grads[ctx.count :] = d_rows.sum(0, dtype=wide).split(sizes)
+        kept = (
+            grad.to(parameter.dtype) if need and grad is not None else None
+            for grad, parameter, need in zip(grads, parameters, needs, strict=True)
+        )  # fmt: skip
+        return d_x, None, *kept
 
 
-def _widened(master: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to the dtype of the computation, as float32."""
-    return master.to(dtype).float()
+def _joined(parts: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Along the first dimension, rounded to x's dtype and in the dtype of products."""
+    sizes = [len(part) for part in parts]
+    joined = x.new_empty((sum(sizes), *parts[0].shape[1:]), dtype=product_dtype(x))
+    for target, part in zip(joined.split(sizes), parts, strict=True):
+        target.copy_(part.to(x.dtype) if joined.dtype != x.dtype else part)
+    return joined

@@ -5,7 +5,6 @@ CPU without the extension, take plain PyTorch. Records no gradient."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from softgrpo_engine.ops import reference
@@ -52,15 +51,15 @@ def paged_attention(
         q, q=(q, 3), k_pages=(k_pages, 4), v_pages=(v_pages, 4), block_table=(block_table, 2),
         seq_lens=(seq_lens, 1),
     )  # fmt: skip
-    rows, num_heads, head_dim = q.shape
-    num_pages, num_kv_heads, page_size, _ = k_pages.shape
+    _, num_heads, head_dim = q.shape
+    num_kv_heads = k_pages.shape[1]
     if k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim or num_heads % num_kv_heads:
         raise ValueError(
             f"q {list(q.shape)}, k_pages {list(k_pages.shape)}, v_pages {list(v_pages.shape)}: "
             "need [T, Hq, D] and two equal [P, Hkv, page_size, D] with Hq a multiple of Hkv"
         )
     check_cache(q, k_pages, v_pages)
-    sequences, table_width = block_table.shape
+    sequences = block_table.shape[0]
     starts = sequences + 1 if query_starts is None else query_starts.numel()
     if seq_lens.numel() != sequences or starts != sequences + 1:
         raise ValueError(
@@ -69,28 +68,6 @@ def paged_attention(
         )
     q, block_table, seq_lens = q.contiguous(), int32(block_table), int32(seq_lens)
     query_starts = None if query_starts is None else int32(query_starts)
-    if q.is_cuda:
-        return kernels.paged_attention(
-            q, k_pages, v_pages, block_table, seq_lens, scale=scale, query_starts=query_starts
-        )
-    out = torch.empty_like(q)
-    kernels.paged_attention(
-        out.data_ptr(),
-        q.data_ptr(),
-        k_pages.data_ptr(),
-        v_pages.data_ptr(),
-        block_table.data_ptr(),
-        seq_lens.data_ptr(),
-        0 if query_starts is None else query_starts.data_ptr(),
-        rows,
-        sequences,
-        table_width,
-        num_pages,
-        page_size,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        scale,
-        q.dtype == torch.bfloat16,
+    return kernels.paged_attention(
+        q, k_pages, v_pages, block_table, seq_lens, scale=scale, query_starts=query_starts
     )
-    return out

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import overload
 
-import torch
 from torch import Tensor
 
 from softgrpo_engine.ops import reference
@@ -38,7 +37,7 @@ def rms_norm(
     if kernels is None:
         return reference.rms_norm(x, weight, eps, residual)
     check_ranks(x, x=(x, 2), weight=(weight, 1))
-    rows, hidden = x.shape
+    hidden = x.shape[1]
     if weight.shape[0] != hidden or weight.dtype != x.dtype:
         raise ValueError(
             f"rms_norm: weight must be {x.dtype} [{hidden}], as x is, not "
@@ -50,27 +49,4 @@ def rms_norm(
         check_ranks(x, residual=(residual, 2))
         if residual.shape != x.shape or residual.dtype != x.dtype:
             raise ValueError("rms_norm: residual must have the shape and dtype of x")
-    if x.is_cuda:
-        return kernels.rms_norm(x, weight, eps, residual)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    bf16 = x.dtype == torch.bfloat16
-    if residual is None:
-        kernels.rms_norm(
-            out.data_ptr(), 0, x.data_ptr(), 0, weight.data_ptr(), rows, hidden, eps, bf16
-        )
-        return out
-    residual = residual.contiguous()
-    total = torch.empty_like(x)
-    kernels.rms_norm(
-        out.data_ptr(),
-        total.data_ptr(),
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        rows,
-        hidden,
-        eps,
-        bf16,
-    )
-    return out, total
+    return kernels.rms_norm(x, weight, eps, residual)

@@ -47,7 +47,7 @@ def rope_store_kv(
         slot_mapping=(slot_mapping, 1),
     )  # fmt: skip
     rows, width = qkv.shape
-    num_pages, page_kv_heads, page_size, head_dim = k_pages.shape
+    page_kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
     if (
         k_pages.shape != v_pages.shape
         or page_kv_heads != num_kv_heads
@@ -65,26 +65,6 @@ def rope_store_kv(
         raise ValueError(f"rope_store_kv: cos and sin must be float32, not {cos.dtype}")
     if slot_mapping.dtype != torch.int64:
         raise ValueError(f"rope_store_kv: slot_mapping must be int64, not {slot_mapping.dtype}")
-    if qkv.is_cuda:
-        return kernels.rope_store_kv(
-            qkv, cos, sin, k_pages, v_pages, slot_mapping, num_heads, num_kv_heads
-        )
-    qkv, cos, sin, slot_mapping = (t.contiguous() for t in (qkv, cos, sin, slot_mapping))
-    q_TQD = qkv.new_empty(rows, num_heads, head_dim)
-    kernels.rope_store_kv(
-        q_TQD.data_ptr(),
-        k_pages.data_ptr(),
-        v_pages.data_ptr(),
-        qkv.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        slot_mapping.data_ptr(),
-        rows,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        num_pages,
-        page_size,
-        qkv.dtype == torch.bfloat16,
+    return kernels.rope_store_kv(
+        qkv, cos, sin, k_pages, v_pages, slot_mapping, num_heads, num_kv_heads
     )
-    return q_TQD

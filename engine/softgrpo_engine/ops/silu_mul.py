@@ -5,7 +5,6 @@ CPU without the extension, take plain PyTorch. Records no gradient."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from softgrpo_engine.ops import reference
@@ -21,13 +20,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if kernels is None:
         return reference.silu_mul(gate_up)
     check_ranks(gate_up, gate_up=(gate_up, 2))
-    rows, width = gate_up.shape
+    width = gate_up.shape[1]
     if width % 2:
         raise ValueError(f"silu_mul: needs an even last dimension [T, 2I], got {width}")
-    if gate_up.is_cuda:
-        return kernels.silu_mul(gate_up)
-    gate_up = gate_up.contiguous()
-    out = gate_up.new_empty(rows, width // 2)
-    bf16 = gate_up.dtype == torch.bfloat16
-    kernels.silu_mul(out.data_ptr(), gate_up.data_ptr(), rows, width // 2, bf16)
-    return out
+    return kernels.silu_mul(gate_up)

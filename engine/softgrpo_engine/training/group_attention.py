@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softgrpo_engine.model.attention import Rope
-from softgrpo_engine.ops.differentiable import rotate_heads
+from softgrpo_engine.ops.differentiable import is_fused, rotate_heads
 from softgrpo_engine.ops.linear import product_dtype
 from softgrpo_engine.transfer import to_device
 
@@ -47,14 +47,28 @@ class GroupAttention:
         layout, heads = _Layout.from_lens(prompt_lens, response_lens), (num_heads, num_kv_heads)
         self._attend: Callable[[Tensor, Rope], Tensor]
         if torch.device(device).type == "cpu":
-            self._attend = lambda qkv, rope: _PrefixAttention.apply(
-                *_rotated_heads(qkv, rope, *heads), layout
-            )
+            self._attend = _CpuAttention(layout, *heads)
         else:
             self._attend = _VarlenAttention(layout, *heads, torch.device(device))
 
     def __call__(self, layer: int, qkv_TE: Tensor, rope: Rope) -> Tensor:
         return self._attend(qkv_TE, rope).flatten(1)
+
+
+class _CpuAttention:
+    """Every key has one place; the prompts' are read there by all responses."""
+
+    def __init__(self, layout: _Layout, num_heads: int, num_kv_heads: int) -> None:
+        places = torch.arange(sum(length for _, length in layout.spans) + 1, dtype=torch.int32)
+        self._places = places, places[:-1]
+        self._layout, self._heads = layout, (num_heads, num_kv_heads)
+
+    def __call__(self, qkv_TE: Tensor, rope: Rope) -> Tensor:
+        if is_fused(qkv_TE):
+            heads = rotate_heads(qkv_TE, *rope, *self._places, *self._heads)
+        else:
+            heads = _rotated_heads(qkv_TE, rope, *self._heads)
+        return _PrefixAttention.apply(*heads, self._layout)
 
 
 def _rotated_heads(

@@ -5,23 +5,50 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from simulated_gpu.found import REAL
 from torch.autograd.graph import saved_tensors_hooks
 
-from softgrpo_engine.ops import differentiable, gpu, reference
+from softgrpo_engine.ops import differentiable, reference
+from softgrpo_engine.ops.extension import cpu_extension
+from softgrpo_engine.ops.linear import joined_linear
 from softgrpo_engine.training.group_attention import _Layout, _rotated_heads, _VarlenAttention
 
-norm = importlib.import_module("softgrpo_engine.ops.gpu.rms_norm")
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = {"portable": 0, "avx2": 1, "best": 2}  # of C++
 EPS = 1e-5
+NARROW = [torch.float32, torch.bfloat16]
+TRITON = pytest.param("triton", marks=pytest.mark.gpu) if REAL else "triton"
+each_device = pytest.mark.parametrize("device", [*ISAS, TRITON], indirect=True)
+each_device_and_dtype = pytest.mark.parametrize(
+    ("device", "dtype"),
+    [(isa, dtype) for isa in ISAS for dtype in NARROW]
+    + [
+        pytest.param("triton", dtype, marks=pytest.mark.gpu if REAL else ())
+        for dtype in (*NARROW, torch.float16)
+    ],
+    indirect=["device"],
+)
 
 # NumPy's, under the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow")
 
 
-@pytest.fixture(autouse=True)
-def seed():
+@pytest.fixture
+def device(request, monkeypatch):
+    """Where the ops run: C++ of an instruction set, or Triton, under its interpreter without a
+    GPU."""
     torch.manual_seed(0)
+    name, kernels = request.param, cpu_extension()
+    if name == "triton":
+        pytest.importorskip("triton")
+        gpu = importlib.import_module("softgrpo_engine.ops.gpu")
+        monkeypatch.setattr(differentiable, "_kernels", lambda x: gpu)
+        yield torch.device("cuda" if REAL else "cpu")
+        return
+    if kernels is None:
+        pytest.skip("the extension is not built")
+    kernels.limit_isa(ISAS[name])
+    yield torch.device("cpu")
+    kernels.limit_isa(ISAS["best"])
 
 
 def results(f, inputs, directions, dtype=None):
@@ -57,11 +84,14 @@ def plain_norm(x, residual, weight):
     return reference.rms_norm(x, weight.to(x.dtype), EPS, residual)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_device_and_dtype
 # More rows than programs; a partial vector; one row; none.
 @pytest.mark.parametrize(("rows", "width"), [(9, 100), (3, 7), (1, 64), (0, 8)])
 def test_norm(device, monkeypatch, rows, width, dtype):
-    monkeypatch.setattr(norm, "PROGRAMS", 4)
+    for kernels, parts in (("cpu", "PARTS"), ("gpu", "PROGRAMS")):
+        if kernels in differentiable._kernels(torch.empty(0)).__name__:
+            module = importlib.import_module(f"softgrpo_engine.ops.{kernels}.rms_norm")
+            monkeypatch.setattr(module, parts, 4)
     x, residual, *directions = (draw(rows, width, device=device, dtype=dtype) for _ in range(4))
     master = 1 + 0.3 * draw(width, device=device)
     ours = lambda x, residual, weight: differentiable.rms_norm(x, residual, weight, EPS)  # noqa: E731
@@ -75,6 +105,7 @@ def test_norm(device, monkeypatch, rows, width, dtype):
         )
 
 
+@each_device
 def test_a_sum_whose_norm_nobody_uses(device):
     x, residual = (draw(2, 8, device=device).requires_grad_() for _ in range(2))
     _, total = differentiable.rms_norm(x, residual, torch.ones(8, device=device), EPS)
@@ -83,7 +114,7 @@ def test_a_sum_whose_norm_nobody_uses(device):
     assert torch.equal(residual.grad, x.grad)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_device_and_dtype
 @pytest.mark.parametrize(("rows", "width"), [(2, 1100), (3, 50), (1, 1), (0, 4)])
 def test_silu_mul(device, rows, width, dtype):
     gate, up, direction = (4 * draw(3, rows, width, device=device)).to(dtype)
@@ -103,7 +134,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_device_and_dtype
 @pytest.mark.parametrize(("heads", "kv_heads"), [(7, 2), (16, 1)])  # blocks of eight heads
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_heads(device, name, heads, kv_heads, dtype):
@@ -131,7 +162,21 @@ def test_heads(device, name, heads, kv_heads, dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", ISAS, indirect=True)
+def test_a_place_that_is_not_there_is_refused(device):
+    qkv, rope = draw(2, 24, device=device), draw(2, 8, device=device)
+    for starts, copies, message in (
+        ([0, 1, 2], [0, 2], r"copies\[1\] = 2: there are 2"),
+        ([0, 1, 2], [-1, 0], r"copies\[0\] = -1"),
+        ([0, 2, 1], [0, 1], r"copy_starts\[2\] = 1"),
+        ([0, 1, 3], [0, 1], r"copy_starts\[2\] = 3"),
+    ):
+        places = [torch.tensor(x, dtype=torch.int32) for x in (starts, copies)]
+        with pytest.raises(ValueError, match=message):
+            differentiable.rotate_heads(qkv, rope, rope, *places, 1, 1)
+
+
+@each_device_and_dtype
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows", [5, 0])
 def test_joined_linear(device, rows, with_bias, dtype):
@@ -148,29 +193,32 @@ def test_joined_linear(device, rows, with_bias, dtype):
         return torch.cat([F.linear(x, w, b) for w, b in cast], dim=-1)
 
     def ours(x, *parameters):
-        return differentiable.joined_linear(x, list(parameters[:3]), list(parameters[3:]))
+        return joined_linear(x, list(parameters[:3]), list(parameters[3:]))
 
     compare(ours, plain, [x, *weights, *biases], [direction])
 
 
+@each_device
 def test_frozen_weights_get_no_gradient_and_take_no_work(device, monkeypatch):
-    asked, backward = [], gpu.rms_norm_backward
+    kernels = differentiable._kernels(torch.empty(0))
+    asked, backward = [], kernels.rms_norm_backward
 
     def noted(*args, need_weight):
         asked.append(need_weight)
         return backward(*args, need_weight=need_weight)
 
-    monkeypatch.setattr(gpu, "rms_norm_backward", noted)
+    monkeypatch.setattr(kernels, "rms_norm_backward", noted)
     x, weight = draw(3, 8, device=device).requires_grad_(), draw(8, device=device)
     out, _ = differentiable.rms_norm(x, draw(3, 8, device=device), weight, EPS)
     matrices = [draw(4, 8, device=device), draw(4, 8, device=device).requires_grad_()]
-    differentiable.silu_mul(differentiable.joined_linear(out, matrices, [])).sum().backward()
+    differentiable.silu_mul(joined_linear(out, matrices, [])).sum().backward()
     assert asked == [False]
     assert weight.grad is None
     assert matrices[0].grad is None
     assert all(leaf.grad.norm() > 0 for leaf in (x, matrices[1]))
 
 
+@each_device
 def test_inputs_that_are_not_contiguous(device):
     x, weight = draw(8, 6, device=device).T.requires_grad_(), draw(8, device=device)
     halves = draw(6, 40, device=device)[:, ::2].requires_grad_()
@@ -194,6 +242,7 @@ def kept_by(f):
     return set(kept), out
 
 
+@each_device
 def test_what_is_kept(device):
     """Of the size of activations: the sum, the input of a product, gate and up; nothing without
     autograd."""
@@ -201,7 +250,7 @@ def test_what_is_kept(device):
     weight, matrices = draw(8, device=device), [draw(4, 8, device=device) for _ in range(2)]
     kept, (out, total) = kept_by(lambda: differentiable.rms_norm(x, residual, weight, EPS))
     assert kept == {total.data_ptr(), weight.data_ptr()}
-    kept, gate_up = kept_by(lambda: differentiable.joined_linear(out, matrices, []))
+    kept, gate_up = kept_by(lambda: joined_linear(out, matrices, []))
     assert kept == {t.data_ptr() for t in (out, *matrices)}
     kept, _ = kept_by(lambda: differentiable.silu_mul(gate_up))
     assert kept == {gate_up.data_ptr()}
@@ -211,6 +260,7 @@ def test_what_is_kept(device):
     assert out.grad_fn is None
 
 
+@each_device
 def test_bad_input_is_one_clear_error(device):
     x, weight = draw(2, 8, device=device), draw(8, device=device)
     with pytest.raises(ValueError, match=r"weight must be \[8\], not \[7\]"):
@@ -221,6 +271,7 @@ def test_bad_input_is_one_clear_error(device):
         differentiable.silu_mul(x, x[:1])
 
 
+@each_device
 def test_they_are_differentiable_once(device):
     x = draw(2, 8, device=device).requires_grad_()
     loss = differentiable.silu_mul(x).square().sum()
