@@ -1,10 +1,12 @@
 // The Python module softgrpo_engine.ops._cpu. As in kernels/csrc, every function takes addresses and
 // sizes; the Python wrappers check shapes and dtypes.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <vector>
 
 #include "decoder_layers.h"
+#include "group_attention.h"
 #include "machine_peaks.h"
 #include "packed_linear.h"
 #include "paged_attention.h"
@@ -78,6 +80,19 @@ void bind_paged_attention(uintptr_t out, uintptr_t q, uintptr_t k_pages, uintptr
                   bf16);
 }
 
+// The addresses of a GroupAttention in its order.
+void bind_group_attention(const std::vector<uintptr_t>& at, int64_t tokens, int64_t num_spans,
+                          int64_t num_groups, int64_t num_heads, int64_t num_kv_heads,
+                          int64_t head_dim, float scale, bool backward, bool bf16) {
+  const pybind11::gil_scoped_release release;
+  const GroupAttention args{pointer<void>(at[0]), pointer<float>(at[1]), pointer<void>(at[2]),
+                            pointer<void>(at[3]), pointer<void>(at[4]), pointer<void>(at[5]),
+                            pointer<void>(at[6]), pointer<void>(at[7]), pointer<void>(at[8]),
+                            pointer<Span>(at[9]), pointer<int64_t>(at[10]), tokens, num_spans,
+                            num_groups, num_heads, num_kv_heads, head_dim, scale};
+  backward ? group_attention_backward(args, bf16) : group_attention(args, bf16);
+}
+
 void bind_pack_linear(uintptr_t packed, uintptr_t weight, int64_t columns, int64_t width,
                       bool bf16) {
   const pybind11::gil_scoped_release release;
@@ -141,6 +156,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rotate_heads", &bind_rotate_heads);
   m.def("rope_store_kv", &bind_rope_store_kv);
   m.def("paged_attention", &bind_paged_attention);
+  m.def("group_attention", &bind_group_attention);
   m.def("pack_linear", &bind_pack_linear);
   m.def("linear", &bind_linear);
   m.def("decoder_layers", &bind_decoder_layers);

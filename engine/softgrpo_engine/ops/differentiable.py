@@ -135,3 +135,21 @@ class _RotateHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _kernels(grads[0]).rotate_heads_backward(*grads, *ctx.saved_tensors), *[None] * 6
+
+
+def group_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, groups: Tensor) -> Tensor:
+    """See `softgrpo_engine.ops.cpu.group_attention`, on a CPU alone; differentiable in q, k, v."""
+    return _GroupAttention.apply(q, k, v, spans, groups)
+
+
+class _GroupAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
+        out, lse = _kernels(arguments[0]).group_attention(*arguments)
+        ctx.save_for_backward(out, lse, *arguments)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        return *_kernels(d_out).group_attention_backward(d_out, *ctx.saved_tensors), None, None

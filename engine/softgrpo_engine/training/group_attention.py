@@ -2,28 +2,22 @@
 
 A prompt is computed once for all samples of its group: every response attends to its group's prompt
 and to itself. Memory is linear in the number of tokens: no mask and no scores are kept, and on the
-CPU the keys of a prompt are not copied for its responses.
+CPU the keys of a prompt are not copied for its responses. (Without C++ for a dtype they are.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softgrpo_engine.model.attention import Rope
-from softgrpo_engine.ops.differentiable import is_fused, rotate_heads
-from softgrpo_engine.ops.linear import product_dtype
+from softgrpo_engine.ops.differentiable import group_attention, is_fused, rotate_heads
 from softgrpo_engine.transfer import to_device
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Up to so many tokens the backward is faster in float32, three times at 70: in bfloat16 it goes
-# through oneDNN for every tile of 64 x 64.
-_SHORT_SPAN = 256
 # What flash attention on a GPU computes.
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -56,19 +50,38 @@ class GroupAttention:
 
 
 class _CpuAttention:
-    """Every key has one place; the prompts' are read there by all responses."""
+    """One C++ op; the layers' own dtype where there is no C++ for it, by PyTorch."""
 
     def __init__(self, layout: _Layout, num_heads: int, num_kv_heads: int) -> None:
-        places = torch.arange(sum(length for _, length in layout.spans) + 1, dtype=torch.int32)
-        self._places = places, places[:-1]
         self._layout, self._heads = layout, (num_heads, num_kv_heads)
+        tokens = sum(length for _, length in layout.spans)
+        places = torch.arange(tokens + 1, dtype=torch.int32)
+        self._places = places, places[:-1]  # every key has one
+        rows = [
+            (*span, *prompt) for span, prompt in zip(layout.spans, layout.prefixes, strict=True)
+        ]
+        self._spans, self._groups = torch.tensor(rows), torch.tensor(layout.groups)
 
     def __call__(self, qkv_TE: Tensor, rope: Rope) -> Tensor:
         if is_fused(qkv_TE):
             heads = rotate_heads(qkv_TE, *rope, *self._places, *self._heads)
-        else:
-            heads = _rotated_heads(qkv_TE, rope, *self._heads)
-        return _PrefixAttention.apply(*heads, self._layout)
+            return group_attention(*heads, self._spans, self._groups)
+        return _plain_attention(*_rotated_heads(qkv_TE, rope, *self._heads), self._layout)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor:
+    """The meaning, span after span."""
+    outs = []
+    for (start, length), (prompt, m) in zip(layout.spans, layout.prefixes, strict=True):
+        keys, values = (
+            torch.cat([x[prompt : prompt + m], x[start : start + length]]) for x in (k, v)
+        )
+        queries = q[start : start + length]
+        heads_HTD = (x.transpose(0, 1) for x in (queries, keys, values))
+        sees = torch.ones(length, m + length, dtype=torch.bool).tril(m)
+        out = F.scaled_dot_product_attention(*heads_HTD, attn_mask=sees, enable_gqa=True)
+        outs.append(out.transpose(0, 1))
+    return torch.cat(outs)
 
 
 def _rotated_heads(
@@ -92,179 +105,31 @@ class _Layout:
     """Where the spans of the groups lie.
 
     spans: (start, length) of every prompt and response, in packed order. prefixes: for each of
-    them the (start, length) of the prompt it attends to, length 0 for a prompt. groups: (start of
-    the prompt, start of the responses, end). buckets: the spans by length, in rectangles.
+    them the (start, length) of the prompt it attends to, length 0 for a prompt. groups: the spans
+    of group g are groups[g] .. groups[g + 1], its prompt's first.
     """
 
     spans: list[tuple[int, int]]
     prefixes: list[tuple[int, int]]
-    groups: list[tuple[int, int, int]]
-    buckets: list[_Bucket]
+    groups: list[int]
 
     @classmethod
     def from_lens(
         cls, prompt_lens: Sequence[int], response_lens: Sequence[Sequence[int]]
     ) -> _Layout:
-        spans, prefixes, groups = [], [], []
-        start = 0
+        spans, prefixes, groups = [], [], [0]
+        end = 0
         for prompt_len, lens in zip(prompt_lens, response_lens, strict=True):
-            prompt = (start, prompt_len)
+            prompt = (end, prompt_len)
             spans.append(prompt)
-            prefixes.append((start, 0))
-            end = start + prompt_len
+            prefixes.append((end, 0))
+            end += prompt_len
             for length in filter(None, lens):
                 spans.append((end, length))
                 prefixes.append(prompt)
                 end += length
-            groups.append((start, start + prompt_len, end))
-            start = end
-        return cls(spans, prefixes, groups, list(_buckets(spans)))
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """n spans padded to the longest of them. rows: int64, their packed rows; places: int64, where
-    those stand in the flat [n * width]."""
-
-    n: int
-    width: int
-    rows: Tensor
-    places: Tensor
-
-    def pad(self, x_TXX: Tensor) -> Tensor:
-        """[T, ...] -> [n, width, ...], zeros in the padding: it adds nothing to any gradient."""
-        rows = x_TXX.index_select(0, self.rows)
-        if len(rows) < self.n * self.width:
-            padded = x_TXX.new_zeros(self.n * self.width, *x_TXX.shape[1:])
-            rows = padded.index_copy_(0, self.places, rows)
-        return rows.view(self.n, self.width, *x_TXX.shape[1:])
-
-    def unpad(self, x_NWXX: Tensor) -> Tensor:
-        return x_NWXX.flatten(0, 1).index_select(0, self.places)
-
-
-def _buckets(spans: list[tuple[int, int]]) -> Iterator[_Bucket]:
-    """Spans of lengths within a factor of two share a rectangle: few calls, little padding."""
-    waiting = sorted(spans, key=lambda span: -span[1])
-    while waiting:
-        width = waiting[0][1]
-        count = sum(2 * length > width for _, length in waiting)
-        chosen, waiting = waiting[:count], waiting[count:]
-        rows = [torch.arange(start, start + length) for start, length in chosen]
-        places = [torch.arange(i * width, i * width + span[1]) for i, span in enumerate(chosen)]
-        yield _Bucket(count, width, torch.cat(rows), torch.cat(places))
-
-
-class _PrefixAttention(torch.autograd.Function):
-    """Causal attention within every span, and of responses over their prompt, merged.
-
-    Two sets of keys merge exactly by their log-sum-exps (as in ring attention, arXiv 2310.01889);
-    given the merged output and log-sum-exp, flash attention's backward over one set of keys yields
-    that set's part of the gradient. q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]. It computes in
-    the dtype in which the machine multiplies fast, and keeps what was given for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        layout: _Layout = arguments[3]
-        given, dtype = arguments[0].dtype, product_dtype(arguments[0])
-        q, k, v = (x.to(dtype) for x in arguments[:3])
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-        for bucket in layout.buckets:
-            part, part_lse = _flash(*_span_heads(bucket, q, k, v), 0.0, True)
-            out[bucket.rows] = bucket.unpad(_join_span(part, bucket))
-            lse[bucket.rows] = bucket.unpad(_join_span(part_lse[..., None], bucket))[..., 0]
-        for prompt, start, end in layout.groups:
-            if start == end:
-                continue
-            part, part_lse = _flash(*_prefix_heads(q[start:end], k[prompt:start], v[prompt:start]))
-            part = _join_prefix(part, end - start)
-            part_lse = _join_prefix(part_lse[..., None], end - start)[..., 0]
-            merged = torch.logaddexp(lse[start:end], part_lse)
-            own = out[start:end] * (lse[start:end] - merged).exp()[..., None]
-            out[start:end] = own + part * (part_lse - merged).exp()[..., None]
-            lse[start:end] = merged
-        ctx.layout = layout
-        out = out.to(given)
-        ctx.save_for_backward(*arguments[:3], out, lse)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, lse = ctx.saved_tensors
-        layout: _Layout = ctx.layout
-        given, dtype = grad.dtype, product_dtype(grad)
-        grad, q, k, v, out = (x.to(dtype) for x in (grad, *saved))
-        d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        kv_heads = k.shape[1]
-        for bucket in layout.buckets:
-            dtype = lse.dtype if bucket.width <= _SHORT_SPAN else q.dtype
-            grads = _flash_backward(
-                _split_span(bucket.pad(grad), kv_heads).to(dtype),
-                *(heads.to(dtype) for heads in _span_heads(bucket, q, k, v)),
-                _split_span(bucket.pad(out), kv_heads).to(dtype),
-                _split_span(bucket.pad(lse)[..., None], kv_heads)[..., 0],
-                0.0,
-                True,
-            )
-            d_q[bucket.rows] = bucket.unpad(_join_span(grads[0], bucket)).to(q.dtype)
-            for target, part in ((d_k, grads[1]), (d_v, grads[2])):
-                own = _join_span(part.sum(1, keepdim=True), bucket)
-                target[bucket.rows] = bucket.unpad(own).to(q.dtype)
-        for prompt, start, end in layout.groups:
-            if start == end:
-                continue
-            rows, keys = slice(start, end), slice(prompt, start)
-            grads = _flash_backward(
-                _split_prefix(grad[rows], kv_heads),
-                *_prefix_heads(q[rows], k[keys], v[keys]),
-                _split_prefix(out[rows], kv_heads),
-                _split_prefix(lse[rows][..., None], kv_heads)[..., 0],
-                0.0,
-                False,
-            )
-            d_q[rows] += _join_prefix(grads[0], end - start)
-            d_k[keys] += grads[1][0].transpose(0, 1)
-            d_v[keys] += grads[2][0].transpose(0, 1)
-        return d_q.to(given), d_k.to(given), d_v.to(given), None
-
-
-# Within spans: (span, KV head) pairs are the batch, the query heads of a KV head its heads, so that
-# K and V are seen by all of them without being repeated.
-def _split_span(x_NWHD: Tensor, kv_heads: int) -> Tensor:
-    n, width, heads, size = x_NWHD.shape
-    split = x_NWHD.view(n, width, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4)
-    return split.reshape(n * kv_heads, heads // kv_heads, width, size)
-
-
-def _join_span(x: Tensor, bucket: _Bucket) -> Tensor:
-    joined = x.view(bucket.n, -1, *x.shape[1:]).permute(0, 3, 1, 2, 4)
-    return joined.reshape(bucket.n, bucket.width, -1, x.shape[-1])
-
-
-def _span_heads(bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    kv_heads = k.shape[1]
-    repeat = q.shape[1] // kv_heads
-    keys = [_split_span(bucket.pad(x), kv_heads).expand(-1, repeat, -1, -1) for x in (k, v)]
-    return [_split_span(bucket.pad(q), kv_heads), *keys]
-
-
-# Over a prompt: all responses of the group, and all query heads of a KV head, are one long query.
-def _split_prefix(x_RHD: Tensor, kv_heads: int) -> Tensor:
-    rows, heads, size = x_RHD.shape
-    split = x_RHD.view(rows, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3)
-    return split.reshape(1, kv_heads, -1, size)
-
-
-def _join_prefix(x: Tensor, rows: int) -> Tensor:
-    split = x.view(x.shape[1], -1, rows, x.shape[-1]).permute(2, 0, 1, 3)
-    return split.reshape(rows, -1, x.shape[-1])
-
-
-def _prefix_heads(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    return [_split_prefix(q, k.shape[1]), k.transpose(0, 1)[None], v.transpose(0, 1)[None]]
+            groups.append(len(spans))
+        return cls(spans, prefixes, groups)
 
 
 class _VarlenAttention:
