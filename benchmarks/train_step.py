@@ -53,6 +53,7 @@ def make_trainer(arguments: argparse.Namespace, soft: bool, folder: str) -> Trai
         "optim.lr=1e-6",
         "log.samples_every=0",
         "reward.require_eos=false",
+        *arguments.overrides,
     ]
     trainer = Trainer(Config.load("demo", overrides), reward_funcs=[alternating])
     iter_groups = trainer.llm.iter_groups
@@ -163,6 +164,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", help="settings of the demo, as model.path=PATH")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -187,7 +189,14 @@ def main() -> None:
     for peer, reason in absent.items():
         print(f"{peer} is absent: {reason}")
     if arguments.json:
-        names = ("prompts", "group_size", "new_tokens", "steps", "gradient_checkpointing")
+        names = (
+            "prompts",
+            "group_size",
+            "new_tokens",
+            "steps",
+            "gradient_checkpointing",
+            "overrides",
+        )
         settings = {name: getattr(arguments, name) for name in names}
         result = {"hardware": facts, "versions": versions(), "settings": settings, "rows": rows}
         arguments.json.write_text(json.dumps(result | {"absent": absent}, indent=1) + "\n")

@@ -1,5 +1,4 @@
-"""benchmarks/rollout_throughput.py and recipe_step.py run and write what they promise; the first
-says which peer is absent."""
+"""Benchmarks of rollouts and of steps run and write what they promise, and name absent peers."""
 
 import json
 import sys
@@ -23,6 +22,23 @@ def test_rows_and_absent_peers(run_benchmark, tiny_model, tmp_path):
         assert row["tokens_per_second"] > 0
         assert row["of_limit"] > 0
     assert sys.executable not in path.read_text()
+
+
+def test_a_training_step_part_by_part(run_benchmark, tiny_model, tmp_path):
+    path = tmp_path / "step.json"
+    options = ["--prompts", "2", "--group-size", "2", "--new-tokens", "4", "--steps", "1"]
+    options += ["--compare", "trl", "--json", path]
+    run_benchmark(
+        "train_step.py", *options, f"model.path={tiny_model}", "data.max_prompt_tokens=999"
+    )
+    document = json.loads(path.read_text())
+    assert "--trl-python" in document["absent"]["trl"]
+    assert [row["mode"] for row in document["rows"]] == ["soft", "discrete"]
+    for row in document["rows"]:
+        parts = [row[part] for part in ("time/rollout", "time/reward", "time/train", "time/sync")]
+        assert abs(sum(parts) - row["seconds"]) < 0.01
+        assert row["tokens_per_second"] > 0
+        assert row["mfu"] >= 0
 
 
 def test_a_step_of_a_recipe_beside_its_plan(run_benchmark, tiny_model, tmp_path, capsys):
