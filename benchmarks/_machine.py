@@ -17,7 +17,7 @@ import torch
 from softgrpo_engine.ops.extension import cpu_extension
 from softgrpo_engine.ops.linear import product_dtype
 
-_ISA = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd", "bf16")
+_ISA = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512f", "avx2", "asimd", "bf16")
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

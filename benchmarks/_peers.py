@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,8 @@ def vllm(python: Path | None, settings: PeerSettings) -> Seconds:
 
 
 def llama_cpp(binary: Path | None, gguf: Path | None, settings: PeerSettings) -> Seconds:
-    """`llama-batched-bench` on a GGUF of the same weights; it does not sample at all."""
+    """`llama-batched-bench` on a GGUF of the same weights, with its own choice of batch sizes and
+    attention; it does not sample at all."""
     if binary is None or not binary.exists() or gguf is None or not gguf.exists():
         raise Absent("give llama-batched-bench with --llama-bench and its model with --llama-gguf")
     length = settings.prompt_tokens + settings.new_tokens
@@ -68,6 +70,29 @@ def llama_cpp(binary: Path | None, gguf: Path | None, settings: PeerSettings) ->
                 row = json.loads(line)
                 seconds.setdefault(row["pl"], []).append(row["t"])
     return {"no sampling": seconds}
+
+
+# How llama.cpp calls what the kernel of Linux calls so.
+_LLAMA_ISA = {
+    "avx2": "AVX2",
+    "avx512f": "AVX512",
+    "avx512_bf16": "AVX512_BF16",
+    "amx_int8": "AMX_INT8",
+    "asimd": "NEON",
+}
+
+
+def llama_build(binary: Path, gguf: Path, machine: list[str]) -> dict[str, Any]:
+    """What this build of llama.cpp says of itself: the features of CPUs it was compiled for, and
+    those of this machine (as in /proc/cpuinfo) that it leaves unused."""
+    command = [str(binary), "-m", str(gguf), "-c", "64", "-npp", "1", "-ntg", "1", "-npl", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = set(re.findall(r"([A-Z0-9_]+) = 1", done.stdout + done.stderr))
+    known = [name for name in machine if name in _LLAMA_ISA]
+    return {
+        "features": sorted(found),
+        "unused": [name for name in known if _LLAMA_ISA[name] not in found],
+    }
 
 
 def json_line(text: str) -> Any:

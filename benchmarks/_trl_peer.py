@@ -51,14 +51,14 @@ def main() -> None:
             top_k=5,
             top_p=0.95,
             beta=0.0,
-            bf16=True,
+            bf16=settings["dtype"] == "bfloat16",
             use_cpu=True,
             learning_rate=1e-6,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
             gradient_checkpointing=False,
-            model_init_kwargs={"dtype": "bfloat16"},
+            model_init_kwargs={"dtype": settings["dtype"]},
         )
         rows = [{"prompt": text} for text in settings["texts"]]
         trainer = GRPOTrainer(

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 from _machine import hardware, seconds_of, spread, versions
-from _peers import Absent, PeerSettings, Seconds, llama_cpp, vllm
+from _peers import Absent, PeerSettings, Seconds, llama_build, llama_cpp, vllm
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -130,8 +130,15 @@ def main() -> None:
     _print(console, rows, limits, machine, arguments)
     for name, reason in absent.items():
         console.print(f"[yellow]{name} is absent: {reason}[/]")
+    builds = {}
+    if any(row.engine == "llama.cpp" for row in rows):
+        build = llama_build(arguments.llama_bench, arguments.llama_gguf, machine["isa"])
+        builds["llama.cpp"] = build
+        console.print("llama.cpp was built for:", *build["features"])
+        if build["unused"]:
+            console.print("[yellow]This machine also has:", *build["unused"])
     if arguments.json:
-        _write(arguments, machine, rows, limits, absent)
+        _write(arguments, machine, rows, limits, absent, builds)
 
 
 def _measure(
@@ -200,6 +207,7 @@ def _write(
     rows: list[Row],
     limits: dict[int, float],
     absent: dict[str, str],
+    builds: dict[str, Any],
 ) -> None:
     # Paths say nothing to others.
     hidden = ("json", "vllm_python", "llama_bench", "llama_gguf")
@@ -209,6 +217,7 @@ def _write(
         "versions": versions(),
         "settings": {**settings, "dtype": "bfloat16"},
         "absent": absent,
+        **({"builds": builds} if builds else {}),
         "rows": [
             {**row.to_dict(), "of_limit": float(f"{row.tokens_per_second / limits[row.batch]:.3g}")}
             for row in rows

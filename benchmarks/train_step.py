@@ -4,7 +4,7 @@
 
 8 prompts x 8 samples of exactly 64 tokens on SmolLM2-135M in bfloat16, sampled with temperature 1,
 top_k 5, top_p 0.95; one optimizer step. Ours keeps float32 master weights and moments, TRL (with
-transformers' generate) all in bfloat16. Steps of soft and discrete runs alternate; TRL runs after
+transformers' generate) all in bfloat16, on a CPU without instructions for it in float32. Steps of soft and discrete runs alternate; TRL runs after
 them in a process of its own; the first step of each warms up. MFU: operations of the training
 passes, without the head, over the time of the update and the measured bf16 GEMM rate.
 """
@@ -32,6 +32,7 @@ from rich.table import Table
 from softgrpo import Config, Trainer
 from softgrpo_engine import Output, SamplingParams
 from softgrpo_engine.model.source import resolve_model
+from softgrpo_engine.ops.linear import has_bf16_products
 
 PARTS = ("time/rollout", "time/reward", "time/train", "time/sync")
 
@@ -128,6 +129,7 @@ def trl(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "model": str(resolve_model("smollm2-135m")),
         "threads": torch.get_num_threads(),
+        "dtype": "bfloat16" if has_bf16_products() else "float32",
         "texts": texts,
         **{k: getattr(arguments, k) for k in ("prompts", "group_size", "new_tokens", "steps")},
     }
@@ -138,6 +140,7 @@ def trl(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "engine": "trl",
         "mode": "discrete",
+        "dtype": settings["dtype"],
         "seconds": round(median(found["seconds"]), 3),
         "spread": round(spread(found["seconds"]), 3),
         "tokens_per_second": round(tokens / median(found["seconds"]), 1),
