@@ -4,9 +4,10 @@
 
 8 prompts x 8 samples of exactly 64 tokens on SmolLM2-135M in bfloat16, sampled with temperature 1,
 top_k 5, top_p 0.95; one optimizer step. Ours keeps float32 master weights and moments, TRL (with
-transformers' generate) all in bfloat16, on a CPU without instructions for it in float32. Steps of soft and discrete runs alternate; TRL runs after
-them in a process of its own; the first step of each warms up. MFU: operations of the training
-passes, without the head, over the time of the update and the measured bf16 GEMM rate.
+transformers' generate) all in bfloat16, on a CPU without instructions for it in float32. Steps of
+soft and discrete runs alternate; TRL runs after them in a process of its own; the first step of
+each warms up. MFU: operations of the training passes, without the head, over the time of the update
+and the measured bf16 GEMM rate.
 """
 
 from __future__ import annotations

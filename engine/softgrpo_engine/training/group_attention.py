@@ -57,10 +57,8 @@ class _CpuAttention:
         tokens = sum(length for _, length in layout.spans)
         places = torch.arange(tokens + 1, dtype=torch.int32)
         self._places = places, places[:-1]  # every key has one
-        rows = [
-            (*span, *prompt) for span, prompt in zip(layout.spans, layout.prefixes, strict=True)
-        ]
-        self._spans, self._groups = torch.tensor(rows), torch.tensor(layout.groups)
+        starts, prefixes = (torch.tensor(part) for part in (layout.spans, layout.prefixes))
+        self._spans, self._groups = torch.cat([starts, prefixes], 1), torch.tensor(layout.groups)
 
     def __call__(self, qkv_TE: Tensor, rope: Rope) -> Tensor:
         if is_fused(qkv_TE):
@@ -73,13 +71,11 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor
     """The meaning, span after span."""
     outs = []
     for (start, length), (prompt, m) in zip(layout.spans, layout.prefixes, strict=True):
-        keys, values = (
-            torch.cat([x[prompt : prompt + m], x[start : start + length]]) for x in (k, v)
-        )
-        queries = q[start : start + length]
-        heads_HTD = (x.transpose(0, 1) for x in (queries, keys, values))
+        own, prefix = slice(start, start + length), slice(prompt, prompt + m)
+        keys, values = (torch.cat([x[prefix], x[own]]) for x in (k, v))
+        q_HTD, k_HTD, v_HTD = (x.transpose(0, 1) for x in (q[own], keys, values))
         sees = torch.ones(length, m + length, dtype=torch.bool).tril(m)
-        out = F.scaled_dot_product_attention(*heads_HTD, attn_mask=sees, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q_HTD, k_HTD, v_HTD, sees, enable_gqa=True)
         outs.append(out.transpose(0, 1))
     return torch.cat(outs)
 
