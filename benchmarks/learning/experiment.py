@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cells import CELLS, DISCRETE, HERE, SAMPLES, Cell, is_done, read_training
 from grid import first_cells, later_cells, record_path, write_record
+from small import write_small
 from tasks import write_tasks
 
 from softgrpo.evaluation.results import read_results
@@ -35,7 +36,7 @@ FORMAT_STEPS = 20
 def train(root: Path, cell: Cell, model: str, *extra: str) -> Path:
     """Runs a cell's training up to its end; the folder of the run."""
     folder = root / cell.path
-    data = root / "data"
+    data, questions = root / "data", "hard" if cell.task == "small" else cell.task
     command: list[object] = [
         sys.executable,
         "-m",
@@ -43,7 +44,7 @@ def train(root: Path, cell: Cell, model: str, *extra: str) -> Path:
         "--config",
         HERE / f"{cell.task}.yaml",
     ]
-    command += [f"data.{split}={data}/{cell.task}_{split}.jsonl" for split in ("train", "eval")]
+    command += [f"data.{split}={data}/{questions}_{split}.jsonl" for split in ("train", "eval")]
     command += [f"run.output_dir={folder.parent}", f"run.name={folder.name}", "run.resume=auto"]
     command += [f"run.seed={cell.seed}", f"model.path={model}", *extra, *cell.overrides]
     _run(command)
@@ -72,8 +73,25 @@ def _run(command: list[object]) -> None:
         raise SystemExit(status)  # the command has said why
 
 
+def start_model(root: Path, task: str) -> Path:
+    """The model that all runs of a task start from."""
+    return small_model(root) if task == "small" else format_model(root, task)
+
+
+def small_model(root: Path) -> Path:
+    """Taught from scratch, see small.py."""
+    folder, data = root / "small" / "taught", root / "data" / "small"
+    if not (folder / "model" / "model.safetensors").exists():
+        write_small(data)
+        command: list[object] = [sys.executable, "-m", "softgrpo.cli.sft", "--config"]
+        command += [HERE / "small_sft.yaml", f"run.output_dir={folder.parent}", "run.name=taught"]
+        command += [f"model.path={data / 'model'}", f"data.train={data / 'taught.jsonl'}"]
+        _run(command)
+    return folder / "model"
+
+
 def format_model(root: Path, task: str) -> Path:
-    """The model that all runs of a task start from, evaluated in both modes."""
+    """SmolLM2 that knows the form of an answer, evaluated in both modes."""
     reward = f"reward.functions=[{{path: '{HERE / 'scoring.py'}:format_reward'}}]"
     cell = Cell(task, "format", 0, DISCRETE)
     folder = root / cell.path
@@ -89,7 +107,7 @@ def run(root: Path, cell: Cell, modes: str) -> Path:
     """A cell from where it was left to its end. Its weights are not kept: they take 2 GB."""
     folder = root / cell.path
     if not is_done(folder):
-        start = format_model(root, cell.task)
+        start = start_model(root, cell.task)
         print(f"== {cell.path}", flush=True)
         train(root, cell, str(start), "eval.before_train=false", "eval.after_train=false")
         evaluate(root, folder, folder / "model", modes)

@@ -21,7 +21,12 @@ from cells import CONCRETE, DISCRETE, HERE, SAMPLES, Cell
 from softgrpo.evaluation.metrics import bootstrap_interval
 
 RECORDS = HERE / "records"
-RATES = ("5e-6", "1e-5", "2e-5")
+# Of each task; small: of a model from scratch (small.py).
+RATES = {
+    "easy": ("5e-6", "1e-5", "2e-5"),
+    "hard": ("5e-6", "1e-5", "2e-5"),
+    "small": ("1e-4", "3e-4", "1e-3"),
+}
 LAST = 10  # steps whose reward chooses the rate
 METHODS = {
     "discrete": DISCRETE,
@@ -35,7 +40,7 @@ METHODS = {
         "algorithm.objective=per_slot",
     ),
 }
-TASKS = ("easy", "hard")
+TASKS = tuple(RATES)
 SEEDS = 3
 
 
@@ -46,7 +51,7 @@ def cell_of(task: str, method: str, rate: str, seed: int) -> Cell:
 
 def first_cells() -> list[Cell]:
     """Those of seed 0."""
-    return [cell_of(task, m, rate, 0) for task in TASKS for m in METHODS for rate in RATES]
+    return [cell_of(task, m, rate, 0) for task in TASKS for m in METHODS for rate in RATES[task]]
 
 
 def later_cells() -> list[Cell]:
@@ -62,9 +67,9 @@ def later_cells() -> list[Cell]:
 
 def best_rate(task: str, method: str) -> str | None:
     """By the mean training reward of the last steps; None until all rates have run."""
-    rows = {rate: read_record(cell_of(task, method, rate, 0)) for rate in RATES}
+    rows = {rate: read_record(cell_of(task, method, rate, 0)) for rate in RATES[task]}
     rewards = {rate: mean(row["reward"][-LAST:]) for rate, row in rows.items() if row is not None}
-    return max(rewards, key=lambda rate: rewards[rate]) if len(rewards) == len(RATES) else None
+    return max(rewards, key=lambda rate: rewards[rate]) if len(rewards) == len(rows) else None
 
 
 def record_path(cell: Cell) -> Path:
@@ -99,10 +104,10 @@ def print_tables() -> None:
 
 
 def _print_rates(task: str) -> None:
-    print(f"\n| {task}, seed 0 | " + " | ".join(f"lr {rate}" for rate in RATES) + " |")
-    print("|---|" + "---|" * len(RATES))
+    print(f"\n| {task}, seed 0 | " + " | ".join(f"lr {rate}" for rate in RATES[task]) + " |")
+    print("|---|" + "---|" * len(RATES[task]))
     for method in METHODS:
-        rows = [read_record(cell_of(task, method, rate, 0)) for rate in RATES]
+        rows = [read_record(cell_of(task, method, rate, 0)) for rate in RATES[task]]
         cells = [
             f"{mean(row['reward'][-LAST:]):.3f}, held out {_own(row)['mean']['value']:.3f}"
             if row
