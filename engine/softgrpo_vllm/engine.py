@@ -87,6 +87,8 @@ class VLLMEngine:
                 disable_log_stats=True,
                 generation_config="vllm",
                 additional_config={"softgrpo": True},
+                # Logits as the trainer has them: fp32, on any number of GPUs, scaled or capped.
+                hf_overrides={"head_dtype": "float32"},
                 weight_transfer_config={"backend": "softgrpo_file"},
                 **options,
             )
