@@ -55,7 +55,8 @@ class SoftRequestCheck(LogitsProcessor):
 def check_with(default: Mapping[str, Any]) -> str:
     """The check by the name that vLLM's processes load it by. vLLM tells it nothing else, so the
     default stands in the name."""
-    return f"{__name__}:{_WITH}{json.dumps(default).encode().hex()}"
+    name = _WITH + json.dumps(default).encode().hex() if default else SoftRequestCheck.__name__
+    return f"{__name__}:{name}"
 
 
 _WITH = "SoftRequestCheck_"
