@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-CHECK = "softgrpo_vllm.request:SoftRequestCheck"
+    from vllm.config import ModelConfig, VllmConfig
 
 
 def is_on(vllm_config: VllmConfig) -> bool:
     """Whether soft thinking was asked for. Raises ValueError for a setting that is none."""
+    return _setting(vllm_config) is not False
+
+
+def default_keys(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The soft keys that requests have by default, once `checked` has seen the configuration."""
+    setting = _setting(vllm_config)
+    return setting["default"] or {} if isinstance(setting, dict) else {}
+
+
+def _setting(vllm_config: VllmConfig) -> bool | dict[str, Any]:
     extra = vllm_config.additional_config
     wanted = extra.get("softgrpo", False) if isinstance(extra, dict) else False
-    if wanted not in (True, False):
-        raise ValueError(f"additional_config: softgrpo={wanted!r} must be true or false")
-    return bool(wanted)
+    if wanted in (True, False):
+        return bool(wanted)
+    if (
+        isinstance(wanted, dict)
+        and wanted.keys() == {"default"}
+        and isinstance(wanted["default"], bool | dict)
+    ):
+        return wanted
+    raise ValueError(
+        f'additional_config: softgrpo={wanted!r} must be true or false, or {{"default": true}}'
+    )
 
 
 def checked(previous: type[Any]) -> type[Any]:
@@ -70,8 +87,53 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[tuple[str, str]]:
 
 
 def _update(vllm_config: VllmConfig) -> None:
+    from softgrpo_vllm.check import check_with
+
     # It splits rows over ranks; all of them need what was drawn.
     vllm_config.parallel_config.enable_batch_sharded_sampling = False
     vllm_config.scheduler_config.scheduler_cls = "softgrpo_vllm.scheduler.soft_scheduler"
+    default = _find_default(vllm_config)
     model = vllm_config.model_config
-    model.logits_processors = [*(model.logits_processors or ()), CHECK]
+    model.logits_processors = [*(model.logits_processors or ()), check_with(default)]
+    if default:  # in a dictionary of our own: the other one may be the caller's
+        setting = {"softgrpo": {"default": default}}
+        vllm_config.additional_config = {**vllm_config.additional_config, **setting}
+
+
+def _find_default(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The soft keys that requests have by default. Raises ValueError, one line, for bad ones."""
+    from vllm import SamplingParams
+
+    from softgrpo_vllm.request import SoftRequest
+
+    setting = _setting(vllm_config)
+    default = setting["default"] if isinstance(setting, dict) else False
+    try:
+        if default is True:
+            default = _keys_of_model(vllm_config.model_config)
+        if not default:
+            return {}
+        default = {"soft": 1} | default
+        request = SoftRequest.of(SamplingParams(max_tokens=None, extra_args=default))
+        if request is None:
+            raise ValueError("soft=0: leave the default out")
+        request.check()
+    except ValueError as error:
+        raise ValueError(f"softgrpo: no default for requests: {error}") from error
+    return default
+
+
+def _keys_of_model(model: ModelConfig) -> dict[str, Any]:
+    """What the model was exported with."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from softgrpo_engine.params import SoftParams
+    from softgrpo_vllm.keys import keys_of
+
+    soft = SoftParams.of_model(Path(model.model))
+    if soft is None:
+        raise ValueError(
+            f"{model.model} has no softgrpo.json: give the soft keys in the place of true, such as "
+            '{"soft_tau": 0.1}'
+        )
+    return keys_of(soft, None if model.skip_tokenizer_init else cached_tokenizer_from_config(model))

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from softgrpo_engine.outputs import Output, Sample
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
-from softgrpo_engine.requests.prompts import thinking_end_id
 from softgrpo_vllm import why_not
 from softgrpo_vllm.alive import asking, starting, watch
+from softgrpo_vllm.keys import keys_of
 from softgrpo_vllm.output import soft_record
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if find_spec("vllm") is None:
 BLOCK_SIZE = 32  # positions of the KV cache that are taken at a time
 LEAST_TEMPERATURE = 0.01  # vLLM raises smaller ones to it
 FILE_BYTES = 2**30  # weights that lie in memory at a time on their way to vLLM
-# Fields of SoftParams that are keys by their name.
-_SAME = ("top_k", "top_p", "temperature", "tau", "weight_floor", "noise", "noise_scale", "eps")
 # What torchrun tells a process of its own group, which vLLM's are not of.
 _OF_TORCHRUN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
                 "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
@@ -89,6 +87,8 @@ class VLLMEngine:
                 disable_log_stats=True,
                 generation_config="vllm",
                 additional_config={"softgrpo": True},
+                # Logits as the trainer has them: fp32, on any number of GPUs, scaled or capped.
+                hf_overrides={"head_dtype": "float32"},
                 weight_transfer_config={"backend": "softgrpo_file"},
                 **options,
             )
@@ -212,23 +212,13 @@ class VLLMEngine:
 
     def _keys(self, soft: SoftParams | None, params: SamplingParams) -> dict[str, Any]:
         """The flat keys of these settings."""
-        keys: dict[str, Any] = {"soft": 1, "soft_kept_mass": int(params.kept_mass)}
+        mass = {"soft_kept_mass": int(params.kept_mass)}
         if soft is None:
-            return keys | {"soft_max_tokens": 0}
-        end = thinking_end_id(soft.end_of_thinking, self.tokenizer)
-        if end is not None and not 0 <= end < self._vocabulary:
+            return {"soft": 1, "soft_max_tokens": 0} | mass
+        keys = keys_of(soft, self.tokenizer)
+        if (end := keys["soft_end_of_thinking"]) >= self._vocabulary:
             raise ValueError(f"end_of_thinking is {end}, outside of {self._vocabulary} tokens")
-        if soft.cold_stop_entropy is not None or soft.switch_window is not None:
-            raise ValueError("the engine 'vllm' knows no rules of entropy: take native")
-        if soft.max_soft_tokens is not None:
-            keys["soft_max_tokens"] = soft.max_soft_tokens
-        if soft.noise_clip is not None:
-            keys |= {"soft_clip_low": soft.noise_clip[0], "soft_clip_high": soft.noise_clip[1]}
-        return keys | {
-            **{f"soft_{name}": getattr(soft, name) for name in _SAME},
-            "soft_end_of_thinking": -1 if end is None else end,
-            "soft_min_tokens": soft.min_soft_tokens,
-        }
+        return keys | mass
 
     def _params(self, params: SamplingParams, keys: dict[str, Any]) -> Params:
         from vllm import SamplingParams as Params

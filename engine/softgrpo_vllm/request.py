@@ -6,8 +6,6 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
-
 from softgrpo_engine.execution.record import discrete_values, soft_values
 from softgrpo_engine.params import K_MAX, SamplingParams, SoftParams
 from softgrpo_engine.requests.admission import check_noise_keys, check_thoughts_fit
@@ -17,7 +15,6 @@ from softgrpo_engine.scheduling.sequence import Sequence
 from softgrpo_kernels.row_rules import check_numbers
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from vllm import SamplingParams as Params
 
 # Rules of entropy need it on the host at each step, which stock vLLM does not wait for.
@@ -102,34 +99,6 @@ class SoftRequest:
         check_numbers(discrete_values(sequence), K_MAX)
         if self.soft is not None:
             check_numbers(soft_values(sequence), K_MAX)
-
-
-class SoftRequestCheck(LogitsProcessor):
-    """Changes no logits. It is here for `validate_params`: a bad request ends at its admission, for
-    HTTP with status 400."""
-
-    @classmethod
-    def validate_params(cls, sampling_params: Params) -> None:
-        request = SoftRequest.of(sampling_params)
-        if request is None:
-            return
-        request.check()
-        args, logprobs = sampling_params.extra_args or {}, sampling_params.logprobs
-        if sampling_params.n > 1 and "soft_seed" in args:
-            raise ValueError(
-                f"n={sampling_params.n} with soft_seed: the samples would be equal; send each with "
-                "a soft_uid of its own, or take seed"
-            )
-        if logprobs is not None and not 0 <= logprobs <= K_MAX:
-            raise ValueError(f"logprobs={logprobs}: a soft position has at most {K_MAX} candidates")
-        if sampling_params.logprob_token_ids:
-            raise ValueError("logprob_token_ids: a soft position has its candidates' alone")
-
-    def add_request(self, req_idx: int, sampling_params: Params) -> bool:
-        return False
-
-    def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
-        return logits
 
 
 def _check_names(keys: dict[str, Any]) -> None:

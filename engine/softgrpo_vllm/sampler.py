@@ -124,13 +124,14 @@ class SoftSampler(Sampler):
         """Logits in bfloat16 carry a rounding of up to 2^-9 |z|: with these, those of the
         candidates are computed again in fp32, as our engine and the trainer do.
 
-        Not for a head that is split over ranks, quantised, or does more than a product.
+        Not for a head that is split over ranks, quantised, or does more than a product; nor where
+        vLLM's head_dtype makes all logits fp32.
         """
         product = self.model.head_product
         if product is None or get_tensor_model_parallel_world_size() > 1:
             return {}
         hidden, weight = product.hidden, getattr(product.head, "weight", None)
-        if weight is None or hidden.dtype == torch.float32 or weight.dtype != hidden.dtype:
+        if weight is None or weight.dtype != hidden.dtype or product.logits.dtype == torch.float32:
             return {}
         return {"hidden": hidden[row_B], "lm_head": weight, "bias": product.bias}
 

@@ -11,6 +11,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from softgrpo_vllm.config import default_keys
+from softgrpo_vllm.keys import with_default
 from softgrpo_vllm.request import is_soft
 
 Hasher = Callable[[Request], list[Any]]
@@ -37,15 +39,20 @@ def _salted(stock: Hasher, block_size: int, request: Request) -> list[Any]:
 
 
 class _Salted:
-    """Part of a scheduler: salts what soft requests leave in the prefix cache."""
+    """Part of a scheduler: gives requests the soft keys that they have by default, and salts what
+    soft ones leave in the prefix cache."""
 
     def __init__(self, *, hash_block_size: int, **options: Any) -> None:
         super().__init__(hash_block_size=hash_block_size, **options)  # type: ignore[call-arg]
         self._soft_block_size = hash_block_size
+        self._soft_default = default_keys(options["vllm_config"])
 
     def add_request(self, request: Request) -> None:
+        params = request.sampling_params
+        if params is not None and self._soft_default:
+            params.extra_args = with_default(params.extra_args, self._soft_default)
         stock = request._block_hasher
-        if stock is not None and is_soft(request.sampling_params):
+        if stock is not None and is_soft(params):
             request._block_hasher = partial(_salted, stock, self._soft_block_size)
         super().add_request(request)  # type: ignore[misc]
 

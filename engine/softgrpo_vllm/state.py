@@ -12,8 +12,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from softgrpo_engine.transfer import to_device
-from softgrpo_kernels import embedding_noise, soft_embedding
+from softgrpo_kernels import embedding_noise
 from softgrpo_kernels.embedding_noise import with_noise
+from softgrpo_vllm.embedding import InputEmbedding
 from softgrpo_vllm.request import SoftRequest
 from softgrpo_vllm.rows import Positions, SoftRows
 from softgrpo_vllm.sampler import SoftSampler
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.worker.gpu.sample.sampler import Sampler
     from vllm.v1.worker.gpu.states import RequestState
-
-# Embeddings gathered at a time: a long prompt of mixtures would take gigabytes.
-GATHERED = 4096
 
 
 class SoftModelState(DefaultModelState):
@@ -40,7 +38,8 @@ class SoftModelState(DefaultModelState):
         self.embeds = torch.zeros(
             self.max_num_tokens, self.inputs_embeds_size, dtype=self.dtype, device=self.device
         )
-        self._unit: tuple[int, Tensor] | None = None
+        vocabulary = self.model_config.get_vocab_size()
+        self.embedding = InputEmbedding(model, vocabulary, self.device)
         self._tokenizer = None
         if not self.model_config.skip_tokenizer_init:
             self._tokenizer = cached_tokenizer_from_config(self.model_config)
@@ -121,34 +120,11 @@ class SoftModelState(DefaultModelState):
         index_T: Tensor,
     ) -> Tensor:
         """Mixtures [T, H], with noise where their requests ask for it."""
-        rows = max(1, GATHERED // ids_TK.shape[1])
-        parts = zip(ids_TK.split(rows), weights_TK.split(rows), strict=True)
-        mixtures_TH = torch.cat([self._mixtures_of(*part) for part in parts])
+        mixtures_TH = self.embedding.mixtures(ids_TK, weights_TK)
         scale = self.rows.noise_scale[slots]
         if not scale.any():
             return mixtures_TH
         seed, position, uid, stream = self.rows.record.noise_keys(row_T, index_T)
         noise_TH = embedding_noise(mixtures_TH.shape[1], seed, position, uid, stream)
-        deviation_T = to_device(scale, self.device) * self._embedding_unit() * kind_T
+        deviation_T = to_device(scale, self.device) * self.embedding.unit() * kind_T
         return with_noise(mixtures_TH, noise_TH, deviation_T[:, None])
-
-    def _mixtures_of(self, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """By the model's own embedding, which may scale, be quantised, or lie on several ranks."""
-        table = self.model.embed_input_ids(ids_TK.clamp(min=0).flatten())
-        places = torch.arange(ids_TK.numel(), dtype=torch.int32, device=self.device)
-        places_TK = torch.where(ids_TK < 0, -1, places.view(ids_TK.shape))
-        return soft_embedding(places_TK, weights_TK, table)
-
-    def _embedding_unit(self) -> Tensor:
-        """The root mean square of the embedding table, float32, of the weights as they are."""
-        version = self.model.weight_updates
-        if self._unit is None or self._unit[0] != version:
-            size = self.model_config.get_vocab_size()
-            squares = torch.zeros((), dtype=torch.float64, device=self.device)
-            for ids in torch.arange(size, device=self.device).split(GATHERED):
-                rows = self.model.embed_input_ids(ids)
-                norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-                squares += norms.double().square().sum()
-            unit = (squares / (size * rows.shape[1])).sqrt().float()
-            self._unit = version, unit
-        return self._unit[1]

@@ -106,6 +106,29 @@ def test_weights_that_did_not_come_are_told(monkeypatch, tmp_path):
         update.finish_weight_update()
 
 
+def test_in_bfloat16_all_logits_are_those_of_fp32(model, tokenizer, prompts, monkeypatch):
+    """Also with tensor parallelism, where no rank has the whole head: vLLM gathers these."""
+    from softgrpo_vllm import sampler
+    from softgrpo_vllm.engine import VLLMEngine
+
+    steps, draw = [], sampler.SoftSampler._draw
+
+    def kept(self, logits, batch, rows, *rest):
+        product, row = self.model.head_product, torch.tensor(rows)
+        steps.append((logits, product.hidden, product.head.weight, self._head(row)))
+        return draw(self, logits, batch, rows, *rest)
+
+    monkeypatch.setattr(sampler.SoftSampler, "_draw", kept)
+    engine = VLLMEngine(model, tokenizer=tokenizer, max_model_len=128, max_batch_size=4)
+    generate(engine, [(prompts[0], [0, 1])])
+    assert steps
+    for logits, hidden, weight, again in steps:
+        assert (logits.dtype, hidden.dtype) == (torch.float32, torch.bfloat16)
+        expected = hidden.float() @ weight.float().T
+        torch.testing.assert_close(logits, expected[:, : logits.shape[1]], rtol=0, atol=1e-5)
+        assert not again  # they need not be computed again
+
+
 def test_its_processes_are_of_no_group_of_torchrun(monkeypatch):
     from softgrpo_vllm.engine import _own_process_group
 

@@ -34,7 +34,7 @@ def url(model, tokenizer, tmp_path_factory):
         "model": model, "served-model-name": "tiny", "host": "127.0.0.1", "port": port,
         "dtype": "float32", "block-size": 32, "max-model-len": 256, "max-num-seqs": 8,
         "kv-cache-memory-bytes": 2**22, "tensor-parallel-size": 2,
-        "additional-config": json.dumps({"softgrpo": True}),
+        "additional-config": json.dumps({"softgrpo": {"default": {"soft_end_of_thinking": 2}}}),
     }  # fmt: skip
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     with log.open("w") as file:
@@ -101,9 +101,11 @@ def test_a_chat_is_that_of_our_engine(url, ours, tokenizer):
         torch.testing.assert_close(values, gprime[: len(listed)], rtol=0, atol=1e-3)
 
 
-def test_a_stream_has_the_same_text(url):
+def test_a_stream_by_default_has_the_same_text(url):
+    """Of a client that says nothing of soft thinking, but for the noise, which would be random."""
     _, whole = post(url, vllm_xargs=soft_keys())
-    status, text = post(url, vllm_xargs=soft_keys(), stream=True)
+    noise = {name: soft_keys()[name] for name in ("soft_seed", "soft_uid")}
+    status, text = post(url, vllm_xargs=noise, stream=True)
     assert status == 200
     events = [line.removeprefix("data: ") for line in text.splitlines() if line]
     assert events[-1] == "[DONE]"
@@ -116,4 +118,7 @@ def test_a_bad_key_is_a_400_and_the_server_goes_on(url):
     status, text = post(url, vllm_xargs=soft_keys(soft_tua=1))
     assert status == 400
     assert "unknown soft setting 'soft_tua'" in text
-    assert post(url, temperature=0)[0] == 200
+    status, text = post(url, vllm_xargs={"soft_min_tokens": 9})
+    assert status == 400
+    assert "min_soft_tokens=9 is more than max_tokens=8" in text
+    assert post(url, temperature=0, vllm_xargs={"soft": 0})[0] == 200
