@@ -83,11 +83,15 @@ _LLAMA_ISA = {
 
 
 def llama_build(binary: Path, gguf: Path, machine: list[str]) -> dict[str, Any]:
-    """What this build of llama.cpp says of itself: the features of CPUs it was compiled for, and
-    those of this machine (as in /proc/cpuinfo) that it leaves unused."""
-    command = [str(binary), "-m", str(gguf), "-c", "64", "-npp", "1", "-ntg", "1", "-npl", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = set(re.findall(r"([A-Z0-9_]+) = 1", done.stdout + done.stderr))
+    """What the build of llama.cpp says of itself, by the `llama-completion` beside its benchmark:
+    the features of CPUs that it was compiled for, and those of this machine (as in /proc/cpuinfo)
+    that it leaves unused. Empty where that program is not there."""
+    program = binary.with_name("llama-completion")
+    if not program.exists():
+        return {}
+    command = [str(program), "-m", str(gguf), "-n", "1", "-p", "1", "-no-cnv"]
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    found = set(re.findall(r"([A-Z0-9_]+) = 1", done.stderr + done.stdout))
     known = [name for name in machine if name in _LLAMA_ISA]
     return {
         "features": sorted(found),

@@ -134,8 +134,8 @@ def main() -> None:
     if any(row.engine == "llama.cpp" for row in rows):
         build = llama_build(arguments.llama_bench, arguments.llama_gguf, machine["isa"])
         builds["llama.cpp"] = build
-        console.print("llama.cpp was built for:", *build["features"])
-        if build["unused"]:
+        console.print("llama.cpp was built for:", *build.get("features", ["unknown"]))
+        if build.get("unused"):
             console.print("[yellow]This machine also has:", *build["unused"])
     if arguments.json:
         _write(arguments, machine, rows, limits, absent, builds)
