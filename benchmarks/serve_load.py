@@ -57,10 +57,13 @@ class Server:
     port: int
 
     @staticmethod
-    def start(model: str, dtype: str, max_batch_size: int, max_waiting: int) -> Server:
+    def start(
+        model: str, dtype: str, max_batch_size: int, max_waiting: int, kv_memory: float
+    ) -> Server:
         command = [sys.executable, "-m", "softgrpo.cli.serve", "--model", model, "--soft"]
         command += ["--dtype", dtype]
         command += ["--port", "0", "--api-key", KEY, "--max-model-len", "2048"]
+        command += ["--kv-memory", str(kv_memory)]
         command += ["--max-batch-size", str(max_batch_size), "--max-waiting", str(max_waiting)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -285,6 +288,7 @@ def main() -> None:
     add("--clients", type=int, default=64)
     add("--minutes", type=float, default=10.0)
     add("--max-waiting", type=int, default=16, help="so few that the queue is full at times")
+    add("--kv-memory", type=float, default=0.5, help="GiB; resident once all of it has been used")
     add("--tokens", type=int, default=64, help="of each answer in the measure of throughput")
     add("--generate", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -311,7 +315,11 @@ def main() -> None:
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     alone = Rate(**json.loads(said))
     server = Server.start(
-        arguments.model, arguments.dtype, arguments.clients, arguments.max_waiting
+        arguments.model,
+        arguments.dtype,
+        arguments.clients,
+        arguments.max_waiting,
+        arguments.kv_memory,
     )
     try:
         asyncio.run(throughput(server, [{**b, "max_tokens": 4} for b in bodies], stream=False))
