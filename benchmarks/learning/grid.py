@@ -25,7 +25,7 @@ RECORDS = HERE / "records"
 RATES = {
     "easy": ("5e-6", "1e-5", "2e-5"),
     "hard": ("5e-6", "1e-5", "2e-5"),
-    "small": ("1e-4", "3e-4", "1e-3"),
+    "small": ("3e-5", "1e-4", "3e-4"),
 }
 LAST = 10  # steps whose reward chooses the rate
 METHODS = {
