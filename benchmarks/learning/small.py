@@ -23,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 BOX, END = "\\boxed{", "<end>"
 VOCABULARY = [*"0123456789+-=;", BOX, "}", END]
 ID = {token: i for i, token in enumerate(VOCABULARY)}
-TAUGHT, SEED = 200_000, 4  # sums
+TAUGHT, SEED = 90_000, 4  # sums; 1,400 steps of 64 see each once
 
 
 def write_small(folder: Path) -> None:
