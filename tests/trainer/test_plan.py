@@ -130,6 +130,11 @@ def test_the_operations_are_those_of_a_real_step(simulated_gpu):
     assert sum(flops.values()) == real.products
 
 
+def test_a_real_gpu_that_is_in_use_is_let_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_initialized", True)
+    planned("true")
+
+
 def test_a_gpu_beside_a_cpu_with_fast_products_holds_the_weights_once(monkeypatch):
     monkeypatch.setattr("softgrpo_engine.model.projections.is_fastest", lambda dtype: True)
     with FakeGPU() as gpu:

@@ -17,6 +17,9 @@ from softgrpo_engine.model.config import DecoderConfig
 from softgrpo_engine.model.layers import DecoderLayer, Linear, RMSNorm
 from softgrpo_engine.model.packed_decoder import PackedDecoder
 
+# A layer draws nothing: no state of a generator is kept.
+_recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
 
 class DecoderStack(nn.Module):
     """Embedding table, blocks and final norm (``model.`` in Hugging Face names)."""
@@ -79,7 +82,7 @@ class Decoder(nn.Module):
         x_TH, residual_TH = inputs_embeds_TH, None
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.model.layers:
-            block = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            block = partial(_recomputed, layer) if recompute else layer
             x_TH, residual_TH = block(x_TH, residual_TH, rope, attention)
         return self.model.norm(x_TH, residual_TH)[0]
 
