@@ -121,6 +121,11 @@ def cpu_name() -> str:
     return _cpu_info("model name") or platform.processor() or platform.machine()
 
 
+def device_name() -> str:
+    """Of the GPU where there is one, else of the CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+
+
 def _isa() -> list[str]:
     flags = set((_cpu_info("flags") or _cpu_info("Features")).split())
     return [name for name in _ISA if name in flags]

@@ -28,7 +28,7 @@ from tasks import write_tasks
 from softgrpo.evaluation.results import read_results
 
 sys.path.insert(1, str(HERE.parent))
-from _machine import cpu_name
+from _machine import device_name
 
 FORMAT_STEPS = 20
 
@@ -121,7 +121,7 @@ def run_on_the_grid(root: Path, cell: Cell) -> None:
     if not record_path(cell).exists():
         folder = run(root, cell, "discrete" if cell.mode == "discrete" else "soft,discrete")
         results = read_results(folder / "evaluation")
-        write_record(cell, cpu_name(), read_training(folder), results)
+        write_record(cell, device_name(), read_training(folder), results)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ from softgrpo_engine.model.weights import load_decoder
 from softgrpo_kernels.methods import method_of
 
 sys.path.insert(1, str(HERE.parent))
-from _machine import cpu_name
+from _machine import device_name
 
 SOFT, OBJECTIVE = "rollout.soft", "algorithm.objective"
 MULTIPLEX = (f"{SOFT}.noise=multiplex", f"{SOFT}.noise_scale=3", f"{SOFT}.tau=1.0")
@@ -112,17 +112,17 @@ def gradient(policy: Policy, batch: RolloutBatch, advantages_S: Tensor) -> Tenso
     weights_T = token_weights(
         ~batch.soft.forced.bool(), batch.sample_of_token, len(batch.group), "token", 0
     )
-    advantages_T = advantages_S[batch.sample_of_token]
+    factors_T = -weights_T * advantages_S[batch.sample_of_token]
     parameters = list(policy.decoder.parameters())
     for parameter in parameters:
         parameter.grad = None
     for group in range(batch.num_groups):
         part, rows = batch.select_samples((batch.group == group).nonzero().flatten().tolist())
-        if bool((advantages_T[rows] != 0).any()):
+        if bool((factors_T[rows] != 0).any()):
             density_T = policy(part).density
-            (-(weights_T * advantages_T)[rows] * density_T).sum().backward()
+            (factors_T[rows].to(density_T.device) * density_T).sum().backward()
     return torch.cat(
-        [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
     )
 
 
@@ -135,7 +135,7 @@ def measure(model: Path, data: Path, kind: str, batches: int) -> dict[str, dict[
     questions = TrainingData(config)
     questions.prepare(tokenizer)
     llm = LLM(model, tokenizer=tokenizer, max_model_len=512)
-    decoder = load_decoder(model, torch.float32, "cpu")
+    decoder = load_decoder(model, torch.float32, llm.device)
     settings = density_settings(config)
     policies: dict[str, Policy] = {}
     for score in scores:
@@ -178,7 +178,7 @@ def main() -> None:
     for kind in chosen:
         if kind not in done:
             moments = measure(model, data, kind, arguments.batches)
-            names = {"machine": cpu_name(), "rollouts": kind}
+            names = {"machine": device_name(), "rollouts": kind}
             rows += [{**names, "score": score, **row} for score, row in moments.items()]
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
         for row in rows:

@@ -2,7 +2,7 @@
 
     python benchmarks/learning/experiment.py --grid              # all cells, resumable
     python benchmarks/learning/experiment.py --grid 'easy/*'     # of one task
-    python benchmarks/learning/grid.py                           # the tables of what is there
+    python benchmarks/learning/grid.py                           # tables and picture of what is there
 
 A rate is chosen with seed 0, by the training reward of the last steps: the held-out questions have
 no say in it. Seeds 1 and 2 run at that rate. A record is a JSON file, which is committed: the next
@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 from cells import CONCRETE, DISCRETE, HERE, SAMPLES, Cell
 
 from softgrpo.evaluation.metrics import bootstrap_interval
@@ -168,5 +169,29 @@ def _difference(rows: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any
     return f"{mean(values):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+def draw() -> None:
+    """mean@n of each method at its rate, by task, the seeds as dots; pass@n as open circles."""
+    import matplotlib.pyplot as plt  # the runs need none
+
+    tasks = [task for task in TASKS if _best_rows(task, "discrete")]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 2.8), layout="constrained")
+    for panel, task in zip(np.atleast_1d(axes), tasks, strict=True):
+        for place, method in enumerate(reversed(METHODS)):
+            own = [_own(row) for row in _best_rows(task, method).values()]
+            if not own:
+                continue
+            values = [scores["mean"]["value"] for scores in own]
+            best = [scores["pass"][-1]["value"] for scores in own]
+            colour = "#777" if method == "discrete" else "#0b6e99"
+            panel.barh(place, mean(values), 0.6, color=colour, alpha=0.6)
+            panel.plot(values, [place] * len(values), "o", ms=3, color="black")
+            panel.plot(best, [place] * len(best), "o", ms=4, mfc="none", mec="black")
+        panel.set_yticks(range(len(METHODS)), list(reversed(METHODS)))
+        panel.set(title=task, xlabel=f"mean@{SAMPLES}; circles: pass@{SAMPLES}", xlim=(0, None))
+        panel.grid(axis="x", alpha=0.3)
+    figure.savefig(HERE / "grid.svg")
+
+
 if __name__ == "__main__":
     print_tables()
+    draw()

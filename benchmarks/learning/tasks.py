@@ -16,8 +16,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import reasoning_gym
-
 TRAIN_SIZE, EVAL_SIZE = 8000, 128
 EASY = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 HARD = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2}
@@ -32,6 +30,8 @@ def is_held_out(expression: str) -> bool:
 
 def questions(task: str, split: str) -> Iterator[dict[str, str]]:
     """Distinct questions of one split, in the order of the seeds."""
+    import reasoning_gym  # which takes its time: only where questions are made
+
     wanted = TRAIN_SIZE if split == "train" else EVAL_SIZE
     candidates = reasoning_gym.create_dataset(
         "chain_sum", **(EASY if task == "easy" else HARD), seed=SEEDS[task, split], size=10**5

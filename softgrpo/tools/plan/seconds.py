@@ -36,7 +36,7 @@ class Hardware:
     name: str = "H100 80 GB"
     memory: float = 80e9
     reserved: float = 3e9
-    training: float = 0.4 * 989e12
+    training: float = 0.53 * 989e12
     attention: float = 0.27 * 989e12
     decoding: float = 0.6 * 989e12
     bandwidth: float = 0.88 * 3.35e12
