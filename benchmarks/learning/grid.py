@@ -2,7 +2,7 @@
 
     python benchmarks/learning/experiment.py --grid              # all cells, resumable
     python benchmarks/learning/experiment.py --grid 'easy/*'     # of one task
-    python benchmarks/learning/grid.py                           # tables and picture of what is there
+    python benchmarks/learning/grid.py                           # tables, and a picture
 
 A rate is chosen with seed 0, by the training reward of the last steps: the held-out questions have
 no say in it. Seeds 1 and 2 run at that rate. A record is a JSON file, which is committed: the next
@@ -174,7 +174,9 @@ def draw() -> None:
     import matplotlib.pyplot as plt  # the runs need none
 
     tasks = [task for task in TASKS if _best_rows(task, "discrete")]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 2.8), layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(4.5 * len(tasks), 2.8), layout="constrained"
+    )
     for panel, task in zip(np.atleast_1d(axes), tasks, strict=True):
         for place, method in enumerate(reversed(METHODS)):
             own = [_own(row) for row in _best_rows(task, method).values()]
