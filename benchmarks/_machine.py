@@ -40,13 +40,16 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def register_gflops(tries: int = 300) -> float:
+def register_gflops(seconds: float = 2.0) -> float:
     """What all threads multiply in registers, with the instruction of our bf16 product: the best of
-    many short runs, because a neighbour on the machine takes from the long ones."""
+    two seconds of short runs, because a neighbour on the machine takes from the long ones, and two
+    threads that begin on one core stay there for a while."""
     multiply = cpu_extension().multiply_in_registers
     operations = multiply(1)
     count = max(1, round(2e8 / operations)) * torch.get_num_threads()
-    best = min(seconds_of(lambda: multiply(count), torch.device("cpu")) for _ in range(tries))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, seconds_of(lambda: multiply(count), torch.device("cpu")))
     return operations * count / best / 1e9
 
 

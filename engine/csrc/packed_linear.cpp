@@ -31,6 +31,15 @@ constexpr int64_t kParallelProducts = 1 << 18;
 #ifdef SOFTGRPO_X86
 #define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
 
+// The weight is asked for into the second-level cache so far ahead; behind the end of a tile lies the
+// next one. A Zen 4 core does not by itself: the products of 8 rows waited for memory a third of the
+// time. Not by _mm_prefetch: GCC takes it for a read of all memory and stores the sums before it.
+constexpr int64_t kPrefetchBytes = 4096;
+
+inline void prefetch(const Bf16* weight) {
+  __asm__ volatile("prefetcht1 %c1(%0)" : : "r"(weight), "i"(kPrefetchBytes));
+}
+
 template <int kRows>
 BF16_TARGET inline void multiply_rows_bf16(float* out, const Bf16* x, int64_t width,
                                            const Bf16* weight) {
@@ -38,6 +47,8 @@ BF16_TARGET inline void multiply_rows_bf16(float* out, const Bf16* x, int64_t wi
   for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
   const Bf16* second = weight + kTileColumns * width;
   for (int64_t k = 0; k < width; k += 2) {
+    prefetch(weight + k * kTileColumns);
+    prefetch(second + k * kTileColumns);
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(weight + k * kTileColumns);
     const __m512bh w1 = (__m512bh)_mm512_loadu_si512(second + k * kTileColumns);
     for (int r = 0; r < kRows; ++r) {

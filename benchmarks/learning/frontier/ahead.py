@@ -16,8 +16,7 @@ from statistics import mean
 from typing import Any
 
 from arms import ARMS
-from evaluate import Evaluation
-from experiment import CELLS, HERE, arm_config, best_rate, right_answer, start_model
+from experiment import CELLS, HERE, arm_config, best_rate, evaluation_of, right_answer, start_model
 from toy import write_toy
 
 from softgrpo import Trainer
@@ -39,7 +38,7 @@ def run(root: Path, name: str, seed: int, ahead: int) -> dict[str, Any]:
     folder = Trainer(config, reward_funcs=[right_answer]).train()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward" in row]
-    scores = Evaluation(folder / "model").scores(config, ["own"])
+    scores = evaluation_of(folder / "model").scores(config, ["own"])
     return {
         "arm": name,
         "lr": rate,

@@ -9,8 +9,6 @@ from statistics import mean
 from typing import Any, Literal
 
 from arms import Arm
-from graphs import FILL, VOCABULARY
-from toy import HELD_OUT, ID, graphs
 
 from softgrpo import Config
 from softgrpo.config.rollout import RolloutConfig
@@ -36,13 +34,23 @@ def variants_of(arm: Arm) -> list[str]:
 
 
 class Evaluation:
-    """Of one model. Variants that come to the same sampling are sampled once, whatever the arm."""
+    """Of one model. Variants that come to the same sampling are sampled once, whatever the arm.
 
-    def __init__(self, model: Path) -> None:
-        questions = graphs("held_out", HELD_OUT)
-        self._answers = [question.answer for question in questions]
-        self._prompts = [[ID[token] for token in q.prompt.split()] for q in questions]
-        self._engine = LLM(model, dtype="float32", max_model_len=128, max_batch_size=256)
+    questions: (prompt, id of the answer), the answer being the token after the thoughts. filler:
+    the token that is fed for a thought in the variant of that name.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        questions: Sequence[tuple[list[int], int]],
+        filler: int,
+        dtype: str = "float32",
+    ) -> None:
+        self._prompts, self._answers = zip(*questions, strict=True)
+        self._filler = filler
+        longest = max(map(len, self._prompts)) + 16
+        self._engine = LLM(model, dtype=dtype, max_model_len=longest, max_batch_size=256)
         self._done: dict[Any, dict[str, Any]] = {}
 
     def scores(self, config: Config, variants: Sequence[str]) -> dict[str, Any]:
@@ -55,14 +63,14 @@ class Evaluation:
         key = (params, soft, thoughts)
         if key not in self._done:
             outputs = self._engine.generate_groups(
-                [[*prompt, *[ID[FILL]] * thoughts] for prompt in self._prompts],
+                [[*prompt, *[self._filler] * thoughts] for prompt in self._prompts],
                 params,
                 soft,
                 seed=SEED,
                 uids=[[q * SAMPLES + s for s in range(SAMPLES)] for q in range(len(self._prompts))],
                 stream=STREAM,
             )
-            given = [[VOCABULARY[s.token_ids[-1]] for s in o.samples] for o in outputs]
+            given = [[sample.token_ids[-1] for sample in output.samples] for output in outputs]
             self._done[key] = _scores(given, self._answers)
         return self._done[key]
 
@@ -96,10 +104,13 @@ def _rollout(config: Config, variant: str) -> tuple[RolloutConfig, str | None, i
     return rollout, method_of(soft.noise).objective, 0
 
 
-def _scores(given: list[list[str]], answers: list[str]) -> dict[str, Any]:
+def _scores(given: list[list[int]], answers: Sequence[int]) -> dict[str, Any]:
     """mean@n, maj@n and pass@n with 95 % bootstrap intervals over the questions."""
     right = [sum(a == answer for a in row) for row, answer in zip(given, answers, strict=True)]
-    votes = [majority(row) == answer for row, answer in zip(given, answers, strict=True)]
+    votes = [
+        majority([*map(str, row)]) == str(answer)
+        for row, answer in zip(given, answers, strict=True)
+    ]
     return {
         "mean": _interval([count / SAMPLES for count in right]),
         "maj": _interval([float(vote) for vote in votes]),

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from arms import ARMS, RATES, Arm
 from evaluate import SAMPLES, Evaluation, variants_of
+from graphs import FILL, HOPS
 from pathwise import train as train_pathwise
-from toy import ASKED, ID, graphs, write_toy
+from toy import ASKED, HELD_OUT, ID, questions, write_toy
 
 from softgrpo import Config, Trainer
 from softgrpo.distributed import World
@@ -68,13 +69,17 @@ def arm_config(root: Path, arm: Arm, seed: int, model: Path, *more: str) -> Conf
     return Config.load(HERE / "rl.yaml", overrides)
 
 
+def evaluation_of(model: Path) -> Evaluation:
+    return Evaluation(model, questions("held_out", HELD_OUT), ID[FILL])
+
+
 def run_start(root: Path, start: str, seed: int) -> None:
     """The cell of a start: tested in the ways of all arms that continue it."""
     path = CELLS / f"start-{start}-{seed}.json"
     if path.exists():
         return
     model = start_model(root, start, seed)
-    evaluation = Evaluation(model)
+    evaluation = evaluation_of(model)
     scores = {
         name: evaluation.scores(arm_config(root, arm, seed, model), variants_of(arm))
         for name, arm in ARMS.items()
@@ -94,12 +99,10 @@ def run_arm(root: Path, name: str, rate: str, seed: int) -> None:
     config = arm_config(root, arm, seed, start, *more)
     if arm.pathwise:
         decoder = load_decoder(start, torch.float32, torch.device("cpu")).train()
-        questions = [
-            ([ID[t] for t in g.prompt.split()], ID[g.answer]) for g in graphs("asked", ASKED)
-        ]
         rewards = train_pathwise(
             decoder,
-            questions,
+            questions("asked", ASKED),
+            thoughts=HOPS,
             steps=config.run.max_steps,
             batch=config.rollout.prompts_per_step,
             lr=config.optim.lr,
@@ -112,7 +115,7 @@ def run_arm(root: Path, name: str, rate: str, seed: int) -> None:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         rewards = [row["reward"] for row in map(json.loads, lines) if "reward" in row]
         model = folder / "model"
-    scores = Evaluation(model).scores(config, variants_of(arm))
+    scores = evaluation_of(model).scores(config, variants_of(arm))
     row = {"arm": name, "start": arm.start, "lr": rate, "seed": seed, "reward": rewards}
     _write(path, {**row, "scores": scores})
 

@@ -20,13 +20,15 @@ NAMES = [f"n{i}" for i in range((HOPS + 1) * WIDTH)]
 ASK, THINK, FILL, END = "<ask>", "<think>", "<fill>", "<end>"
 EDGES = [f"{source}>{target}" for source in NAMES for target in NAMES if source != target]
 VOCABULARY = [*NAMES, *EDGES, ASK, THINK, FILL, END]
+# Of all frontiers together, at most.
+LISTED = sum(min(WIDTH, DEGREE**hop) for hop in range(1, HOPS + 1))
 
 
 @dataclass(frozen=True)
 class Graph:
     """edges: shuffled, tokens. root, answer, other: names; asked: the last two in random order.
-    frontiers: the names that can be reached in 1 .. HOPS steps. path: names of one way from the
-    root (left out) to the answer."""
+    frontiers: the names that can be reached in 1, 2, .. steps. path: names of one way from the root
+    (left out) to the answer."""
 
     edges: list[str]
     root: str
@@ -47,26 +49,24 @@ class Graph:
         return nodes + [FILL] * (LISTED - len(nodes))
 
 
-LISTED = sum(min(WIDTH, DEGREE**hop) for hop in range(1, HOPS + 1))
-
-
 def _number(name: str) -> int:
     return int(name[1:])
 
 
-def draw_graph(rng: np.random.Generator) -> Graph:
+def draw_graph(rng: np.random.Generator, hops: int = HOPS) -> Graph:
     """A graph whose last layer is neither wholly reached nor reached in one node only."""
+    numbers = (hops + 1) * WIDTH
     while True:
-        names = np.array(NAMES)[rng.permutation(len(NAMES))].reshape(HOPS + 1, WIDTH)
+        names = np.array([f"n{i}" for i in rng.permutation(numbers)]).reshape(hops + 1, WIDTH)
         targets = np.stack(
             [
                 np.stack([rng.choice(WIDTH, DEGREE, replace=False) for _ in range(WIDTH)])
-                for _ in range(HOPS)
+                for _ in range(hops)
             ]
         )
         root = int(rng.integers(WIDTH))
         reached = [{root}]
-        for hop in range(HOPS):
+        for hop in range(hops):
             reached.append({int(t) for node in reached[-1] for t in targets[hop, node]})
         if len(reached[-1]) < WIDTH:
             break
@@ -74,12 +74,12 @@ def draw_graph(rng: np.random.Generator) -> Graph:
     outside = int(rng.choice(sorted(set(range(WIDTH)) - reached[-1])))
     edges = [
         f"{names[hop, node]}>{names[hop + 1, target]}"
-        for hop in range(HOPS)
+        for hop in range(hops)
         for node in range(WIDTH)
         for target in targets[hop, node]
     ]
     order = rng.permutation(len(edges))
-    answer, other = str(names[HOPS, inside]), str(names[HOPS, outside])
+    answer, other = str(names[hops, inside]), str(names[hops, outside])
     asked = (answer, other) if rng.random() < 0.5 else (other, answer)
     return Graph(
         edges=[edges[i] for i in order],
@@ -88,7 +88,7 @@ def draw_graph(rng: np.random.Generator) -> Graph:
         other=other,
         asked=asked,
         frontiers=[
-            [str(names[hop, node]) for node in sorted(reached[hop])] for hop in range(1, HOPS + 1)
+            [str(names[hop, node]) for node in sorted(reached[hop])] for hop in range(1, hops + 1)
         ],
         path=[str(names[hop, n]) for hop, n in enumerate(_path(targets, root, inside, rng), 1)],
     )
@@ -97,7 +97,7 @@ def draw_graph(rng: np.random.Generator) -> Graph:
 def _path(targets: np.ndarray, root: int, goal: int, rng: np.random.Generator) -> list[int]:
     """The nodes of a way from the root (left out) to the goal, drawn among all ways."""
     ways = [[root]]
-    for hop in range(HOPS):
+    for hop in range(len(targets)):
         ways = [[*way, int(t)] for way in ways for t in targets[hop, way[-1]]]
     ways = [way for way in ways if way[-1] == goal]
     return ways[int(rng.integers(len(ways)))][1:]

@@ -37,6 +37,11 @@ def graphs(name: str, size: int) -> list[Graph]:
     return [draw_graph(rng) for _ in range(size)]
 
 
+def questions(name: str, size: int) -> list[tuple[list[int], int]]:
+    """(prompt, answer) in ids."""
+    return [([ID[t] for t in g.prompt.split()], ID[g.answer]) for g in graphs(name, size)]
+
+
 def lesson(graph: Graph, start: str) -> dict[str, Any]:
     """A row for softgrpo-sft: the thoughts that a start is taught, then the answer."""
     prompt = [ID[token] for token in graph.prompt.split()]
