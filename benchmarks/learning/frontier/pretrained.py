@@ -155,7 +155,7 @@ class Experiment:
             seed=config.run.seed,
             dtype=torch.bfloat16,
         )
-        export_model(decoder.named_parameters(), start, model, torch.bfloat16, World())
+        export_model(decoder.named_parameters(), start, model, None, World())
         return rewards
 
     def best_rate(self, name: str) -> str:
