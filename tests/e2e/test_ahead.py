@@ -87,9 +87,10 @@ def test_an_engine_that_does_not_number_its_device(tiny_config, rounding):
     settings = ("run.max_steps=2", "rollout.engine=hf")
     rows = rows_of(Trainer(load(tiny_config, *settings)).train())
     native = rows_of(Trainer(load(tiny_config, "run.max_steps=2", "run.name=native")).train())
-    for row, other in zip(rows, native, strict=True):
-        # Where rounding decides between tokens, the samples part.
-        assert row["reward"] == pytest.approx(other["reward"], abs=min(0.1, rounding))
+    # Where rounding decides between tokens, the samples part; of weights that an update has moved
+    # it decides more often, because Adam makes whole steps of the smallest gradients.
+    for row, other, excused in zip(rows, native, (min(0.1, rounding), 0.1), strict=True):
+        assert row["reward"] == pytest.approx(other["reward"], abs=excused)
 
 
 def test_all_steps_sample_on_one_stream(gpu, monkeypatch):

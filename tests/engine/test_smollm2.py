@@ -64,7 +64,8 @@ def test_float32_logits_equal_transformers(path, theirs, prompts):
         ours = decoder.logits(hidden).split(lens)
         for mine, prompt in zip(ours, prompts, strict=True):
             expected = theirs(torch.tensor([prompt])).logits[0]
-            assert (mine - expected).abs().max() < 1e-4
+            # 1e-5 of the largest, 28: lanes of AVX-512 sum in another order than those of AVX2.
+            assert (mine - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_greedy_continuations_equal_transformers(llm, theirs, prompts):

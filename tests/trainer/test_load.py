@@ -153,8 +153,9 @@ def test_each_of_two_processes_holds_its_part_and_one_tensor(model, folder, rank
 def test_two_processes_have_the_gradient_of_one(model, dtype, name, folder, ranks):
     """Gathered in bfloat16, also embeddings and head, and summed in float32.
 
-    One process has the gradient of a norm, and on a CPU without bfloat16 products of a layer, in
-    float32; what FSDP gathers has it in its own dtype, rounded by each process.
+    One process has the gradient of a norm and of a layer's bias in float32, and on a CPU without
+    bfloat16 products of a layer's weight; what FSDP gathers has it in its own dtype, rounded by
+    each process.
     """
     policy, reference = start(folder / model, World(), f"model.dtype={dtype}")
     batch, settings = torch.load(folder / "batches.pt", weights_only=False)[name]
@@ -173,7 +174,8 @@ def test_two_processes_have_the_gradient_of_one(model, dtype, name, folder, rank
             expected = expected / 2  # FSDP takes the mean
             assert gradients[key].dtype == torch.float32
             error = (gradients[key] - expected).abs().max()
-            rounded = "norm" in key or (".layers." in key and not has_bf16_products())
+            of_layer = ".layers." in key and (key.endswith("bias") or not has_bf16_products())
+            rounded = "norm" in key or of_layer
             bound = torch.finfo(torch.bfloat16).eps if rounded and dtype == "bfloat16" else 1e-5
             assert error <= bound * expected.abs().max(), key
 
