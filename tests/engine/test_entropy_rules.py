@@ -7,7 +7,7 @@ import torch
 from test_cuda_graphs import with_graphs
 
 from softgrpo_engine import SamplingParams, SoftParams
-from softgrpo_engine.execution.runner import _entropy
+from softgrpo_engine.execution.entropy import entropy
 from softgrpo_engine.scheduling.entropy_rules import ColdStop, EntropySwitch
 
 THINK_END = 2
@@ -61,7 +61,7 @@ def test_the_entropy_is_that_of_float64(dtype):
     p = torch.softmax(logits.double() / temperature, -1)
     expected = torch.special.entr(p).sum(-1)
     torch.testing.assert_close(
-        _entropy(logits, temperature).double(), expected, atol=1e-6, rtol=1e-5
+        entropy(logits, temperature).double(), expected, atol=1e-6, rtol=1e-5
     )
     assert expected[1] < 1e-12
 
@@ -94,7 +94,7 @@ def test_a_step_that_nobody_asks_computes_no_entropy(make_llm, prompts, monkeypa
     llm = with_graphs(make_llm())
     asked = []
     monkeypatch.setattr(
-        "softgrpo_engine.execution.runner._entropy",
+        "softgrpo_engine.execution.runner.entropy",
         lambda logits, temperature: asked.append(len(logits)) or logits.new_zeros(len(logits)),
     )
     of(llm, prompts, SoftParams(max_soft_tokens=4))

@@ -13,6 +13,7 @@ from torch import Tensor
 from softgrpo_engine.execution.attention_backends import Attend, HostBatch, attention_backend
 from softgrpo_engine.execution.cuda_graphs import DecodeGraphs, bucket
 from softgrpo_engine.execution.decode_inputs import DecodeInputs, DecodeShape, DecodeTables
+from softgrpo_engine.execution.entropy import entropy
 from softgrpo_engine.execution.prompt_logprobs import prompt_logprobs
 from softgrpo_engine.execution.record import Record
 from softgrpo_engine.model.attention import PagedAttention, attend_by_kernels
@@ -346,7 +347,7 @@ class Runner:
         asked = temperature_BM.shape[1]
         drawn = torch.empty(3 + asked, len(row_B), dtype=torch.int64, device=self.device)
         if asked:
-            drawn[3] = _entropy(logits_BV, temperature_BM).view(torch.int32)
+            drawn[3] = entropy(logits_BV, temperature_BM).view(torch.int32)
         # bf16 logits carry a rounding of up to 2^-9 |z|: those of the candidates are computed again
         # in fp32, as the trainer does.
         head = LMHead(hidden_BH, self.decoder.lm_head_weight)
@@ -387,13 +388,3 @@ def _entropy_temperature(sequences: Seq[Sequence]) -> np.ndarray:
     asks = any(sequence.asks_entropy for sequence in sequences)
     values = [s.soft.temperature if s.soft else 1.0 for s in sequences]
     return np.array(values, dtype=np.float32)[:, None][:, : int(asks)]
-
-
-def _entropy(logits_BV: Tensor, temperature_B1: Tensor) -> Tensor:
-    """Of softmax(logits / temperature) over the vocabulary, in nats: float32 [B].
-
-    From the logits as they are: those in bf16 carry a rounding of up to 2^-9 |z|, which an entropy
-    of h nats has some 2^-9 |z| h of.
-    """
-    p_BV = torch.softmax(logits_BV / temperature_B1, dim=-1)
-    return torch.special.entr(p_BV).sum(-1)
