@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from arms import ARMS, RATES, Arm
 from evaluate import SAMPLES, Evaluation, variants_of
 from graphs import FILL, HOPS
 from pathwise import train as train_pathwise
+from starts import taught
 from toy import ASKED, HELD_OUT, ID, questions, write_toy
 
 from softgrpo import Config, Trainer
@@ -50,16 +49,9 @@ def right_answer(
 
 def start_model(root: Path, start: str, seed: int) -> Path:
     """The model of a supervised start, trained unless it is there."""
-    folder = root / "starts" / f"{start}-{seed}"
-    if not (folder / "model" / "model.safetensors").exists():
-        command: list[object] = [sys.executable, "-m", "softgrpo.cli.sft", "--config"]
-        command += [HERE / "sft.yaml", f"run.name={folder.name}", f"run.output_dir={folder.parent}"]
-        command += [f"run.seed={seed}", f"model.path={root / 'data' / 'model'}"]
-        command += [f"data.train={root / 'data' / start}.jsonl"]
-        status = subprocess.run([str(part) for part in command], check=False).returncode
-        if status:
-            raise SystemExit(status)  # the command has said why
-    return folder / "model"
+    more = (f"run.seed={seed}", f"model.path={root / 'data' / 'model'}")
+    data = f"data.train={root / 'data' / start}.jsonl"
+    return taught(root / "starts" / f"{start}-{seed}", HERE / "sft.yaml", *more, data)
 
 
 def arm_config(root: Path, arm: Arm, seed: int, model: Path, *more: str) -> Config:

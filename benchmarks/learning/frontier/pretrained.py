@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from arms import CENSORED, DISCRETE, MEAN, Arm, budget, fillers, multiplex
 from evaluate import SAMPLES, Evaluation, variants_of
 from pathwise import train as train_pathwise
+from starts import taught
 from words import FILLER, Words, write_cut_model, write_words
 
 from softgrpo import Config, Trainer
@@ -88,17 +88,10 @@ class Experiment:
 
     def start(self, start: str, seed: int) -> Path:
         """The model of a supervised start, trained unless it is there."""
+        more = (f"run.seed={seed}", f"run.max_steps={self.task.steps}")
+        places = (f"model.path={self.root / 'model'}", f"data.train={self.data / start}.jsonl")
         folder = self.root / f"{start}-{seed}"
-        if not (folder / "model" / "model.safetensors").exists():
-            command: list[object] = [sys.executable, "-m", "softgrpo.cli.sft", "--config"]
-            command += [HERE / "pretrained_sft.yaml", f"run.name={folder.name}"]
-            command += [f"run.output_dir={folder.parent}", f"run.max_steps={self.task.steps}"]
-            command += [f"run.seed={seed}", f"model.path={self.root / 'model'}"]
-            command += [f"data.train={self.data / start}.jsonl"]
-            status = subprocess.run([str(part) for part in command], check=False).returncode
-            if status:
-                raise SystemExit(status)  # the command has said why
-        return folder / "model"
+        return taught(folder, HERE / "pretrained_sft.yaml", *more, *places)
 
     def config(self, arm: Arm, seed: int, model: Path, *more: str) -> Config:
         overrides = [f"data.train={self.data}/asked.jsonl", f"data.eval={self.data}/asked.jsonl"]

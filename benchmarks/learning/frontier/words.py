@@ -31,7 +31,7 @@ LETTERS = [f" {letter}" for letter in string.ascii_uppercase + string.ascii_lowe
 
 @dataclass(frozen=True)
 class Question:
-    """root, answer, asked: as of a Graph. thoughts: by start, names or lists of names."""
+    """As of a Graph."""
 
     root: str
     answer: str
